@@ -1,0 +1,1 @@
+"""CvT for MindSpore."""

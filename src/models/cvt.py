@@ -1,0 +1,310 @@
+"""CvT: Introducing Convolutions to Vision Transformers (Wu et al., ICCV 2021, arXiv 2103.15808).
+
+Three stages; each opens with a convolutional token embedding that shrinks the grid and widens the
+channels, and goes on with transformer blocks whose q, k and v come from depthwise convolutions. It
+needs no position embedding. Faithful to the official `lib/models/cls_cvt.py` to float rounding:
+tests/golden holds that code's numbers.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from mindspore import Tensor, nn, ops
+from mindspore import dtype as mstype
+from mindspore.common.initializer import Uniform
+
+from src.errors import UserError
+from src.models.layers import (
+    Block,
+    ConvEmbed,
+    LayerNorm,
+    StageConfig,
+    to_map,
+    to_tokens,
+    token_parameter,
+    trunc_normal,
+)
+from src.models.registry import register_model
+from src.models.stochastic import Dropout, random_bits
+
+STAGES = 3
+QKV_PROJECTIONS = ("conv", "avg", "linear")
+PATCH_EMBEDS = ("conv", "patch")
+
+
+class Stage(nn.Cell):
+    """Token embedding, then blocks; drop path ramps linearly from 0 to its rate in the stage."""
+
+    def __init__(self, stage: StageConfig, sites: Iterator[int]) -> None:
+        super().__init__()
+        self.patch_embed = ConvEmbed(stage)
+        self.dim = stage.dim
+        self.pos_embed_grid = stage.pos_embed_grid
+        self.has_cls_token = stage.cls_token
+        if stage.pos_embed_grid is not None:
+            self.pos_embed = token_parameter(1, math.prod(stage.pos_embed_grid), stage.dim)
+        if stage.cls_token:
+            self.cls_token = token_parameter(1, 1, stage.dim)
+        self.pos_drop = Dropout(stage.drop_rate, next(sites))
+        rates = np.linspace(0, stage.drop_path_rate, stage.depth).tolist()
+        self.blocks = nn.CellList([Block(stage, rate, sites) for rate in rates])
+
+    def construct(self, x: Tensor, bits: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """x [B, C_in, H_in, W_in] -> map [B, C, H, W], class token [B, C] or None."""
+        x, height, width = self.patch_embed(x)  # [B, N, C]
+        if self.pos_embed_grid is not None:
+            if self.pos_embed_grid != (height, width):
+                raise ValueError(
+                    f"the position embedding has a grid of {self.pos_embed_grid}, the image gives "
+                    f"{(height, width)}: create the model with this image_size"
+                )
+            x = x + self.pos_embed
+        if self.has_cls_token:
+            cls = ops.broadcast_to(self.cls_token, (x.shape[0], 1, self.dim))
+            x = ops.cat((cls, x), 1)  # [B, 1 + N, C]
+        x = self.pos_drop(x, bits)
+        for block in self.blocks:
+            x = block(x, height, width, bits)
+        if self.has_cls_token:
+            return to_map(x[:, 1:], height, width), x[:, 0]
+        return to_map(x, height, width), None
+
+
+class CvT(nn.Cell):
+    """The network. Every sequence has one entry for each of the three stages.
+
+    Args:
+        embed_dims, depths, num_heads: sizes; each dimension is a multiple of its heads.
+        patch_sizes, patch_strides, patch_paddings: of the token embeddings.
+        num_classes: 0 leaves the head out; the network then returns the feature [B, C].
+        mlp_ratio: hidden over embedding dimension.
+        kv_stride: stride of the key and value projection (1: dearer, more accurate; table 5).
+        qkv_projection: "conv" | "avg" (pooled k and v, plain q) | "linear" (section 3.2; table 6).
+        cls_token: whether the last stage has a class token; else the head sees the tokens' mean.
+        pos_embed: learned position embedding, in all stages or in each; needs `image_size`.
+        patch_embed: "conv", or "patch" for embeddings that do not overlap (table 4).
+        drop_path_rate: stochastic depth, one rate or one per stage.
+        drop_rate: dropout after the embeddings, the attention's output and the MLP's Linears.
+        in_channels: of the images.
+        image_size: int or (H, W); only a position embedding needs it. Checked against the strides.
+
+    Raises:
+        UserError: an argument that makes no network.
+    """
+
+    def __init__(
+        self,
+        embed_dims: Sequence[int],
+        depths: Sequence[int],
+        num_heads: Sequence[int],
+        patch_sizes: Sequence[int] = (7, 3, 3),
+        patch_strides: Sequence[int] = (4, 2, 2),
+        patch_paddings: Sequence[int] = (2, 1, 1),
+        num_classes: int = 1000,
+        mlp_ratio: float = 4.0,
+        kv_stride: int = 2,
+        qkv_projection: str = "conv",
+        cls_token: bool = True,
+        pos_embed: bool | Sequence[bool] = False,
+        patch_embed: str = "conv",
+        drop_path_rate: float | Sequence[float] = 0.0,
+        drop_rate: float = 0.0,
+        in_channels: int = 3,
+        image_size: int | Sequence[int] | None = None,
+    ) -> None:
+        super().__init__()
+        pos_embeds = _per_stage("pos_embed", pos_embed)
+        drop_path_rates = _per_stage("drop_path_rate", drop_path_rate)
+        _check_sizes(
+            {
+                "embed_dims": embed_dims,
+                "depths": depths,
+                "num_heads": num_heads,
+                "patch_sizes": patch_sizes,
+                "patch_strides": patch_strides,
+                "patch_paddings": patch_paddings,
+            }
+        )
+        _check_choices(mlp_ratio, kv_stride, qkv_projection, patch_embed, num_classes)
+        _check_rates((*drop_path_rates, drop_rate))
+        if patch_embed == "patch":
+            patch_sizes, patch_paddings = patch_strides, (0,) * STAGES
+        self.patches = tuple(zip(patch_sizes, patch_strides, patch_paddings))
+        self.min_size = math.prod(patch_strides)
+        grids = self.grids(image_size) if image_size is not None else [None] * STAGES
+        if any(pos_embeds) and image_size is None:
+            raise UserError("pos_embed: its size follows from image_size; give that too")
+
+        sites = itertools.count()
+
+        def stage(i: int) -> Stage:
+            config = StageConfig(
+                in_channels if i == 0 else embed_dims[i - 1],
+                embed_dims[i],
+                *self.patches[i],
+                depth=depths[i],
+                num_heads=num_heads[i],
+                mlp_ratio=mlp_ratio,
+                kv_stride=kv_stride,
+                qkv_projection=qkv_projection,
+                cls_token=cls_token and i == STAGES - 1,
+                pos_embed_grid=grids[i] if pos_embeds[i] else None,
+                drop_rate=drop_rate,
+                drop_path_rate=drop_path_rates[i],
+            )
+            return Stage(config, sites)
+
+        self.stage0, self.stage1, self.stage2 = stage(0), stage(1), stage(2)
+        self.num_sites = next(sites)
+        self.stochastic = drop_rate > 0 or any(rate > 0 for rate in drop_path_rates)
+        self.draw_key = ops.UniformInt()
+        self.in_channels = in_channels
+        self.num_classes = num_classes
+        dim = embed_dims[-1]
+        self.norm = LayerNorm(dim)
+        if num_classes:
+            bias = Uniform(1 / math.sqrt(dim))
+            self.head = nn.Dense(dim, num_classes, weight_init=trunc_normal(), bias_init=bias)
+
+    def grids(self, image_size: int | Sequence[int]) -> list[tuple[int, int]]:
+        """The token grid (H, W) of each stage for an image size.
+
+        Raises:
+            UserError: the strides can't take this size.
+        """
+        size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+        if len(size) != 2 or min(size) < self.min_size:
+            raise UserError(
+                f"image_size {image_size}: the embeddings' strides shrink an image {self.min_size} "
+                f"times, so height and width must be {self.min_size} pixels or more"
+            )
+        grids = []
+        for kernel, stride, padding in self.patches:
+            size = tuple((edge + 2 * padding - kernel) // stride + 1 for edge in size)
+            grids.append(size)
+        return grids
+
+    def _bits(self, images: Tensor, key: Tensor | None) -> Tensor | None:
+        """The random bits [sites, B] of this pass, or None where nothing is random."""
+        if not (self.training and self.stochastic):
+            return None
+        if key is None:
+            key = self.draw_key((), Tensor(0, mstype.int32), Tensor(2**31 - 1, mstype.int32))
+        batch = images.shape[0]
+        return random_bits(key, self.num_sites * batch).reshape((self.num_sites, batch))
+
+    def _forward_stages(
+        self, images: Tensor, key: Tensor | None
+    ) -> tuple[list[Tensor], Tensor | None]:
+        if images.ndim != 4 or images.shape[1] != self.in_channels:
+            raise ValueError(f"images must be [B, {self.in_channels}, H, W], not {images.shape}")
+        if images.shape[2] < self.min_size or images.shape[3] < self.min_size:
+            raise ValueError(f"images {images.shape}: H and W must be {self.min_size} or more")
+        bits = self._bits(images, key)
+        x0, _ = self.stage0(images, bits)
+        x1, _ = self.stage1(x0, bits)
+        x2, cls = self.stage2(x1, bits)
+        return [x0, x1, x2], cls
+
+    def forward_pyramid(self, images: Tensor) -> list[Tensor]:
+        """Images [B, C, H, W] -> a map [B, C_i, H_i, W_i] per stage, for dense prediction."""
+        maps, _ = self._forward_stages(images, None)
+        return maps
+
+    def forward_features(
+        self, images: Tensor, key: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Images [B, C, H, W] -> the last stage's map [B, C', H', W'], class token [B, C'] or None.
+
+        The class token is as it leaves the last block, before the final LayerNorm.
+        """
+        maps, cls = self._forward_stages(images, key)
+        return maps[-1], cls
+
+    def construct(self, images: Tensor, key: Tensor | None = None) -> Tensor:
+        """Images float32 [B, C, H, W] -> logits float32 [B, num_classes].
+
+        key: int32 scalar that determines drop path and dropout in training; without one it is
+        drawn from MindSpore's generator.
+        """
+        x, cls = self.forward_features(images, key)
+        feature = self.norm(to_tokens(x)).mean(1) if cls is None else self.norm(cls)  # [B, C']
+        if self.num_classes:
+            return self.head(feature).astype(mstype.float32)
+        return feature
+
+
+def _per_stage(name: str, value) -> tuple:
+    if not isinstance(value, Sequence):
+        return (value,) * STAGES
+    if len(value) != STAGES:
+        raise UserError(f"{name} {list(value)}: give one value or one for each of {STAGES} stages")
+    return tuple(value)
+
+
+def _check_sizes(sizes: dict[str, Sequence[int]]) -> None:
+    for name, values in sizes.items():
+        lowest = 0 if name == "patch_paddings" else 1
+        if len(values) != STAGES or not all(isinstance(v, int) and v >= lowest for v in values):
+            raise UserError(f"{name} {list(values)}: must be {STAGES} integers, {lowest} or more")
+    for dim, heads in zip(sizes["embed_dims"], sizes["num_heads"]):
+        if dim % heads:
+            raise UserError(f"embed_dims: {dim} is no multiple of its num_heads, {heads}")
+
+
+def _check_choices(mlp_ratio, kv_stride, qkv_projection, patch_embed, num_classes) -> None:
+    if mlp_ratio <= 0:
+        raise UserError(f"mlp_ratio {mlp_ratio}: must be positive")
+    if kv_stride < 1:
+        raise UserError(f"kv_stride {kv_stride}: must be 1 or more")
+    if num_classes < 0:
+        raise UserError(f"num_classes {num_classes}: must be 0 (no head) or more")
+    if qkv_projection not in QKV_PROJECTIONS:
+        raise UserError(f"qkv_projection {qkv_projection!r}: choose from {QKV_PROJECTIONS}")
+    if patch_embed not in PATCH_EMBEDS:
+        raise UserError(f"patch_embed {patch_embed!r}: choose from {PATCH_EMBEDS}")
+
+
+def _check_rates(rates: Sequence[float]) -> None:
+    for rate in rates:
+        if not 0 <= rate < 1:
+            raise UserError(f"drop_path_rate or drop_rate {rate}: must be in [0, 1)")
+
+
+@register_model
+def cvt_13(**kwargs) -> CvT:
+    """CvT-13 (table 2): 19,997,480 parameters, 4.5 GMACs at 224 px."""
+    sizes = {"embed_dims": (64, 192, 384), "depths": (1, 2, 10), "num_heads": (1, 3, 6)}
+    return CvT(**{**sizes, **kwargs})
+
+
+@register_model
+def cvt_21(**kwargs) -> CvT:
+    """CvT-21 (table 2): 31,622,696 parameters, 7.1 GMACs at 224 px."""
+    sizes = {"embed_dims": (64, 192, 384), "depths": (1, 4, 16), "num_heads": (1, 3, 6)}
+    return CvT(**{**sizes, **kwargs})
+
+
+@register_model
+def cvt_w24(**kwargs) -> CvT:
+    """CvT-W24 (table 2): 277,196,392 parameters, 193 GMACs at 384 px."""
+    sizes = {"embed_dims": (192, 768, 1024), "depths": (2, 2, 20), "num_heads": (3, 12, 16)}
+    return CvT(**{**sizes, **kwargs})
+
+
+@register_model
+def cvt_nano(**kwargs) -> CvT:
+    """CvT for 32 x 32 images, sizes of our own: shrinks 8 times, so stage 3 sees a 4 x 4 grid."""
+    sizes = {
+        "embed_dims": (32, 64, 128),
+        "depths": (1, 1, 2),
+        "num_heads": (1, 2, 4),
+        "patch_sizes": (5, 3, 3),
+        "patch_strides": (2, 2, 2),
+        "patch_paddings": (2, 1, 1),
+    }
+    return CvT(**{**sizes, **kwargs})

@@ -1,0 +1,272 @@
+"""The parts of a CvT stage (Wu et al., ICCV 2021, section 3), after the official `cls_cvt.py`.
+
+Shapes: B batch, C channels, H x W the token grid, N = H * W tokens, T = N or 1 + N with a class
+token in front, h heads. Parameters bear the official names; MindSpore's norms say gamma, beta,
+moving_mean and moving_variance.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from mindspore import Parameter, Tensor, nn, ops
+from mindspore import dtype as mstype
+from mindspore.common.initializer import HeUniform, Normal, Uniform, initializer
+
+from src.models.stochastic import Dropout, DropPath
+
+KERNEL_SIZE, PADDING = 3, 1  # of the convolutional projection in every published CvT
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """What one stage is made of; `src.models.cvt.CvT` documents the fields."""
+
+    in_channels: int
+    dim: int
+    kernel_size: int
+    stride: int
+    padding: int
+    depth: int
+    num_heads: int
+    mlp_ratio: float
+    kv_stride: int
+    qkv_projection: str
+    cls_token: bool
+    pos_embed_grid: tuple[int, int] | None
+    drop_rate: float
+    drop_path_rate: float
+
+
+def trunc_normal() -> Normal:
+    """The official initialiser: std .02, cut at +-2 (100 standard deviations), so in effect not."""
+    return Normal(sigma=0.02)
+
+
+def dense(in_channels: int, out_channels: int) -> nn.Dense:
+    """A Linear as the official code initialises it: weight trunc-normal, bias 0."""
+    return nn.Dense(in_channels, out_channels, weight_init=trunc_normal(), bias_init="zeros")
+
+
+def conv2d(in_channels: int, out_channels: int, kernel_size: int, **kwargs) -> nn.Conv2d:
+    """A convolution with PyTorch's default initialisation: uniform within 1 / sqrt(fan_in)."""
+    fan_in = in_channels // kwargs.get("group", 1) * kernel_size**2
+    return nn.Conv2d(
+        in_channels,
+        out_channels,
+        kernel_size,
+        pad_mode="pad",
+        weight_init=HeUniform(negative_slope=math.sqrt(5)),
+        bias_init=Uniform(1 / math.sqrt(fan_in)),
+        **kwargs,
+    )
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm over the channels in float32 at any precision; MindSpore's default eps is 1e-7."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__((dim,), epsilon=1e-5)
+
+    def construct(self, x: Tensor) -> Tensor:
+        """x [..., C] -> float32 [..., C]."""
+        return super().construct(x.astype(mstype.float32))
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm in float32 at any precision; momentum .9 is what PyTorch calls .1."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, eps=1e-5, momentum=0.9)
+
+    def construct(self, x: Tensor) -> Tensor:
+        """x [B, C, H, W] -> float32 [B, C, H, W]."""
+        return super().construct(x.astype(mstype.float32))
+
+
+class QuickGELU(nn.Cell):
+    """x * sigmoid(1.702 x); erf-GELU moves the logits by 4 %."""
+
+    def construct(self, x: Tensor) -> Tensor:
+        """x of any shape -> the same shape."""
+        return x * ops.sigmoid(1.702 * x)
+
+
+def to_tokens(x: Tensor) -> Tensor:
+    """[B, C, H, W] -> [B, N, C]."""
+    return x.reshape((-1, x.shape[1], x.shape[2] * x.shape[3])).transpose((0, 2, 1))
+
+
+def to_map(x: Tensor, height: int, width: int) -> Tensor:
+    """[B, N, C] -> [B, C, H, W]."""
+    return x.transpose((0, 2, 1)).reshape((-1, x.shape[2], height, width))
+
+
+class ConvEmbed(nn.Cell):
+    """Convolutional token embedding (section 3.1): a strided convolution, then LayerNorm."""
+
+    def __init__(self, stage: StageConfig) -> None:
+        super().__init__()
+        self.proj = conv2d(
+            stage.in_channels,
+            stage.dim,
+            stage.kernel_size,
+            stride=stage.stride,
+            padding=stage.padding,
+            has_bias=True,
+        )
+        self.norm = LayerNorm(stage.dim)
+
+    def construct(self, x: Tensor) -> tuple[Tensor, int, int]:
+        """x [B, C_in, H_in, W_in] -> tokens [B, N, C], H, W."""
+        x = self.proj(x)  # [B, C, H, W]
+        return self.norm(to_tokens(x)), x.shape[2], x.shape[3]
+
+
+class ConvProjection(nn.Cell):
+    """Depthwise 3x3 convolution and BatchNorm, the projection up to its Linear (3.2)."""
+
+    def __init__(self, dim: int, stride: int) -> None:
+        super().__init__()
+        self.conv = conv2d(
+            dim, dim, KERNEL_SIZE, stride=stride, padding=PADDING, group=dim, has_bias=False
+        )
+        self.bn = BatchNorm2d(dim)
+
+    def construct(self, x: Tensor) -> Tensor:
+        """x [B, C, H, W] -> tokens [B, N', C] of the strided grid."""
+        return to_tokens(self.bn(self.conv(x)))
+
+
+class AvgProjection(nn.Cell):
+    """PyTorch's AvgPool2d(3, stride, padding=1, ceil_mode=True), the official "avg" projection.
+
+    A window that reaches over the padded border divides by the cells that it shares with the padded
+    map, not by nine. So: pad, pool without padding, correct by the ratio of the two divisors.
+    """
+
+    def __init__(self, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+        self.pool = nn.AvgPool2d(KERNEL_SIZE, stride)
+
+    def _windows(self, size: int) -> tuple[int, list[float]]:
+        """Padding behind an axis of `size` cells, and each window's correction along that axis."""
+        count = -(-(size + 2 * PADDING - KERNEL_SIZE) // self.stride) + 1
+        if (count - 1) * self.stride >= size + PADDING:
+            count -= 1  # PyTorch: a window starts inside the map or the padding before it
+        end = (count - 1) * self.stride + KERNEL_SIZE
+        seen = [min(KERNEL_SIZE, size + 2 * PADDING - i * self.stride) for i in range(count)]
+        return max(end - size - PADDING, 0), [KERNEL_SIZE / n for n in seen]
+
+    def construct(self, x: Tensor) -> Tensor:
+        """x [B, C, H, W] -> tokens [B, N', C] of the strided grid."""
+        below, rows = self._windows(x.shape[2])
+        right, columns = self._windows(x.shape[3])
+        x = self.pool(ops.pad(x, (PADDING, right, PADDING, below)))  # [B, C, H', W']
+        x = x * Tensor(rows, mstype.float32).reshape((-1, 1)) * Tensor(columns, mstype.float32)
+        return to_tokens(x)
+
+
+class Attention(nn.Cell):
+    """Multi-head attention over convolutional projections (section 3.2).
+
+    `sites` numbers the random sites of the model (see `stochastic`).
+    """
+
+    def __init__(self, stage: StageConfig, sites: Iterator[int]) -> None:
+        super().__init__()
+        dim = stage.dim
+        self.num_heads = stage.num_heads
+        self.head_dim = dim // stage.num_heads
+        self.scale = dim**-0.5  # the official code scales by the whole dimension, not the head's
+        self.has_cls_token = stage.cls_token
+        self.qkv_projection = stage.qkv_projection
+        if stage.qkv_projection == "conv":
+            self.conv_proj_q = ConvProjection(dim, stride=1)
+            self.conv_proj_k = ConvProjection(dim, stage.kv_stride)
+            self.conv_proj_v = ConvProjection(dim, stage.kv_stride)
+        elif stage.qkv_projection == "avg":
+            self.pool_kv = AvgProjection(stage.kv_stride)
+        self.proj_q = dense(dim, dim)
+        self.proj_k = dense(dim, dim)
+        self.proj_v = dense(dim, dim)
+        self.proj = dense(dim, dim)
+        self.proj_drop = Dropout(stage.drop_rate, next(sites))
+        self.scores = ops.BatchMatMul(transpose_b=True)
+        self.mix = ops.BatchMatMul()
+
+    def _project(self, x: Tensor, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens [B, T, C] -> q [B, T, C], k and v [B, T', C] before their Linears."""
+        if self.qkv_projection == "linear":
+            return x, x, x
+        tokens = x[:, 1:] if self.has_cls_token else x
+        grid = to_map(tokens, height, width)
+        if self.qkv_projection == "conv":
+            q, k, v = self.conv_proj_q(grid), self.conv_proj_k(grid), self.conv_proj_v(grid)
+        else:
+            q, k = tokens, self.pool_kv(grid)
+            v = k
+        if self.has_cls_token:  # it bypasses the convolution
+            cls = x[:, :1]
+            q, k, v = ops.cat((cls, q), 1), ops.cat((cls, k), 1), ops.cat((cls, v), 1)
+        return q, k, v
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """[B, T, C] -> [B, h, T, C / h]."""
+        return x.reshape((-1, x.shape[1], self.num_heads, self.head_dim)).transpose((0, 2, 1, 3))
+
+    def construct(self, x: Tensor, height: int, width: int, bits: Tensor | None) -> Tensor:
+        """x [B, T, C] on a grid of height x width -> [B, T, C]."""
+        q, k, v = self._project(x, height, width)
+        q = self._heads(self.proj_q(q))
+        k = self._heads(self.proj_k(k))
+        v = self._heads(self.proj_v(v))
+        scores = self.scores(q * self.scale, k).astype(mstype.float32)  # [B, h, T, T']
+        weights = ops.softmax(scores, -1).astype(v.dtype)
+        x = self.mix(weights, v).transpose((0, 2, 1, 3))  # [B, T, h, C / h]
+        x = x.reshape((-1, x.shape[1], self.num_heads * self.head_dim))
+        return self.proj_drop(self.proj(x), bits)
+
+
+class Mlp(nn.Cell):
+    """Linear, QuickGELU, Linear."""
+
+    def __init__(self, stage: StageConfig, sites: Iterator[int]) -> None:
+        super().__init__()
+        hidden_dim = int(stage.dim * stage.mlp_ratio)
+        self.fc1 = dense(stage.dim, hidden_dim)
+        self.act = QuickGELU()
+        self.fc2 = dense(hidden_dim, stage.dim)
+        self.drop1 = Dropout(stage.drop_rate, next(sites))
+        self.drop2 = Dropout(stage.drop_rate, next(sites))
+
+    def construct(self, x: Tensor, bits: Tensor | None) -> Tensor:
+        """x [B, T, C] -> [B, T, C]."""
+        x = self.drop1(self.act(self.fc1(x)), bits)
+        return self.drop2(self.fc2(x), bits)
+
+
+class Block(nn.Cell):
+    """Pre-norm transformer block: x + attention, then x + MLP, each branch under drop path."""
+
+    def __init__(self, stage: StageConfig, drop_path_rate: float, sites: Iterator[int]) -> None:
+        super().__init__()
+        self.norm1 = LayerNorm(stage.dim)
+        self.attn = Attention(stage, sites)
+        self.drop_path1 = DropPath(drop_path_rate, next(sites))
+        self.norm2 = LayerNorm(stage.dim)
+        self.mlp = Mlp(stage, sites)
+        self.drop_path2 = DropPath(drop_path_rate, next(sites))
+
+    def construct(self, x: Tensor, height: int, width: int, bits: Tensor | None) -> Tensor:
+        """x [B, T, C] on a grid of height x width -> [B, T, C]."""
+        x = x + self.drop_path1(self.attn(self.norm1(x), height, width, bits), bits)
+        return x + self.drop_path2(self.mlp(self.norm2(x), bits), bits)
+
+
+def token_parameter(*shape: int) -> Parameter:
+    """A learned token or position embedding, initialised trunc-normal .02."""
+    return Parameter(initializer(trunc_normal(), shape, mstype.float32))

@@ -1,0 +1,95 @@
+"""Randomness inside the network that is a pure function of a key.
+
+The random kernels of a compiled graph keep a state that can neither be saved nor restored, so a
+resumed run would draw other masks. Here every mask follows from an int32 key that the training step
+derives from (seed, step, rank): a counter-based generator made of plain integer operations.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from mindspore import Tensor, nn, ops
+from mindspore import dtype as mstype
+
+
+def _int32(bits: int) -> Tensor:
+    return Tensor(np.array(bits, np.uint32).astype(np.int32))
+
+
+_GOLDEN_RATIO = _int32(0x9E3779B9)
+_MULTIPLIER_1 = _int32(0x7FEB352D)
+_MULTIPLIER_2 = _int32(0x846CA68B)
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """Logical shift: the shift of an int32 copies the sign, so the copies are masked off."""
+    return ops.bitwise_and(
+        ops.bitwise_right_shift(x, Tensor(bits, mstype.int32)),
+        Tensor((1 << (32 - bits)) - 1, mstype.int32),
+    )
+
+
+def hash_bits(x: Tensor) -> Tensor:
+    """Mix int32 bits so that neighbouring inputs give unrelated outputs.
+
+    Source: the 32-bit finaliser "lowbias32" of C. Wellons' hash-prospector (2018).
+    """
+    x = ops.bitwise_xor(x, _shift_right(x, 16)) * _MULTIPLIER_1
+    x = ops.bitwise_xor(x, _shift_right(x, 15)) * _MULTIPLIER_2
+    return ops.bitwise_xor(x, _shift_right(x, 16))
+
+
+def random_bits(key: Tensor, count: int) -> Tensor:
+    """Draw `count` int32 words of random bits from an int32 scalar key."""
+    counter = ops.arange(count).astype(mstype.int32) * _GOLDEN_RATIO
+    return hash_bits(ops.bitwise_xor(counter, hash_bits(key)))
+
+
+def uniform(bits: Tensor) -> Tensor:
+    """Turn random bits into float32 numbers uniform on [0, 1), from their lower 24 bits."""
+    return ops.bitwise_and(bits, Tensor(0xFFFFFF, mstype.int32)).astype(mstype.float32) * 2.0**-24
+
+
+class DropPath(nn.Cell):
+    """Stochastic depth (Huang et al., 2016), drops residual branches per sample.
+
+    Args:
+        rate: the probability of dropping.
+        site: the row of the model's random bits that belongs to this cell.
+    """
+
+    def __init__(self, rate: float, site: int) -> None:
+        super().__init__()
+        self.rate = rate
+        self.site = site
+
+    def construct(self, x: Tensor, bits: Tensor | None) -> Tensor:
+        """x [B, N, C], bits [sites, B] -> [B, N, C]; kept samples are scaled by 1 / (1 - rate)."""
+        if self.rate == 0.0 or bits is None:
+            return x
+        keep = (uniform(bits[self.site]) >= self.rate).astype(x.dtype)
+        return x * (keep / (1.0 - self.rate)).reshape((-1, 1, 1))
+
+
+class Dropout(nn.Cell):
+    """Dropout of single elements, keyed like `DropPath`.
+
+    Args:
+        rate: the probability of dropping.
+        site: the row of the model's random bits that belongs to this cell.
+    """
+
+    def __init__(self, rate: float, site: int) -> None:
+        super().__init__()
+        self.rate = rate
+        self.site = site
+
+    def construct(self, x: Tensor, bits: Tensor | None) -> Tensor:
+        """x [B, N, C], bits [sites, B] -> [B, N, C]; kept elements are scaled by 1 / (1 - rate)."""
+        if self.rate == 0.0 or bits is None:
+            return x
+        counter = ops.arange(x.shape[1] * x.shape[2]).astype(mstype.int32) * _GOLDEN_RATIO
+        sample = bits[self.site].reshape((-1, 1))
+        element = hash_bits(ops.bitwise_xor(counter.reshape((1, -1)), sample))  # [B, N * C]
+        keep = (uniform(element) >= self.rate).astype(x.dtype).reshape(x.shape)
+        return x * (keep / (1.0 - self.rate))
