@@ -1,34 +1,32 @@
 """Reads PyTorch's checkpoint files without PyTorch, and runs nothing that is in them.
 
-The formats (PyTorch, "Serialization semantics"; torch/serialization.py in its source):
+The formats (PyTorch's note "Serialization semantics"; torch/serialization.py in its source):
 
-- since 1.6 a zip of uncompressed records: `NAME/data.pkl`, a pickle in which each tensor is a call of
-  `torch._utils._rebuild_tensor_v2` on a reference to a storage; `NAME/data/KEY`, the storages' raw bytes;
-  `NAME/byteorder` ("little" where it is missing);
-- before, one pickle after the other: magic number, protocol 1001, facts about the machine, the object,
-  the list of storage keys; then per storage an int64 count and the raw elements, little-endian.
+- since 1.6, a zip of uncompressed records: `NAME/data.pkl`, a pickle in which a tensor is a call of
+  `torch._utils._rebuild_tensor_v2` on a reference to a storage; `NAME/data/KEY`, the raw storages;
+  `NAME/byteorder`, "little" (where it is missing, too);
+- before, pickles one after the other: magic number, version 1001, the writer's C types, the object,
+  the storage keys; then for each key an int64 count and the raw elements, little-endian.
 
-A pickle is a program. Python's `pickle.Unpickler` is not safe on a stranger's file even with a strict
-`find_class`: BUILD alters whatever `find_class` gave out, one opcode can ask for a memo of 32 GB, hashing
-a deeply nested tuple overflows C's stack. So the few opcodes that dicts of tensors need (protocols 2 to 5)
-are interpreted here: globals stay names, and those admitted are `collections.OrderedDict`, `torch.Size`,
-`torch._utils._rebuild_tensor`, `_rebuild_tensor_v2` and `_rebuild_parameter`, and the storage types in
-`_STORAGES`. All else is refused by name before any tensor is read.
+A pickle is a program. Python's Unpickler is not safe on a stranger's file even with a strict
+`find_class`: BUILD alters whatever that gave out, one opcode asks for a memo of 32 GB, the hash of
+a deeply nested tuple overflows C's stack. So the few opcodes that a dict of tensors needs are
+interpreted here. Globals stay names; those admitted are `collections.OrderedDict`, `torch.Size`,
+`_rebuild_tensor_v2` and `_rebuild_parameter` of `torch._utils`, and the storage types below. All
+else (functions, Namespace, NumPy scalars, devices, whole modules) is refused by name.
 """
 
 from __future__ import annotations
 
 import io
 import logging
-import math
 import pickletools
 import struct
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -36,47 +34,43 @@ from src.errors import UserError
 
 _log = logging.getLogger(__name__)
 
-# NumPy has no bfloat16: read as its 16 bits, widened afterwards.
-_STORAGES = {
-    "torch.DoubleStorage": "f8", "torch.FloatStorage": "f4", "torch.HalfStorage": "f2",
-    "torch.BFloat16Storage": "bf16", "torch.LongStorage": "i8", "torch.IntStorage": "i4",
-    "torch.ShortStorage": "i2", "torch.CharStorage": "i1", "torch.ByteStorage": "u1",
-    "torch.BoolStorage": "?",
-}  # fmt: skip
-_TENSORS = ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor")
-_PARAMETER = "torch._utils._rebuild_parameter"
-_CONTAINERS = ("collections.OrderedDict", "torch.Size")
+# NumPy has no bfloat16: its 16 bits are read as integers and widened afterwards.
+_KINDS = ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
+_DTYPES = ("<f8", "<f4", "<f2", "<u2", "<i8", "<i4", "<i2", "i1", "u1", "?")
+_STORAGES = {f"torch.{kind}Storage": dtype for kind, dtype in zip(_KINDS, _DTYPES)}
+_BFLOAT16 = "<u2"
+_TENSOR, _PARAMETER = "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter"
+_ORDERED_DICT, _SIZE = "collections.OrderedDict", "torch.Size"
 
-_LITERALS = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE",
-             "BINSTRING", "SHORT_BINSTRING"}  # fmt: skip
+# The opcodes that push their own argument, and those that push a constant.
+_LITERALS = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE"}
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
-_MARKED = {"TUPLE", "LIST", "DICT", "APPENDS", "SETITEMS"}
 
-# Where training scripts put the weights, best first: plain weights before averaged ones.
-_ENTRIES = ("state_dict", "model", "model_state", "model_state_dict", "module",
-            "model_ema", "state_dict_ema", "ema")  # fmt: skip
+# Where training scripts put the weights; the plain ones go before the averaged ones.
+_ENTRIES = ("state_dict", "model", "model_state", "model_state_dict", "module")
+_ENTRIES += ("model_ema", "state_dict_ema")
 
-_MAX_PICKLE = 16 << 20  # CvT-W24's takes 0.1 MB, a training checkpoint's with optimizer state 1 MB
+_MAX_PICKLE = 16 << 20  # CvT-13's takes 0.1 MB
 _MAGIC = 0x1950A86A20F9469CFC6C
-_RESAVE = "load it in PyTorch 1.6 or later and save its state dict again: torch.save(state_dict, NEW)"
-# What zipfile, struct, pickletools and NumPy raise on bytes that make no sense.
-_DAMAGE = (zipfile.BadZipFile, struct.error, OSError, EOFError, ValueError, LookupError, TypeError,
-           ArithmeticError, RuntimeError, MemoryError)  # fmt: skip
+_AGAIN = "download or save it again"
+_RESAVE = "in PyTorch 1.6 or later: torch.save(torch.load(FILE, map_location='cpu'), FILE)"
+_REFUSED = (
+    "only tensors and plain containers are read, and nothing is run; if you trust the source, "
+    "save the weights alone with PyTorch: torch.save(model.state_dict(), FILE)"
+)
 
 
-@dataclass(frozen=True, eq=False)
-class _Storage:
+class _Storage(NamedTuple):
     key: str
-    dtype: str
+    dtype: str  # a value of _STORAGES
     numel: int
 
     @property
-    def itemsize(self) -> int:
-        return 2 if self.dtype == "bf16" else np.dtype(self.dtype).itemsize
+    def nbytes(self) -> int:
+        return self.numel * np.dtype(self.dtype).itemsize
 
 
-@dataclass(frozen=True, eq=False)
-class _Tensor:
+class _Tensor(NamedTuple):
     """A tensor that is still in its file: a window on a storage, counted in elements."""
 
     storage: _Storage
@@ -85,49 +79,43 @@ class _Tensor:
     strides: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class _Global:
-    """A name that the pickle asked for; never the thing of that name."""
-
-    name: str
+class _Global(str):
+    """A name that the pickle asked for, never the thing of that name."""
 
 
-_ReadStorage = Callable[[_Storage], bytes]
+_Opened = tuple[Any, Callable[[_Storage], bytes]]  # the unpickled content, what reads a storage
 
 
 def read_torch_file(path: str | Path) -> dict[str, np.ndarray]:
     """Reads the tensors of a `.pth`, `.pt` or `.bin` file that torch.save wrote.
 
-    A dict under one of the usual names ("state_dict", "model", ...) is unwrapped and a `module.` or
+    A dict under a usual name ("state_dict", "model", ...) is unwrapped, and `module.` or
     `_orig_mod.` before all names is cut off; the log says what was taken and what was left.
 
     Returns:
-        Arrays by name, in the file's order: C-contiguous, read-only, in the file's own type; bfloat16,
-        which NumPy lacks, comes as float32 (exact). Tensors that share a storage may share memory.
+        Arrays by name in the file's order: C-contiguous, read-only, of the file's own type, but
+        float32 (exact) for bfloat16, which NumPy lacks. Tensors of one storage may share memory.
 
     Raises:
-        UserError: no such file, damaged, another format, something in it that is neither tensor nor
-            plain container, or no tensors; says which.
+        UserError: no such file, damaged, another format, holds something that is neither tensor
+            nor plain container, or no tensors; the message says which and what to do.
     """
     path = Path(path)
     try:
         if not path.is_file():
-            raise UserError("no such file")
+            raise UserError("there is no such file")
         with path.open("rb") as file:
             size = path.stat().st_size
-            content, read_storage, order = _open(file, size)
-            tensors = _state_dict(content, path)
-            arrays = _arrays(tensors, read_storage, order, size)
+            content, read_storage = _open(file, size)
+            return _arrays(_state_dict(content, path), read_storage, size)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    except _DAMAGE as error:
+    except Exception as error:  # zipfile, pickletools, NumPy ... each has its own for damaged bytes
         reason = f"{type(error).__name__}: {_short(error)}"
-        raise UserError(f"{path}: damaged, or not a PyTorch file ({reason}); get it again") from error
-    return _without_prefix(arrays, path)
+        raise UserError(f"{path}: cannot be read, perhaps damaged ({reason}); {_AGAIN}") from error
 
 
-def _open(file: BinaryIO, size: int) -> tuple[Any, _ReadStorage, str]:
-    """The unpickled content, with `_Tensor` for tensors; how to read a storage; the byte order."""
+def _open(file: BinaryIO, size: int) -> _Opened:
     head = file.read(512)
     file.seek(0)
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
@@ -136,319 +124,261 @@ def _open(file: BinaryIO, size: int) -> tuple[Any, _ReadStorage, str]:
     if head.startswith(b"\x80"):
         return _open_legacy(file, size)
     if not head:
-        raise UserError("the file is empty; download or save it again")
+        raise UserError(f"the file is empty; {_AGAIN}")
     if text.startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
-        raise UserError("this is an HTML or XML page, not a checkpoint; download the file again")
+        raise UserError("this is an HTML or XML page, not a checkpoint; download it again")
     if text.startswith(b"version https://git-lfs"):
         raise UserError("this is a Git LFS pointer, not the checkpoint; run: git lfs pull")
-    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < size:
+    if head[8:9] == b"{":
         raise UserError("this is a safetensors file; rename it to end in .safetensors")
     if head[257:262] == b"ustar":
-        raise UserError(f"this is PyTorch's tar format from before 0.2; {_RESAVE}")
-    raise UserError("not a file that torch.save wrote; was it downloaded whole, is it a checkpoint?")
+        raise UserError(f"PyTorch's tar format from before 0.2; save it again {_RESAVE}")
+    raise UserError(f"not a file that torch.save wrote, or its beginning is damaged; {_AGAIN}")
 
 
-def _open_zip(file: BinaryIO, size: int) -> tuple[Any, _ReadStorage, str]:
+def _open_zip(file: BinaryIO, size: int) -> _Opened:
     try:
         archive = zipfile.ZipFile(file)
     except zipfile.BadZipFile:
-        raise UserError("the archive's end is missing or damaged; download or save it again") from None
+        raise UserError(f"the archive's end is missing or damaged; {_AGAIN}") from None
     records = {info.filename: info for info in archive.infolist()}
-    for info in records.values():
-        if info.compress_type != zipfile.ZIP_STORED:
-            raise UserError(f"compressed record {_short(info.filename)}; torch.save never compresses, "
-                            f"someone packed this again; {_RESAVE}")  # fmt: skip
-        # 0 is what torch.serialization.set_crc32_options(False) writes: no check wanted.
-        info.CRC = info.CRC or None
-    if sum(info.file_size for info in archive.infolist()) > size:
-        raise UserError("the records claim more bytes than the file has; download or save it again")
     roots = [name[: -len("data.pkl")] for name in records if name.endswith("/data.pkl")]
     if len(roots) != 1:
         raise UserError("a zip archive, but not one that torch.save wrote (no data.pkl)")
     root = roots[0]
     if f"{root}constants.pkl" in records:
-        raise UserError("a TorchScript archive; save its state_dict() with torch.save instead")
+        raise UserError("a TorchScript archive; save its weights alone: torch.save of state_dict()")
+    if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
+        raise UserError(f"compressed records, which torch.save never writes; save it {_RESAVE}")
+    if sum(info.file_size for info in archive.infolist()) > size:
+        raise UserError(f"its records claim more bytes than the file has; {_AGAIN}")
+    for info in records.values():
+        # 0 is what torch.serialization.set_crc32_options(False) leaves: nothing to compare with.
+        info.CRC = info.CRC or None
     if records[f"{root}data.pkl"].file_size > _MAX_PICKLE:
-        raise UserError(f"its data.pkl is larger than {_MAX_PICKLE >> 20} MB; {_RESAVE}")
-
-    order = b"little"
-    if f"{root}byteorder" in records:
-        with archive.open(f"{root}byteorder") as record:
-            order = record.read(16)
-    if order not in (b"little", b"big"):
-        raise UserError(f"unknown byte order {_short(order)}; {_RESAVE}")
+        raise UserError(f"its data.pkl is larger than {_MAX_PICKLE >> 20} MB; {_REFUSED}")
+    if f"{root}byteorder" in records and archive.read(f"{root}byteorder") != b"little":
+        raise UserError(f"a big-endian file; save it again on this machine {_RESAVE}")
 
     def read_storage(storage: _Storage) -> bytes:
         info = records.get(f"{root}data/{storage.key}")
-        nbytes = storage.numel * storage.itemsize
-        if info is None or info.file_size != nbytes:
+        if info is None or info.file_size != storage.nbytes:
             found = "is missing" if info is None else f"has {info.file_size} bytes"
-            raise UserError(f"storage {_short(storage.key)} should have {nbytes} bytes but {found}; "
-                            "download or save it again")  # fmt: skip
+            name = _short(storage.key)
+            raise UserError(f"storage {name} of {storage.nbytes} bytes {found}; {_AGAIN}")
         return archive.read(info)
 
-    content = _Unpickler(io.BytesIO(archive.read(f"{root}data.pkl"))).load()
-    return content, read_storage, "<" if order == b"little" else ">"
+    content = _unpickle(io.BytesIO(archive.read(f"{root}data.pkl")), {})
+    return content, read_storage
 
 
-def _open_legacy(file: BinaryIO, size: int) -> tuple[Any, _ReadStorage, str]:
+def _open_legacy(file: BinaryIO, size: int) -> _Opened:
     head = io.BytesIO(file.read(_MAX_PICKLE))
-    unpickler = _Unpickler(head)
-    if unpickler.load() != _MAGIC or unpickler.load() != 1001:
+    storages: dict[str, _Storage] = {}
+    if _unpickle(head, storages) != _MAGIC or _unpickle(head, storages) != 1001:
         raise UserError("a pickle, but not one that torch.save wrote")
-    unpickler.load()  # the writer's sizes of C types
-    content = unpickler.load()
+    _unpickle(head, storages)  # the writer's C types: unused by PyTorch, too
+    content, keys = _unpickle(head, storages), _unpickle(head, storages)
 
-    starts, position = {}, None
-    for key in unpickler.load():
-        storage = unpickler.storages.get(key) if type(key) is str else None
-        if storage is None:
-            raise UserError(f"lists a storage that no tensor uses; {_RESAVE}")
-        position = head.tell() if position is None else position
+    starts, position = {}, head.tell()
+    for key in keys:
+        storage = storages.get(key) if type(key) is str else None
         file.seek(position)
         (count,) = struct.unpack("<q", file.read(8))
+        if storage is None or count != storage.numel or position + 8 + storage.nbytes > size:
+            raise UserError(f"the storages do not fit their list: cut short or damaged; {_AGAIN}")
         starts[key] = position + 8
-        position += 8 + storage.numel * storage.itemsize
-        if count != storage.numel or position > size:
-            raise UserError("the file is cut short or damaged; download or save it again")
+        position += 8 + storage.nbytes
 
     def read_storage(storage: _Storage) -> bytes:
         file.seek(starts[storage.key])
-        return file.read(storage.numel * storage.itemsize)
+        return file.read(storage.nbytes)
 
-    return content, read_storage, "<"
-
-
-class _Unpickler:
-    """Interprets pickles of plain containers and tensors; each `load()` reads one from the stream."""
-
-    def __init__(self, stream: BinaryIO):
-        self.stream = stream
-        self.storages: dict[str, _Storage] = {}
-
-    def load(self) -> Any:
-        stack: list = []
-        marks: list[list] = []
-        memo: dict[int, Any] = {}
-        for opcode, arg, _ in pickletools.genops(self.stream):
-            name = opcode.name
-            if name in _LITERALS:
-                stack.append(arg)
-            elif name in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
-                memo[len(memo) if arg is None else arg] = stack[-1]
-            elif name in ("BINGET", "LONG_BINGET"):
-                stack.append(memo[arg])
-            elif name in _CONSTANTS:
-                stack.append(_CONSTANTS[name])
-            elif name == "EMPTY_DICT":
-                stack.append({})
-            elif name == "EMPTY_LIST":
-                stack.append([])
-            elif name == "MARK":
-                marks.append(stack)
-                stack = []
-            elif name in _MARKED:
-                items, stack = stack, marks.pop()
-                _collect(name, items, stack)
-            elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
-                count = int(name[-1])
-                stack[-count:] = [tuple(stack[-count:])]
-            elif name in ("APPEND", "SETITEM"):
-                count = 1 if name == "APPEND" else 2
-                items, stack[-count:] = stack[-count:], []
-                _collect(f"{name}S", items, stack)
-            elif name == "GLOBAL":
-                stack.append(_admit(arg.replace(" ", ".", 1)))
-            elif name == "STACK_GLOBAL":
-                stack[-2:] = [_admit(f"{stack[-2]!s}.{stack[-1]!s}")]
-            elif name == "BINPERSID":
-                stack.append(self._storage(stack.pop()))
-            elif name == "REDUCE":
-                arguments = stack.pop()
-                stack.append(_rebuild(stack.pop(), arguments))
-            elif name == "BUILD" and type(stack[-2]) is OrderedDict:
-                stack.pop()  # `_metadata`, the layers' format versions: no weights in it
-            elif name == "STOP":
-                return stack[-1]
-            elif name not in ("PROTO", "FRAME"):
-                asked = f" {_short(arg)}" if isinstance(arg, str) else ""
-                raise UserError(f"the pickle uses {name}{asked}; {_ONLY_TENSORS}")
-        raise UserError("its pickle does not end; download or save it again")
-
-    def _storage(self, reference: Any) -> _Storage:
-        """('storage', type, key, device, element count), in the old format with a view at the end."""
-        if type(reference) is not tuple or len(reference) not in (5, 6) or reference[0] != "storage":
-            raise UserError(f"the pickle refers to something that is no storage; {_ONLY_TENSORS}")
-        kind, key, numel = reference[1], reference[2], reference[4]
-        if type(kind) is not _Global or kind.name not in _STORAGES or type(key) is not str:
-            raise UserError(f"a storage of an unknown type; {_ONLY_TENSORS}")
-        if reference[5:] not in ((), (None,)):
-            raise UserError(f"a storage that is a view of another, as before PyTorch 0.4; {_RESAVE}")
-        new = _Storage(key, _STORAGES[kind.name], *_sizes((numel,)))
-        storage = self.storages.setdefault(key, new)
-        if (storage.dtype, storage.numel) != (new.dtype, new.numel):
-            raise UserError(f"storage {_short(key)} is described in two ways; {_RESAVE}")
-        return storage
+    return content, read_storage
 
 
-_ONLY_TENSORS = (
-    "only tensors and plain containers are read and nothing is run; if you trust the file's source, "
-    "save the state dict alone with PyTorch: torch.save(model.state_dict(), NEW)"
-)
+def _unpickle(stream: BinaryIO, storages: dict[str, _Storage]) -> Any:
+    """Interprets the stream's next pickle; adds the storages it refers to."""
+    stack: list[Any] = []
+    marks: list[list[Any]] = []
+    memo: dict[int, Any] = {}
+    for opcode, arg, _ in pickletools.genops(stream):
+        name = opcode.name
+        if name in _LITERALS:
+            stack.append(arg)
+        elif name in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            memo[len(memo) if arg is None else arg] = stack[-1]
+        elif name in ("BINGET", "LONG_BINGET"):
+            stack.append(memo[arg])
+        elif name in _CONSTANTS:
+            stack.append(_CONSTANTS[name])
+        elif name in ("EMPTY_DICT", "EMPTY_LIST"):
+            stack.append({} if name == "EMPTY_DICT" else [])
+        elif name == "MARK":
+            marks.append(stack)
+            stack = []
+        elif name in ("TUPLE", "APPENDS", "SETITEMS"):
+            items, stack = stack, marks.pop()
+            if name == "TUPLE":
+                stack.append(tuple(items))
+            else:
+                _fill(stack[-1], items)
+        elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
+            stack[-int(name[-1]) :] = [tuple(stack[-int(name[-1]) :])]
+        elif name in ("APPEND", "SETITEM"):
+            count = 1 if name == "APPEND" else 2
+            items, stack[-count:] = stack[-count:], []
+            _fill(stack[-1], items)
+        elif name == "GLOBAL":
+            stack.append(_admit(arg.replace(" ", ".", 1)))
+        elif name == "STACK_GLOBAL":
+            stack[-2:] = [_admit(".".join(stack[-2:]))]
+        elif name == "BINPERSID":
+            stack.append(_storage(stack.pop(), storages))
+        elif name == "REDUCE":
+            stack[-2:] = [_call(stack[-2], stack[-1])]
+        elif name == "BUILD" and type(stack[-2]) is OrderedDict:
+            stack.pop()  # `_metadata`, the layers' format versions: no weights in it
+        elif name == "STOP":
+            return stack[-1]
+        elif name not in ("PROTO", "FRAME"):
+            asked = f"{name} {_short(arg)}" if isinstance(arg, str) else name
+            raise UserError(f"the pickle uses the opcode {asked}; {_REFUSED}")
+    raise UserError(f"its pickle does not end; {_AGAIN}")
+
+
+def _storage(reference: Any, storages: dict[str, _Storage]) -> _Storage:
+    if type(reference) is not tuple or len(reference) < 5:
+        reference = (None,) * 5
+    tag, kind, key, _, numel, *part = reference
+    # Before PyTorch 0.4 the sixth item could make the storage a part of another one.
+    known = tag == "storage" and type(kind) is _Global and kind in _STORAGES and not any(part)
+    if not known or type(key) is not str:
+        raise UserError(f"the pickle refers to something that is no storage; {_REFUSED}")
+    new = _Storage(key, _STORAGES[kind], *_sizes((numel,)))
+    if storages.setdefault(key, new) != new:
+        raise UserError(f"storage {_short(key)} is described in two ways; {_AGAIN}")
+    return new
 
 
 def _admit(name: str) -> _Global:
-    if name not in (*_STORAGES, *_TENSORS, _PARAMETER, *_CONTAINERS):
-        raise UserError(f"the pickle asks for {_short(name)}; {_ONLY_TENSORS}")
+    if name not in _STORAGES and name not in (_TENSOR, _PARAMETER, _ORDERED_DICT, _SIZE):
+        raise UserError(f"the pickle asks for {_short(name)}; {_REFUSED}")
     return _Global(name)
 
 
-def _collect(name: str, items: list, stack: list) -> None:
-    """Makes a container of `items`, or adds them to the one on top of the stack."""
-    if name == "TUPLE":
-        stack.append(tuple(items))
-    elif name == "LIST":
-        stack.append(items)
-    elif name == "APPENDS" and type(stack[-1]) is list:
-        stack[-1].extend(items)
-    elif name in ("DICT", "SETITEMS"):
-        if name == "DICT":
-            stack.append({})
-        for key, value in zip(items[::2], items[1::2]):
-            _set(stack[-1], key, value)
-    else:
-        raise UserError(f"the pickle fills something that is no list; {_ONLY_TENSORS}")
+def _fill(container: Any, items: list[Any]) -> None:
+    if type(container) is list:
+        container.extend(items)
+        return
+    # No tuples, whose hash recurses, and no integers so long that a dict of them turns slow.
+    plain = all(
+        type(key) in (str, float) or (type(key) is int and key.bit_length() < 64)
+        for key in items[::2]
+    )
+    if not plain or not isinstance(container, dict) or len(items) % 2:
+        raise UserError(f"the pickle fills a container in an unusual way; {_REFUSED}")
+    container.update(zip(items[::2], items[1::2]))
 
 
-def _set(container: Any, key: Any, value: Any) -> None:
-    # No tuples, whose hash may recurse without end, nor integers so long that they can share hashes.
-    plain = type(key) in (str, bool, float) or (type(key) is int and key.bit_length() < 64)
-    if not isinstance(container, dict) or not plain:
-        raise UserError(f"the pickle fills a dict in an unusual way; {_ONLY_TENSORS}")
-    container[key] = value
-
-
-def _rebuild(target: Any, arguments: Any) -> Any:
-    """What a call of one of the admitted names would have made."""
-    name = target.name if type(target) is _Global else ""
-    count = len(arguments) if type(arguments) is tuple else -1
-    if name in _TENSORS and count >= 4 and type(arguments[0]) is _Storage:
-        storage, offset, shape, strides = arguments[:4]
-        tensor = _Tensor(storage, *_sizes((offset,)), _sizes(shape), _sizes(strides))
-        if len(tensor.shape) == len(tensor.strides) <= 32:  # NumPy's limit
+def _call(target: Any, arguments: Any) -> Any:
+    """What a call of an admitted name makes."""
+    name = target if type(target) is _Global else "something"
+    first = arguments[0] if type(arguments) is tuple and arguments else None
+    if name == _ORDERED_DICT and arguments == ():
+        return OrderedDict()
+    if name == _SIZE:
+        return _sizes(first)
+    if name == _PARAMETER and type(first) is _Tensor:
+        return first
+    if name == _TENSOR and type(first) is _Storage:
+        offset, shape, strides = arguments[1:4]
+        tensor = _Tensor(first, *_sizes((offset,)), _sizes(shape), _sizes(strides))
+        if len(tensor.shape) == len(tensor.strides):
             return tensor
-    if name == _PARAMETER and count >= 1 and type(arguments[0]) is _Tensor:
-        return arguments[0]
-    if name == "torch.Size" and count == 1:
-        return _sizes(arguments[0])
-    if name == "collections.OrderedDict" and count in (0, 1):
-        filled: OrderedDict = OrderedDict()
-        for key, value in arguments[0] if count else ():  # Python 2 passes the pairs here
-            _set(filled, key, value)
-        return filled
-    raise UserError(f"the pickle calls {name or 'something'} in an unusual way; {_ONLY_TENSORS}")
+    raise UserError(f"the pickle calls {name} in an unusual way; {_REFUSED}")
 
 
 def _sizes(values: Any) -> tuple[int, ...]:
-    if type(values) not in (tuple, list) or not all(
-        type(value) is int and 0 <= value < 1 << 63 for value in values
-    ):
-        raise UserError(f"a size, stride or offset that is no number from 0 up; {_RESAVE}")
-    return tuple(values)
+    if type(values) is not tuple or not all(type(value) is int and value >= 0 for value in values):
+        raise UserError(f"a size, stride or offset that is no number from 0 up; {_AGAIN}")
+    return values
 
 
 def _state_dict(content: Any, path: Path) -> dict[str, _Tensor]:
-    """The tensors of the first dict with any under the usual names; the log says what was left."""
-    found = _find(content, set(), depth=0)
-    if found is None:
-        held = type(content).__name__.lstrip("_").lower()
-        if isinstance(content, dict):
-            held += f" of {', '.join(_short(key) for key in list(content)[:8]) or 'nothing'}"
-        raise UserError(f"no named tensors in it, but a {held}; a state dict is needed")
-    trail, chosen = found
-    left, level = [], content
-    for key in trail:
-        left += [other for other in level if other != key]
-        level = level[key]
-    tensors = {k: v for k, v in chosen.items() if type(v) is _Tensor and type(k) is str}
-    left += [other for other in chosen if other not in tensors]
+    """The tensors under the usual entries; logs which were taken and what else lay there."""
+    trail: list[str] = []
+    left: list[Any] = []
+    for _ in range(4):
+        if not isinstance(content, dict):
+            raise UserError("no dict in it; save model.state_dict() alone")
+        entry = next((key for key in _ENTRIES if _is_nest(content.get(key))), None)
+        if entry is None:
+            break
+        left += [key for key in content if key != entry]
+        trail.append(entry)
+        content = content[entry]
+    tensors = {k: v for k, v in content.items() if type(v) is _Tensor and type(k) is str}
+    left += [key for key in content if key not in tensors]
+    names = ", ".join(map(_short, left[:8])) + (", ..." if len(left) > 8 else "")
+    entry = " > ".join(trail) or "the top level"
+    if not tensors:
+        raise UserError(f"no tensors in {entry}, only: {names}; save model.state_dict() alone")
     if trail or left:
-        rivals = any(other in _ENTRIES for other in left)
-        listed = ", ".join(_short(key) for key in left[:8]) + (", ..." if len(left) > 8 else "")
-        _log.log(
-            logging.WARNING if rivals else logging.INFO,
-            "%s: took %d tensors from %s; left: %s",
-            path, len(tensors), " > ".join(trail) or "the top level", listed or "nothing",
-        )  # fmt: skip
+        level = logging.WARNING if any(key in _ENTRIES for key in left) else logging.INFO
+        text = "%s: took %d tensors from %s; left: %s"
+        _log.log(level, text, path, len(tensors), entry, names or "nothing")
+    for prefix in ("module.", "_orig_mod.", "module."):  # DistributedDataParallel, torch.compile
+        if all(name.startswith(prefix) for name in tensors):
+            tensors = {name[len(prefix) :]: tensor for name, tensor in tensors.items()}
+            _log.info("%s: cut %r off all names", path, prefix)
     return tensors
 
 
-def _find(content: Any, seen: set[int], depth: int) -> tuple[tuple[str, ...], dict] | None:
-    if not isinstance(content, dict) or id(content) in seen or depth > 3:
-        return None
-    seen.add(id(content))
-    for key in _ENTRIES:
-        found = _find(content.get(key), seen, depth + 1)
-        if found:
-            return (key, *found[0]), found[1]
-    named = any(type(v) is _Tensor and type(k) is str for k, v in content.items())
-    return ((), content) if named else None
+def _is_nest(value: Any) -> bool:
+    return isinstance(value, dict) and any(isinstance(v, (_Tensor, dict)) for v in value.values())
 
 
 def _arrays(
-    tensors: dict[str, _Tensor], read_storage: _ReadStorage, order: str, size: int
+    tensors: dict[str, _Tensor], read_storage: Callable[[_Storage], bytes], size: int
 ) -> dict[str, np.ndarray]:
+    """One storage after the other, so that no raw bytes lie beside all the copies of them."""
     by_storage: dict[_Storage, list[str]] = {}
     for name, tensor in tensors.items():
         by_storage.setdefault(tensor.storage, []).append(name)
     arrays: dict[str, Any] = dict.fromkeys(tensors)
-    # Views cost nothing; copies could grow without bound: thousands of one storage, strides of 0.
+    # Views cost nothing, but copies of one storage, or strides of 0, could grow without bound.
     budget = 2 * size + (64 << 20)
     for storage, names in by_storage.items():
         raw = read_storage(storage)
-        if len(raw) != storage.numel * storage.itemsize:
-            raise UserError("the file is cut short or damaged; download or save it again")
         for name in names:
-            array = _view(name, tensors[name], raw, order)
-            widen = storage.dtype == "bf16"
-            if widen or not (array.flags.c_contiguous and array.dtype.isnative):
-                budget -= array.size * (4 if widen else array.itemsize)
+            array = _view(tensors[name], raw, _short(name))
+            widen = storage.dtype == _BFLOAT16
+            if widen or not array.flags.c_contiguous:
+                budget -= array.nbytes * (2 if widen else 1)
                 if budget < 0:
-                    raise UserError(f"its tensors, {_short(name)} for one, would take far more memory "
-                                    f"than the file; {_RESAVE}")  # fmt: skip
-                native = np.uint32 if widen else array.dtype.newbyteorder("=")
-                array = array.astype(native, order="C")
-                array = np.left_shift(array, 16, out=array).view(np.float32) if widen else array
-                array.flags.writeable = False
+                    raise UserError(f"its tensors would take far more memory than it; {_AGAIN}")
+                array = array.astype(np.uint32 if widen else array.dtype, order="C")
+                if widen:
+                    array = np.left_shift(array, np.uint32(16), out=array).view(np.float32)
+            array.flags.writeable = False
             arrays[name] = array
     return arrays
 
 
-def _view(name: str, tensor: _Tensor, raw: bytes, order: str) -> np.ndarray:
-    code = "u2" if tensor.storage.dtype == "bf16" else tensor.storage.dtype
-    dtype = np.dtype(order + code)
-    if 0 in tensor.shape:
-        return np.ndarray(tensor.shape, dtype, b"")
-    last = tensor.offset + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.strides))
-    if last >= tensor.storage.numel:
-        raise UserError(f"tensor {_short(name)} reaches beyond its storage; download or save it again")
-    if math.prod(tensor.shape) >= 1 << 40:
-        raise UserError(f"tensor {_short(name)} claims 2**40 elements or more; {_RESAVE}")
-    strides = [step * dtype.itemsize for step in tensor.strides]
-    # This constructor checks the bounds once more, which as_strided does not.
-    return np.ndarray(tensor.shape, dtype, raw, tensor.offset * dtype.itemsize, strides)
-
-
-def _without_prefix(arrays: dict[str, np.ndarray], path: Path) -> dict[str, np.ndarray]:
-    """Without what DistributedDataParallel (`module.`) and torch.compile put before all names."""
-    for prefix in ("module.", "_orig_mod.", "module."):
-        if all(name.startswith(prefix) for name in arrays):
-            _log.info("%s: cut %r off all names", path, prefix)
-            arrays = {name[len(prefix) :]: array for name, array in arrays.items()}
-    return arrays
+def _view(tensor: _Tensor, raw: bytes, name: str) -> np.ndarray:
+    storage, offset, shape, strides = tensor
+    dtype = np.dtype(storage.dtype)
+    if 0 in shape:
+        return np.ndarray(shape, dtype)
+    if offset + sum((n - 1) * step for n, step in zip(shape, strides)) >= storage.numel:
+        raise UserError(f"tensor {name} reaches beyond its storage; {_AGAIN}")
+    # This constructor checks the bounds against `raw` once more, as as_strided does not.
+    in_bytes = [step * dtype.itemsize for step in strides]
+    return np.ndarray(shape, dtype, raw, offset * dtype.itemsize, in_bytes)
 
 
 def _short(text: object) -> str:
     """Fit for a message of one line, whatever a stranger's file named it."""
-    printable = ascii(text)[1:-1] if isinstance(text, str) else ascii(str(text))[1:-1]
+    printable = ascii(str(text))[1:-1]
     return printable if len(printable) <= 80 else f"{printable[:77]}..."

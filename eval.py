@@ -1,0 +1,40 @@
+"""Evaluate a checkpoint: python eval.py --ckpt runs/digits_cvt_nano/checkpoints/best.ckpt."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from src.config import parse
+from src.errors import UserError, executable
+from src.runtime import log_to, prepare_environment, setup
+
+
+@executable
+def main(argv: list[str]) -> None:
+    """Print top-1, top-5, loss, images counted and img/s of a checkpoint on the held-out images."""
+
+    def add_arguments(parser) -> None:
+        parser.add_argument("--ckpt", type=str, required=True, help="the checkpoint")
+        parser.add_argument("--json", type=str, help="also write the figures to this file")
+
+    description = "Evaluate a checkpoint; --config is found in its run's folder."
+    config, arguments = parse(argv, "eval.py", description, add_arguments, config_beside="ckpt")
+    prepare_environment()
+    log_to()
+    from src.evaluation.evaluator import evaluate_checkpoint
+
+    if arguments.config is None:
+        raise UserError(f"{arguments.ckpt}: no config.yaml of a run beside it; give --config")
+    setup(config.runtime)
+    figures = evaluate_checkpoint(config, arguments.ckpt).to_dict()
+    print(
+        f"top1 {figures['top1']:.2f} %  top5 {figures['top5']:.2f} %  loss {figures['loss']:.4f}  "
+        f"images {figures['images']}  {figures['images_per_second']:.0f} img/s"
+    )
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(figures) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""Export a checkpoint: python export.py --ckpt P --format mindir --output model.mindir."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from src.config import parse
+from src.errors import UserError, executable
+from src.runtime import log_to, prepare_environment, setup
+
+
+@executable
+def main(argv: list[str]) -> None:
+    """Write a file for deployment and check it against the checkpoint."""
+
+    def add_arguments(parser) -> None:
+        parser.add_argument("--ckpt", type=str, required=True, help="the checkpoint")
+        parser.add_argument(
+            "--format", choices=("mindir", "air"), default="mindir", help="air: on Ascend only"
+        )
+        parser.add_argument("--output", type=str, help="default: beside the checkpoint")
+        parser.add_argument("--batch_size", type=str, default="1", help="a number, or dynamic")
+        parser.add_argument("--force", action="store_true", help="replace an existing file")
+
+    description = "Export a checkpoint; --config is found in its run's folder."
+    config, arguments = parse(argv, "export.py", description, add_arguments, config_beside="ckpt")
+    batch_size = None if arguments.batch_size == "dynamic" else _count(arguments.batch_size)
+    checkpoint = Path(arguments.ckpt)
+    output = Path(arguments.output or checkpoint.with_suffix(f".{arguments.format}"))
+    if output.suffix != f".{arguments.format}":
+        raise UserError(f"--output {output}: the name must end in .{arguments.format}")
+    if output.exists() and not arguments.force:
+        raise UserError(f"--output {output}: exists; add --force to replace it")
+    if arguments.config is None:
+        raise UserError(f"{checkpoint}: no config.yaml of a run beside it; give --config")
+    prepare_environment()
+    log_to()
+    from src.deploy.export import export
+
+    setup(config.runtime)
+    export(config, checkpoint, output, arguments.format, batch_size)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise UserError(f"--batch_size {text}: must be a whole number of 1 or more, or dynamic")
+    return int(text)
+
+
+if __name__ == "__main__":
+    main()

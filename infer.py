@@ -1,0 +1,35 @@
+"""Classify images: python infer.py --model model.mindir --input IMAGE_OR_FOLDER [--json F]."""
+
+from __future__ import annotations
+
+from src.config import RuntimeOnly, parse
+from src.errors import UserError, executable
+from src.runtime import log_to, prepare_environment, setup
+
+
+@executable
+def main(argv: list[str]) -> None:
+    """Print a line per image: path, class, probability."""
+
+    def add_arguments(parser) -> None:
+        parser.add_argument("--model", type=str, required=True, help="a .mindir or a .ckpt")
+        parser.add_argument("--input", type=str, required=True, help="an image or a folder")
+        parser.add_argument("--top_k", type=int, default=5, help="candidates an image")
+        parser.add_argument("--json", type=str, help="also write the candidates to this file")
+
+    description = "Classify images; --config is only for a .ckpt without its run's config.yaml."
+    keys, arguments = parse(argv, "infer.py", description, add_arguments, schema=RuntimeOnly)
+    if arguments.top_k < 1:
+        raise UserError(f"--top_k {arguments.top_k}: must be 1 or more")
+    prepare_environment()
+    log_to()
+    from src.deploy.classify import classify_files
+    from src.deploy.predictor import Predictor
+
+    setup(keys.runtime)
+    predictor = Predictor(arguments.model, arguments.config)
+    classify_files(predictor, arguments.input, arguments.top_k, arguments.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+# Sourced by the scripts: leaves $PYTHON pointing at an interpreter that has everything.
+#   environment FILE: the active interpreter where `import mindspore` works already (an Ascend host),
+#   else .venv, made with $PYTHON (default python3) and filled in one pip call from FILE.
+environment() {
+  local requirements=$1 base=${PYTHON:-python3} stamp digest
+  if "$base" -c 'import mindspore, jsonargparse, tqdm, matplotlib, mlxtend, yaml, PIL' 2>/dev/null &&
+    { [ "$requirements" = requirements.txt ] || "$base" -c 'import pytest' 2>/dev/null; }; then
+    PYTHON=$base
+    return
+  fi
+  if "$base" -c 'import mindspore' 2>/dev/null; then
+    echo "MindSpore is here, but not all of $requirements: installing the rest into it"
+    local mindspore
+    mindspore=$("$base" -c 'import importlib.metadata as m; print(m.version("mindspore"))')
+    "$base" -m pip install -q -r "$requirements" "mindspore==$mindspore"
+    PYTHON=$base
+    return
+  fi
+  "$base" -c 'import sys; sys.exit(not (3, 9) <= sys.version_info[:2] <= (3, 12))' || {
+    echo "error: $base is not Python 3.9 to 3.12; name one, as in PYTHON=python3.11 bash $0" >&2
+    return 2
+  }
+  stamp=.venv/installed-$requirements
+  digest=$(cat requirements.txt "$requirements" | cksum)
+  if [ "$(cat "$stamp" 2>/dev/null)" != "$digest" ]; then
+    echo "installing $requirements into .venv (a minute or two, once)"
+    "$base" -m venv .venv || return
+    .venv/bin/python -m pip install -q --disable-pip-version-check -r "$requirements" || return
+    echo "$digest" >"$stamp"
+  fi
+  PYTHON=.venv/bin/python
+}

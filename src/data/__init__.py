@@ -1,0 +1,20 @@
+"""Images in, batches out: `sources` (data sets), `transforms` (operations), `loader` (batches)."""
+
+from src.data.loader import Batches, epoch_indices, eval_batches, find_broken, train_batches
+from src.data.sources import SOURCES, ArraySource, FileSource, Source, open_source
+from src.data.transforms import Preprocessing, train_operations
+
+__all__ = [
+    "SOURCES",
+    "ArraySource",
+    "Batches",
+    "FileSource",
+    "Preprocessing",
+    "Source",
+    "epoch_indices",
+    "eval_batches",
+    "find_broken",
+    "open_source",
+    "train_batches",
+    "train_operations",
+]

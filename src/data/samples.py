@@ -1,0 +1,27 @@
+"""Writes held-out digits as image files: python -m src.data.samples FOLDER."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+from src.data.sources import open_source
+
+
+def write_samples(folder: Path) -> list[Path]:
+    """Write the first held-out digit of each class as PNG; the name ends with the true class."""
+    source = open_source("digits", None, "val")
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for label, name in enumerate(source.class_names):
+        image, _ = source[int((source.labels == label).argmax())]
+        paths.append(folder / f"digit_{name}.png")
+        Image.fromarray(image).save(paths[-1])
+    return paths
+
+
+if __name__ == "__main__":
+    for path in write_samples(Path(sys.argv[1])):
+        print(path)

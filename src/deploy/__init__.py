@@ -1,0 +1,5 @@
+"""From a checkpoint to its use: export and prediction."""
+
+from src.deploy.predictor import Prediction, Predictor
+
+__all__ = ["Prediction", "Predictor"]

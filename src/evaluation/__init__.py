@@ -1,0 +1,1 @@
+"""Evaluation that counts every image exactly once."""

@@ -1,0 +1,92 @@
+"""From a configuration to the objects it describes: network, images, preprocessing."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from mindspore import dtype as mstype
+from mindspore import nn
+
+from src.config import Config, ModelConfig
+from src.data import Preprocessing, Source, open_source, train_operations
+from src.errors import UserError
+from src.models import create_model
+
+
+def image_size(config: ModelConfig) -> tuple[int, int]:
+    """(height, width) in pixels."""
+    size = config.image_size
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def build_model(config: Config) -> nn.Cell:
+    """The network at the configured precision, freshly initialised; classes must be resolved.
+
+    Raises:
+        UserError: keys that make no network.
+    """
+    arguments = {k: v for k, v in dataclasses.asdict(config.model).items() if v is not None}
+    name, classes = arguments.pop("name"), arguments.pop("num_classes")
+    return set_precision(create_model(name, classes, **arguments), config.runtime.precision)
+
+
+def set_precision(net: nn.Cell, precision: str) -> nn.Cell:
+    """Let Linears and convolutions, and so the attention products, compute in a lower precision.
+
+    Weights stay float32; norms, softmax and loss cast up by themselves.
+    """
+    if precision != "float32":
+        for _, cell in net.cells_and_names():
+            if isinstance(cell, (nn.Dense, nn.Conv2d)):
+                cell.to_float(getattr(mstype, precision))
+    return net
+
+
+def open_split(config: Config, split: str) -> Source:
+    """The images of "train" or "val", labelled in the order of `data.class_names`."""
+    data = config.data
+    folders = {"train_folder": data.train_folder, "val_folder": data.val_folder}
+    return open_source(data.source, data.path, split, class_names=data.class_names, **folders)
+
+
+def resolve_classes(config: Config, source: Source) -> Config:
+    """The configuration with the class names and their number filled in from the data.
+
+    Raises:
+        UserError: `model.num_classes` is too small for the labels.
+    """
+    names = list(source.class_names)
+    classes = config.model.num_classes or len(names)
+    if classes < len(names):
+        raise UserError(
+            f"model.num_classes {classes}: {source.title} has {len(names)}; leave the key out"
+        )
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, num_classes=classes),
+        data=dataclasses.replace(config.data, class_names=names),
+    )
+
+
+def build_preprocessing(config: Config) -> Preprocessing:
+    """What evaluation and deployment do with an image."""
+    size = image_size(config.model)
+    ratio = config.data.crop_ratio
+    if ratio is not None and ratio > 1:
+        raise UserError(
+            f"data.crop_ratio {ratio}: is the crop's share, at most 1; null for no crop"
+        )
+    resize = None if ratio is None else int(max(size) / ratio)
+    return Preprocessing(size, resize, config.data.mean, config.data.std, config.data.interpolation)
+
+
+def build_augmentation(config: Config, encoded: bool) -> list:
+    """Operations on a training image."""
+    return train_operations(
+        image_size(config.model),
+        config.data.mean,
+        config.data.std,
+        encoded=encoded,
+        interpolation=config.data.interpolation,
+        **dataclasses.asdict(config.augment),
+    )

@@ -1,0 +1,33 @@
+"""Figures of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+
+def plot_curves(rows: list[dict], path: Path) -> None:
+    """Draw loss and accuracy over the epochs of a run.
+
+    Args:
+        rows: the objects of metrics.jsonl, in order.
+        path: of the image.
+    """
+    epochs = [row["epoch"] for row in rows]
+    figure = Figure(figsize=(10, 4), layout="constrained")  # no pyplot: no display is needed
+    losses, accuracies = figure.subplots(1, 2)
+    losses.plot(epochs, [row["train_loss"] for row in rows], marker=".", label="training")
+    losses.plot(epochs, [row["loss"] for row in rows], marker=".", label="held out")
+    losses.set(xlabel="epoch", ylabel="cross entropy")
+    best = max(row["top1"] for row in rows)
+    accuracies.plot(
+        epochs, [row["top1"] for row in rows], marker=".", label=f"top-1 (best {best:.2f})"
+    )
+    accuracies.plot(epochs, [row["top5"] for row in rows], marker=".", label="top-5")
+    accuracies.set(xlabel="epoch", ylabel="held-out accuracy, %")
+    for axes in (losses, accuracies):
+        axes.grid(alpha=0.3)
+        axes.legend()
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    figure.savefig(path, dpi=100)

@@ -1,0 +1,87 @@
+"""The device, the environment, seeds and logging: the only room that touches them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from src.config import RuntimeConfig
+from src.errors import UserError
+
+DEVICES = ("Ascend", "GPU", "CPU")
+logger = logging.getLogger("cvt")
+
+
+def prepare_environment() -> None:
+    """Set what MindSpore reads from the environment when it is imported; what the user set stays.
+
+    Its C++ log is quiet below "critical", because what matters reaches Python as an exception; and
+    its scratch files go to the temporary folder instead of the user's.
+    """
+    scratch = Path(tempfile.gettempdir()) / f"cvt-mindspore-{os.getuid()}"
+    os.environ.setdefault("GLOG_v", "4")
+    for name in ("MS_OM_PATH", "MS_COMPILER_CACHE_PATH", "ASCEND_WORK_PATH"):
+        os.environ.setdefault(name, str(scratch))
+
+
+def setup(config: RuntimeConfig) -> str:
+    """Choose the device and the mode, seed every generator.
+
+    Returns:
+        The device's kind: "Ascend", "GPU" or "CPU".
+
+    Raises:
+        UserError: the device asked for is not here.
+    """
+    import mindspore as ms  # here, so that prepare_environment can come first
+
+    available = [kind for kind in DEVICES if _is_available(kind)]
+    device = available[0] if config.device == "auto" else config.device
+    if device not in available:
+        raise UserError(
+            f"runtime.device {device}: MindSpore {ms.__version__} finds only "
+            f"{', '.join(available)} here; choose one of these or auto"
+        )
+    if device == "CPU" and config.precision == "bfloat16":
+        raise UserError("runtime.precision bfloat16: the CPU has no such kernels; take float32")
+    ms.set_device(device, config.device_id if device != "CPU" else None)
+    ms.set_context(mode=ms.GRAPH_MODE if config.mode == "graph" else ms.PYNATIVE_MODE)
+    ms.set_seed(config.seed)
+    random.seed(config.seed)
+    np.random.seed(config.seed % 2**32)
+    return device
+
+
+def _is_available(kind: str) -> bool:
+    from mindspore import device_context
+
+    return getattr(device_context, kind.lower()).is_available()
+
+
+def log_to(file: Path | None = None) -> None:
+    """Send the log to the console, and to a file as well where one is given."""
+    logger.setLevel(logging.INFO)
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()
+    console = ConsoleHandler()
+    console.setFormatter(logging.Formatter("%(message)s"))
+    logger.addHandler(console)
+    if file is not None:
+        handler = logging.FileHandler(file, encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        logger.addHandler(handler)
+
+
+class ConsoleHandler(logging.Handler):
+    """Prints above a progress bar instead of through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one record."""
+        tqdm.write(self.format(record))

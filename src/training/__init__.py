@@ -1,0 +1,1 @@
+"""Training: one step as one graph, and the run around it."""

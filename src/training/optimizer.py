@@ -1,0 +1,86 @@
+"""AdamW with PyTorch's semantics; MindSpore's `nn.AdamWeightDecay` has no bias correction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
+from mindspore import dtype as mstype
+
+
+def is_decayed(parameter: Parameter) -> bool:
+    """Whether weight decay applies: to the weights of Linears and convolutions only.
+
+    Norms (gamma, beta), biases, class token and position embeddings stay free of it, as in the
+    official `set_wd`.
+    """
+    return parameter.name.endswith(".weight")
+
+
+_update = ops.MultitypeFuncGraph("adamw_update")
+
+
+@_update.register("Function", "Tuple", "Tensor", "Bool", "Tensor", "Tensor", "Tensor", "Tensor")
+def _update_parameter(adam, scalars, decay, decayed, parameter, moment1, moment2, gradient):
+    beta1_power, beta2_power, lr, beta1, beta2, eps = scalars
+    if decayed:
+        ops.assign(parameter, parameter * decay)
+    adam(parameter, moment1, moment2, beta1_power, beta2_power, lr, beta1, beta2, eps, gradient)
+    return True
+
+
+class AdamW(nn.Cell):
+    """Adam with bias correction and decoupled weight decay (Loshchilov & Hutter, 2019).
+
+    Equal to `torch.optim.AdamW`. The update runs in the fused `Adam` kernel, whose definition puts
+    epsilon beside the uncorrected root: scaled by sqrt(1 - beta2^t) it is PyTorch's epsilon.
+
+    Args:
+        parameters: trainable parameters.
+        betas: decay rates of the two moments.
+        eps: PyTorch's epsilon.
+        weight_decay: applied to the parameters that `is_decayed` names.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[Parameter],
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.05,
+    ) -> None:
+        super().__init__(auto_prefix=False)  # the parameters keep their names
+        self.parameters = ParameterTuple(parameters)
+        self.moment1 = self.parameters.clone("moment1", init="zeros")
+        self.moment2 = self.parameters.clone("moment2", init="zeros")
+        self.decayed = tuple(weight_decay > 0 and is_decayed(p) for p in parameters)
+        self.weight_decay = weight_decay
+        self.beta1 = Tensor(betas[0], mstype.float32)
+        self.beta2 = Tensor(betas[1], mstype.float32)
+        self.eps = eps
+        self.adam = ops.Adam()
+        self.map = ops.HyperMap()  # compiles faster than a Python loop
+
+    def construct(self, gradients: tuple[Tensor, ...], lr: Tensor, step: Tensor) -> bool:
+        """Update the parameters in place.
+
+        gradients: one for each parameter; lr: float32 scalar; step: int32 scalar, 1 in the first.
+        """
+        time = step.astype(mstype.float32)
+        beta1_power = ops.pow(self.beta1, time)
+        beta2_power = ops.pow(self.beta2, time)
+        eps = self.eps * ops.sqrt(1.0 - beta2_power)
+        self.map(
+            ops.partial(
+                _update,
+                self.adam,
+                (beta1_power, beta2_power, lr, self.beta1, self.beta2, eps),
+                1.0 - lr * self.weight_decay,
+            ),
+            self.decayed,
+            self.parameters,
+            self.moment1,
+            self.moment2,
+            gradients,
+        )
+        return True

@@ -1,0 +1,227 @@
+"""A training run: epochs of steps, an evaluation after each, and the files that tell of it.
+
+An own loop and not `mindspore.train.Model`, because each epoch is a pipeline of its own, seeded by
+(seed, epoch), which is what makes a resumed run equal to one that was never interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+from mindspore import Tensor
+
+from src.config import Config
+from src.data import train_batches
+from src.errors import UserError
+from src.evaluation.evaluator import Evaluator
+from src.recipe import (
+    build_augmentation,
+    build_model,
+    build_preprocessing,
+    open_split,
+)
+from src.reporting.plots import plot_curves
+from src.reporting.progress import progress_bar
+from src.training.loss import LabelSmoothingCrossEntropy
+from src.training.optimizer import AdamW
+from src.training.schedule import learning_rates
+from src.training.train_step import TrainStep
+from src.weights import load_state, save_checkpoint
+
+logger = logging.getLogger("cvt")
+LOG_SECONDS = 60.0  # between two lines within an epoch
+
+
+class Trainer:
+    """Trains what a configuration describes; classes must be resolved.
+
+    Args:
+        config: the recipe.
+        output: the run's folder; exists.
+    """
+
+    def __init__(self, config: Config, output: Path) -> None:
+        self.config = config
+        self.output = output
+        self.source = open_split(config, "train")
+        self.augmentation = build_augmentation(config, self.source.encoded)
+        self.evaluator = Evaluator(
+            open_split(config, "val"),
+            build_preprocessing(config),
+            config.evaluation.batch_size,
+            config.data.workers,
+        )
+        self.steps_per_epoch = len(self._batches(0))
+        self.learning_rates = learning_rates(
+            peak=config.optimizer.lr,
+            warmup_start=config.optimizer.warmup_lr,
+            minimum=config.optimizer.min_lr,
+            epochs=config.training.epochs,
+            warmup_epochs=config.optimizer.warmup_epochs,
+            steps_per_epoch=self.steps_per_epoch,
+            per=config.optimizer.schedule_per,
+        )
+        self.step = self._build_step()
+        self.rows: list[dict] = []
+        self.best_top1 = -1.0
+        self.compiled = False
+
+    def _build_step(self) -> TrainStep:
+        config = self.config
+        net = build_model(config)
+        ema_net = None
+        if config.training.ema_decay > 0:
+            ema_net = build_model(config)
+            for average, weight in zip(ema_net.get_parameters(), net.get_parameters()):
+                average.set_data(weight.copy())
+            ema_net.update_parameters_name("ema.")
+            ema_net.set_train(False)
+        optimizer = AdamW(
+            net.trainable_params(),
+            config.optimizer.betas,
+            config.optimizer.eps,
+            config.optimizer.weight_decay,
+        )
+        return TrainStep(
+            net,
+            LabelSmoothingCrossEntropy(config.training.label_smoothing),
+            optimizer,
+            self.learning_rates,
+            clip_norm=config.optimizer.clip_norm,
+            ema_net=ema_net,
+            ema_decay=config.training.ema_decay,
+            loss_scale=config.training.loss_scale,
+            seed=config.runtime.seed,
+        )
+
+    @property
+    def evaluated_net(self):
+        """The network whose accuracy counts: the moving average where there is one."""
+        return self.step.net if self.step.ema_net is None else self.step.ema_net
+
+    def _batches(self, epoch: int):
+        return train_batches(
+            self.source,
+            self.augmentation,
+            self.config.training.batch_size,
+            seed=self.config.runtime.seed,
+            epoch=epoch,
+            workers=self.config.data.workers,
+        )
+
+    def resume(self) -> None:
+        """Take up the run in the output folder where its last checkpoint stands."""
+        extra = load_state(self.step, self.output / "checkpoints" / "last.ckpt")
+        self.best_top1 = extra["best_top1"]
+        done = int(self.step.step.asnumpy()) // self.steps_per_epoch
+        lines = (self.output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        self.rows = [row for row in map(json.loads, lines) if row["epoch"] <= done]
+        logger.info("resumed behind epoch %d", done)
+
+    def fit(self) -> None:
+        """Train to the last epoch."""
+        self._announce()
+        epochs = self.config.training.epochs
+        for epoch in range(len(self.rows), epochs):
+            start = time.perf_counter()
+            loss, speed = self._train_epoch(epoch)
+            result = self.evaluator.run(self.evaluated_net).metrics
+            step = (epoch + 1) * self.steps_per_epoch
+            row = {
+                "epoch": epoch + 1,
+                "step": step,
+                "lr": float(self.learning_rates[step - 1]),
+                "train_loss": loss,
+                "loss": result.loss,
+                "top1": result.top1,
+                "top5": result.top5,
+                "images_per_second": speed,
+                "seconds": time.perf_counter() - start,
+            }
+            self._keep(row)
+            logger.info(
+                "epoch %d/%d  train_loss %.4f  loss %.4f  top1 %.2f  top5 %.2f  lr %.2e  "
+                "%.0f img/s  %.1f s",
+                epoch + 1, epochs, loss, row["loss"], row["top1"], row["top5"], row["lr"],
+                speed, row["seconds"],
+            )  # fmt: skip
+        logger.info("best top1 %.2f; everything lies in %s", self.best_top1, self.output)
+
+    def _announce(self) -> None:
+        batch = self.config.training.batch_size
+        net = self.step.net
+        logger.info(
+            "%s: %s parameters, %d classes; %d training images, %d held out; %d steps an epoch",
+            self.config.model.name,
+            f"{sum(p.size for p in net.trainable_params()):,}",
+            self.config.model.num_classes,
+            len(self.source),
+            len(self.evaluator.batches.indices),
+            self.steps_per_epoch,
+        )
+        left_out = len(self.source) - self.steps_per_epoch * batch
+        if left_out:
+            logger.info(
+                "%d images do not fill a batch of %d: each epoch leaves out others", left_out, batch
+            )
+        if not self.rows:
+            logger.info("compiling the step; this takes seconds for cvt_nano, a minute for cvt_21")
+
+    def _train_epoch(self, epoch: int) -> tuple[float, float]:
+        """Mean loss and img/s (without compiling) of one epoch."""
+        self.step.set_train(True)
+        if self.step.ema_net is not None:
+            self.step.ema_net.set_train(False)
+        batch_size = self.config.training.batch_size
+        bar = progress_bar(self.steps_per_epoch * batch_size, f"epoch {epoch + 1}")
+        losses: list[Tensor] = []
+        start, timed, told = time.perf_counter(), 0, time.perf_counter()
+        for images, labels in self._batches(epoch).iterate():
+            loss, _ = self.step(images, labels)
+            losses.append(loss)
+            bar.update(batch_size)
+            timed += batch_size
+            if not self.compiled:
+                loss.asnumpy()
+                self.compiled, start, timed = True, time.perf_counter(), 0
+            if time.perf_counter() - told > LOG_SECONDS:
+                told = time.perf_counter()
+                self._tell_step(epoch, len(losses), float(loss.asnumpy()), timed / (told - start))
+        values = np.array([float(loss.asnumpy()) for loss in losses])
+        bar.close()
+        if not np.isfinite(values).all():
+            first = int(np.argmin(np.isfinite(values))) + epoch * self.steps_per_epoch
+            raise UserError(
+                f"step {first + 1}: the loss is not finite (learning rate "
+                f"{self.learning_rates[first]:.2e}); lower optimizer.lr, or set optimizer.clip_norm"
+            )
+        return float(values.mean()), timed / max(time.perf_counter() - start, 1e-9)
+
+    def _tell_step(self, epoch: int, done: int, loss: float, speed: float) -> None:
+        if not math.isfinite(loss):
+            return  # the epoch's end names the first such step
+        left = (self.steps_per_epoch - done) * self.config.training.batch_size / max(speed, 1e-9)
+        logger.info(
+            "epoch %d  step %d/%d  loss %.4f  %.0f img/s  %.0f s left in it",
+            epoch + 1, done, self.steps_per_epoch, loss, speed, left,
+        )  # fmt: skip
+
+    def _keep(self, row: dict) -> None:
+        """Write an epoch down: figures first, the state last, so that no resume lacks a row."""
+        self.rows.append(row)
+        text = "".join(json.dumps(each) + "\n" for each in self.rows)
+        (self.output / "metrics.jsonl").write_text(text, encoding="utf-8")
+        plot_curves(self.rows, self.output / "curves.png")
+        checkpoints = self.output / "checkpoints"
+        checkpoints.mkdir(exist_ok=True)
+        if row["top1"] > self.best_top1:
+            self.best_top1 = row["top1"]
+            weights = {p.name.removeprefix("ema."): p for p in self.evaluated_net.get_parameters()}
+            save_checkpoint(weights, checkpoints / "best.ckpt")
+        state = {parameter.name: parameter for parameter in self.step.get_parameters()}
+        save_checkpoint(state, checkpoints / "last.ckpt", best_top1=self.best_top1)

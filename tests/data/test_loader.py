@@ -1,0 +1,265 @@
+"""Which image comes when, with which random numbers, and what happens when a file is broken."""
+
+import logging
+import os
+import random
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from src.data.loader import (
+    choose_workers,
+    epoch_indices,
+    eval_batches,
+    find_broken,
+    train_batches,
+)
+from src.data.sources import ArraySource, FileSource, Source
+from src.data.transforms import Preprocessing, train_operations
+from src.errors import UserError
+
+MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+EVAL = Preprocessing((8, 8), None, MEAN, STD)
+
+
+def numbered(count, size=8):
+    """Random pictures whose label is their number."""
+    images = np.random.default_rng(0).integers(0, 256, (count, size, size), dtype=np.uint8)
+    return ArraySource(images, np.arange(count), [str(i) for i in range(count)], "numbered")
+
+
+def augment():
+    return train_operations((8, 8), MEAN, STD, encoded=False, scale=(0.2, 1.0))
+
+
+def collect(batches):
+    return [(images.copy(), labels.copy()) for images, labels in batches.iterate(output_numpy=True)]
+
+
+def equal(some, others):
+    return len(some) == len(others) and all(
+        np.array_equal(a, b) for x, y in zip(some, others) for a, b in zip(x, y)
+    )
+
+
+# order and shares
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_evaluation_counts_every_image_once(world):
+    source, seen = numbered(1003), []
+    for rank in range(world):
+        batches = eval_batches(source, EVAL.operations(False), 64, rank=rank, world=world)
+        got = collect(batches)
+        labels = np.concatenate([labels for _, labels in got])
+        assert labels.tolist() == list(range(rank, 1003, world))
+        assert len(got) == len(batches) and all(len(labels) == 64 for _, labels in got[:-1])
+        for images, numbers in got:
+            assert images.dtype == np.float32 and numbers.dtype == np.int32
+            assert np.array_equal(images[0], EVAL(source[numbers[0]][0]))
+        seen += labels.tolist()
+    assert sorted(seen) == list(range(1003))
+
+
+def test_a_rank_without_images_gets_no_batch():
+    batches = eval_batches(numbered(2), EVAL.operations(False), 4, rank=2, world=3)
+    assert len(batches) == 0 and list(batches) == []
+
+
+def test_tensors_come_out():
+    images, labels = next(iter(eval_batches(numbered(5), EVAL.operations(False), 4)))
+    assert images.shape == (4, 3, 8, 8) and str(images.dtype) == "Float32"
+    assert labels.shape == (4,) and str(labels.dtype) == "Int32"
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_an_epoch_is_a_permutation_over_the_ranks(world):
+    shares = [epoch_indices(1003, seed=1, epoch=4, rank=r, world=world) for r in range(world)]
+    assert sorted(np.concatenate(shares).tolist()) == list(range(1003))
+    whole = epoch_indices(1003, seed=1, epoch=4)
+    assert all(np.array_equal(whole[r::world], share) for r, share in enumerate(shares))
+    for other in ({"seed": 2, "epoch": 4}, {"seed": 1, "epoch": 5}, {"seed": 4, "epoch": 1}):
+        assert not np.array_equal(whole, epoch_indices(1003, **other))
+
+
+def test_ranks_train_on_equally_many_full_batches():
+    """Of 101 images rank 0 has 51, rank 1 has 50: with batches of 17, only one could make three."""
+    seen = []
+    for rank in (0, 1):
+        got = collect(
+            train_batches(numbered(101), augment(), 17, seed=0, epoch=0, rank=rank, world=2)
+        )
+        assert [images.shape for images, _ in got] == [(17, 3, 8, 8)] * 2
+        seen += np.concatenate([labels for _, labels in got]).tolist()
+    assert len(set(seen)) == len(seen) == 68
+
+
+def test_too_few_images_for_a_batch():
+    with pytest.raises(UserError, match="numbered: 7 images are not one batch of 4 on each of 2"):
+        train_batches(numbered(7), augment(), 4, seed=0, epoch=0, world=2)
+    with pytest.raises(UserError, match="after batch 3 of 2"):
+        train_batches(numbered(9), augment(), 4, seed=0, epoch=0, skip_batches=3)
+
+
+# random numbers
+
+
+@pytest.fixture(scope="module")
+def source():
+    return numbered(210)
+
+
+def epoch(source, number, **keywords):
+    return train_batches(source, augment(), 16, seed=3, epoch=number, **keywords)
+
+
+def test_epochs_differ_but_do_not_depend_on_the_ones_before(source):
+    alone = collect(epoch(source, 5))
+    for number in range(5):
+        assert not equal(collect(epoch(source, number)), alone)
+    assert equal(collect(epoch(source, 5)), alone)
+
+
+def test_augmentation_differs_between_epochs_and_ranks(source):
+    """Not the order only: the same image looks different."""
+    first = {int(n): x for xs, ns in collect(epoch(source, 0)) for x, n in zip(xs, ns)}
+    second = {int(n): x for xs, ns in collect(epoch(source, 1)) for x, n in zip(xs, ns)}
+    both = first.keys() & second.keys()
+    assert sum(np.array_equal(first[n], second[n]) for n in both) < 0.1 * len(both)
+    one_image = ArraySource(np.tile(source[0][0], (64, 1, 1, 1)), np.arange(64), ["x"], "same")
+    ranks = [collect(epoch(one_image, 0, rank=rank, world=2)) for rank in (0, 1)]
+    assert not any(np.array_equal(a[0], b[0]) for a, b in zip(*ranks))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("skip", [0, 1, 7, 12, 13])
+def test_skipping_gives_the_rest_to_the_last_bit(source, skip, workers):
+    if workers > os.cpu_count():
+        pytest.skip("one core")
+    whole = collect(epoch(source, 2, workers=workers))
+    assert len(whole) == 13
+    rest = epoch(source, 2, workers=workers, skip_batches=skip)
+    assert len(rest) == 13 - skip and equal(collect(rest), whole[skip:])
+
+
+def test_pipelines_beside_do_not_disturb(source):
+    expected = collect(epoch(source, 7))
+    batches, other = epoch(source, 7), epoch(source, 8)
+    got = []
+    for number, (images, labels) in enumerate(batches.iterate(output_numpy=True)):
+        if number == 3:
+            collect(eval_batches(source, EVAL.operations(False), 32))
+        if number == 5:
+            collect(other)
+        got.append((images.copy(), labels.copy()))
+    assert equal(got, expected)
+    assert equal(collect(batches), expected)
+
+
+def test_arrays_stay_valid_after_the_next_batch(source):
+    kept = [images for images, _ in epoch(source, 1).iterate(output_numpy=True)]
+    assert equal([(a,) for a in kept], [(a,) for a, _ in collect(epoch(source, 1))])
+
+
+def test_global_generators_are_left_alone(source):
+    random.seed(1)
+    np.random.seed(1)
+    expected = random.random(), np.random.rand()
+    random.seed(1)
+    np.random.seed(1)
+    next(iter(epoch(source, 0)))
+    assert (random.random(), np.random.rand()) == expected
+
+
+def test_large_seeds_are_accepted(source):
+    next(iter(train_batches(source, augment(), 16, seed=2**40, epoch=10**6)))
+
+
+def test_workers(caplog):
+    cores = os.cpu_count()
+    assert 1 <= choose_workers(0) <= min(8, cores) and choose_workers(1) == 1
+    with caplog.at_level(logging.WARNING):
+        assert choose_workers(cores + 3) == choose_workers(cores + 3) == cores
+    assert len(caplog.records) == 1 and f"{cores + 3} data workers asked for" in caplog.text
+    with pytest.raises(UserError):
+        choose_workers(-1)
+
+
+# broken files
+
+
+@pytest.fixture
+def files(tmp_path):
+    paths = [tmp_path / f"{i:02}.jpg" for i in range(40)]
+    for i, path in enumerate(paths):
+        noise = np.random.default_rng(i).integers(0, 256, (20, 20, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(path)
+    return FileSource([str(path) for path in paths], np.zeros(40), ["x"], "files")
+
+
+def cut(path):
+    """Without a check of ours MindSpore takes it for an image."""
+    with open(path, "r+b") as file:
+        file.truncate(os.path.getsize(path) - 100)
+
+
+def cut_in_header(path):
+    """Without a check of ours MindSpore ends the process with SIGFPE."""
+    with open(path, "r+b") as file:
+        file.truncate(os.path.getsize(path) // 4)
+
+
+def cut_in_a_marker(path):
+    """Without a check of ours MindSpore hangs."""
+    with open(path, "r+b") as file:
+        file.truncate(90)
+
+
+def text(path):
+    with open(path, "w") as file:
+        file.write("<html>404</html>")
+
+
+def empty(path):
+    open(path, "w").close()
+
+
+@pytest.mark.parametrize("damage", [cut, cut_in_header, cut_in_a_marker, text, empty, os.remove])
+def test_a_broken_file_is_named(files, damage):
+    damage(files.describe(29))
+    assert find_broken(files, range(40)) == files.describe(29)
+    assert find_broken(files, range(29)) is None
+    good = 0
+    with pytest.raises(UserError) as caught:
+        for _ in eval_batches(files, EVAL.operations(True), 4):
+            good += 1
+    message = f"{files.describe(29)}: not a readable image; remove or replace it"
+    assert str(caught.value) == message and good <= 7
+
+
+def test_a_broken_file_is_named_in_training(files):
+    text(files.describe(3))
+    operations = train_operations((8, 8), MEAN, STD, encoded=True)
+    for skip in (0, 2):
+        batches = train_batches(files, operations, 8, seed=0, epoch=0, skip_batches=skip)
+        with pytest.raises(UserError, match="03.jpg: not a readable image"):
+            list(batches)
+
+
+class Faulty(Source):
+    encoded = False
+
+    def __getitem__(self, index):
+        raise KeyError("a fault of another kind")
+
+
+def test_other_failures_pass_through(files):
+    with pytest.raises(RuntimeError, match="a fault of another kind"):
+        list(eval_batches(Faulty(np.zeros(4), ["x"], "faulty"), EVAL.operations(False), 2))
+
+    def fails(image):
+        raise KeyError("a fault of another kind")
+
+    with pytest.raises(RuntimeError, match="a fault of another kind"):
+        list(eval_batches(files, [fails], 2))

@@ -1,0 +1,247 @@
+"""Pillow and torchvision's arithmetic, written out in numpy, are the truth here."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from src.data.transforms import Preprocessing, is_cut_off, train_operations
+from src.errors import UserError
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def photo(height, width, seed=0):
+    """Smooth colours with grain, uint8 [H, W, 3]."""
+    rng = np.random.default_rng(seed)
+    colours = Image.fromarray(rng.integers(0, 256, (9, 7, 3), dtype=np.uint8))
+    smooth = np.asarray(colours.resize((width, height), Image.BICUBIC), np.int32)
+    return (smooth + rng.integers(-20, 21, smooth.shape)).clip(0, 255).astype(np.uint8)
+
+
+def file_of(image, kind="JPEG", mode="RGB"):
+    buffer = io.BytesIO()
+    Image.fromarray(image).convert(mode).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def normalised(pixels):
+    scaled = (np.asarray(pixels, np.float64) / 255 - MEAN) / STD
+    return scaled.transpose(2, 0, 1)
+
+
+def torchvision_eval(image, short, crop):
+    """Resize(short, BICUBIC), CenterCrop(crop), ToTensor, Normalize as torchvision has them."""
+    height, width = image.shape[:2]
+    if width <= height:
+        size = (short, int(short * height / width))
+    else:
+        size = (int(short * width / height), short)
+    resized = np.asarray(Image.fromarray(image).resize(size, Image.BICUBIC))
+    top = int(round((resized.shape[0] - crop[0]) / 2.0))
+    left = int(round((resized.shape[1] - crop[1]) / 2.0))
+    return normalised(resized[top : top + crop[0], left : left + crop[1]])
+
+
+# Widths after resizing to 256: 257, 259, 261, 263 (remainders 1 and 3 of 4, where roundings part),
+# then everyday photographs, upright, tiny, and a size whose long side is not a whole number.
+SIZES = [(256, 257), (256, 259), (261, 256), (263, 256)]
+SIZES += [(272, 365), (500, 333), (375, 500), (60, 45), (300, 451)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("crop", [(224, 224), (221, 160)])
+def test_short_side_and_crop_agree_with_torchvision(size, crop):
+    image = photo(*size)
+    ours = Preprocessing(crop, 256, MEAN, STD)(image)
+    assert ours.shape == (3, *crop) and ours.dtype == np.float32
+    np.testing.assert_allclose(ours, torchvision_eval(image, 256, crop), atol=2e-6)
+
+
+def test_every_remainder_of_the_crop_offset():
+    """Without resampling: the pixel that lands in the corner tells the offset."""
+    same = Preprocessing((20, 20), 40, (0, 0, 0), (1, 1, 1))
+    for width in range(40, 80):
+        image = np.zeros((40, width, 3), np.uint8)
+        image[:, :, 0] = np.arange(width)
+        assert round(255 * float(same(image)[0, 0, 0])) == int(round((width - 20) / 2.0)), width
+
+
+@pytest.mark.parametrize("resize", [None, (96, 64), (101, 67)])
+def test_exact_resize(resize):
+    image = photo(135, 181)
+    height, width = resize or (96, 64)
+    resized = np.asarray(Image.fromarray(image).resize((width, height), Image.BICUBIC))
+    top, left = round((height - 96) / 2), round((width - 64) / 2)
+    expected = normalised(resized[top : top + 96, left : left + 64])
+    ours = Preprocessing((96, 64), resize, MEAN, STD)(image)
+    np.testing.assert_allclose(ours, expected, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    "kind, mode",
+    [("JPEG", "RGB"), ("JPEG", "L"), ("JPEG", "CMYK"), ("PNG", "RGBA"), ("PNG", "P"), ("PNG", "LA")]
+    + [("BMP", "RGB"), ("TIFF", "RGB")],
+)
+def test_files_decode_as_in_pillow(kind, mode):
+    content = file_of(photo(70, 90), kind, mode)
+    pixels = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+    preprocessing = Preprocessing((32, 32), 40, MEAN, STD)
+    expected = torchvision_eval(pixels, 40, (32, 32))
+    np.testing.assert_allclose(preprocessing(content), expected, atol=2e-6)
+    array = np.frombuffer(content, np.uint8)
+    assert np.array_equal(preprocessing(array), preprocessing(pixels))
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "nearest"])
+def test_other_interpolations_agree_with_pillow_on_an_integer_enlargement(interpolation):
+    image = photo(20, 30)
+    filtering = getattr(Image, interpolation.upper())
+    expected = normalised(Image.fromarray(image).resize((90, 60), filtering))
+    ours = Preprocessing((60, 90), None, MEAN, STD, interpolation)(image)
+    one_level = 1 / 255 / min(STD)
+    np.testing.assert_allclose(ours, expected, atol=1.01 * one_level)
+
+
+def test_json_round_trip():
+    for resize in (256, None, [240, 250]):
+        given = Preprocessing([224, 192], resize, list(MEAN), STD)
+        assert Preprocessing.from_dict(json.loads(json.dumps(given.to_dict()))) == given
+        assert given.image_size == (224, 192)
+    with pytest.raises(UserError, match="crop_pct"):
+        Preprocessing.from_dict({**given.to_dict(), "crop_pct": 0.875})
+    with pytest.raises(UserError, match="std"):
+        Preprocessing.from_dict({k: v for k, v in given.to_dict().items() if k != "std"})
+
+
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        ({"resize": 191}, "resize 191 is smaller"),
+        ({"resize": (192, 223)}, "smaller than the crop"),
+        ({"interpolation": "lanczos"}, "lanczos"),
+        ({"std": (0.2, 0.2, 0)}, "std"),
+        ({"mean": (0.5,)}, "three values"),
+        ({"image_size": (0, 224)}, "image_size"),
+    ],
+)
+def test_senseless_values_are_refused(change, match):
+    good = {"image_size": (192, 224), "resize": 224, "mean": MEAN, "std": STD}
+    Preprocessing(**good)
+    with pytest.raises(UserError, match=match):
+        Preprocessing(**{**good, **change})
+
+
+def test_what_is_no_image_is_refused():
+    preprocessing = Preprocessing((32, 32), None, MEAN, STD)
+    whole = file_of(photo(50, 50))
+    bad = [whole[:length] for length in range(0, len(whole) - 2, 20)]
+    bad += [b"hello", b"\xff\xd8\xff" + b"x" * 50, file_of(photo(50, 50), "WEBP")]
+    for content in bad:
+        with pytest.raises(UserError, match="not a readable image"):
+            preprocessing(content)
+    for wrong in (np.zeros((5, 5), np.uint8), np.zeros((5, 5, 3), np.float32)):
+        with pytest.raises(ValueError, match="uint8"):
+            preprocessing(wrong)
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"exif": b"\xff\xda\xff\xd9" * 20}])
+def test_a_cut_off_jpeg_is_seen_at_any_length(options):
+    buffer = io.BytesIO()
+    Image.fromarray(photo(20, 30)).save(buffer, "JPEG", **options)
+    content = np.frombuffer(buffer.getvalue(), np.uint8)
+    assert all(is_cut_off(content[:length]) for length in range(2, len(content)))
+    assert not is_cut_off(content)
+    assert not is_cut_off(np.concatenate([content, np.zeros(9, np.uint8)]))  # padded
+    filled = [content[:2], np.full(3, 0xFF, np.uint8), content[2:]]
+    assert not is_cut_off(np.concatenate(filled))
+
+
+def test_other_formats_are_left_to_the_decoder():
+    for kind in ("PNG", "BMP", "TIFF"):
+        assert not is_cut_off(np.frombuffer(file_of(photo(20, 30), kind), np.uint8)[:200])
+
+
+# Training. The first channel holds the row, the second the column, so a crop shows its place.
+
+PLAIN = {"mean": (0, 0, 0), "std": (1 / 255,) * 3}  # leaves 0..255 as they are
+
+
+def grid(height, width):
+    rows, columns = np.mgrid[:height, :width]
+    return np.stack([rows + 1, columns + 1, 0 * rows], -1).astype(np.uint8)
+
+
+def run(operations, image):
+    for operation in operations:
+        image = operation(image)
+    return image
+
+
+def test_pad_crop_reaches_every_offset_and_flips_half():
+    operations = train_operations(
+        (12, 10), **PLAIN, encoded=False, crop="pad", padding=2, hflip=0.5
+    )
+    offsets, flips, times = set(), 0, 800
+    for _ in range(times):
+        rows, columns, _ = run(operations, grid(12, 10)).round().astype(int)
+        flipped = columns[6, 4] > columns[6, 5]
+        flips += flipped
+        columns = columns[:, ::-1] if flipped else columns
+        offsets.add((rows[6, 5] - 7, columns[6, 5] - 6))
+    assert offsets == {(y, x) for y in range(-2, 3) for x in range(-2, 3)}
+    assert abs(flips / times - 0.5) < 0.09  # five standard deviations
+
+
+def test_no_flip_when_it_is_zero():
+    operations = train_operations((12, 10), **PLAIN, encoded=False, crop="pad", padding=0, hflip=0)
+    for _ in range(20):
+        assert np.abs(run(operations, grid(12, 10)).transpose(1, 2, 0) - grid(12, 10)).max() < 1e-3
+
+
+def test_pad_crop_resizes_other_sizes_first():
+    operations = train_operations((32, 24), MEAN, STD, encoded=True, crop="pad", padding=0, hflip=0)
+    content = file_of(photo(80, 70))
+    expected = normalised(Image.open(io.BytesIO(content)).resize((24, 32), Image.BICUBIC))
+    ours = run(operations, np.frombuffer(content, np.uint8))
+    np.testing.assert_allclose(ours, expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("encoded", [False, True])
+def test_random_resized_crop_takes_areas_and_aspects_in_range(encoded):
+    """Estimated from the slopes of the row and column ramps in the output."""
+    operations = train_operations(
+        (40, 40), **PLAIN, encoded=encoded, scale=(0.25, 0.5), ratio=(0.8, 1.25), hflip=0
+    )
+    image = grid(200, 200)
+    item = np.frombuffer(file_of(image, "PNG"), np.uint8) if encoded else image
+    areas, aspects = [], []
+    for _ in range(200):
+        rows, columns, _ = run(operations, item)
+        height = (rows[30, 20] - rows[10, 20]) * 2
+        width = (columns[20, 30] - columns[20, 10]) * 2
+        areas.append(height * width / 200**2)
+        aspects.append(width / height)
+    assert 0.22 < min(areas) < 0.28 and 0.46 < max(areas) < 0.53
+    assert 0.75 < min(aspects) < 0.87 and 1.15 < max(aspects) < 1.32
+    assert abs(np.mean(areas) - 0.375) < 0.03
+
+
+def test_full_crop_is_pillows_bicubic_resize():
+    content = file_of(photo(120, 180))
+    full = {"scale": (1.0, 1.0), "ratio": (1.5, 1.5), "hflip": 0}
+    expected = normalised(Image.open(io.BytesIO(content)).resize((48, 32), Image.BICUBIC))
+    pixels = np.asarray(Image.open(io.BytesIO(content)))
+    for encoded, item in ((True, np.frombuffer(content, np.uint8)), (False, pixels)):
+        ours = run(train_operations((32, 48), MEAN, STD, encoded=encoded, **full), item)
+        assert ours.dtype == np.float32
+        np.testing.assert_allclose(ours, expected, atol=2e-6)
+
+
+def test_unknown_choices_are_refused():
+    with pytest.raises(UserError, match="crop 'centre'"):
+        train_operations((8, 8), MEAN, STD, encoded=False, crop="centre")
+    with pytest.raises(UserError, match="interpolation 'area'"):
+        train_operations((8, 8), MEAN, STD, encoded=False, interpolation="area")

@@ -1,0 +1,37 @@
+"""Train a CvT: python train.py --config config/digits/cvt_nano.yaml [--output DIR] [--resume]."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from src.config import parse
+from src.errors import UserError, executable
+from src.runtime import log_to, prepare_environment
+
+
+@executable
+def main(argv: list[str]) -> None:
+    """Train what the configuration describes."""
+
+    def add_arguments(parser) -> None:
+        parser.add_argument(
+            "--output", type=str, help="folder of the run; default: runs/ and the recipe's name"
+        )
+        parser.add_argument(
+            "--resume", action="store_true", help="go on with the run in the output folder"
+        )
+
+    config, arguments = parse(argv, "train.py", "Train a network.", add_arguments)
+    if arguments.config is None and arguments.output is None:
+        raise UserError("--config is missing; give a recipe, as config/digits/cvt_nano.yaml")
+    name = Path(arguments.config or "run").with_suffix("").parts[-2:]
+    output = Path(arguments.output or Path("runs", "_".join(name)))
+    prepare_environment()
+    log_to()
+    from src.training.run import train  # MindSpore takes seconds: arguments are checked by now
+
+    train(config, output, arguments.resume)
+
+
+if __name__ == "__main__":
+    main()
