@@ -288,9 +288,12 @@ def parse(
         _check_mapping(Path(config), schema)
         argv = ["--config", str(config), *argv]
     namespace = parser.parse_args(argv)
-    namespace = parser.instantiate_classes(namespace)
-    keys = [f.name for f in dataclasses.fields(schema)]
-    settings = schema(**{key: namespace.pop(key) for key in keys})
+    settings = schema(
+        **{
+            group.name: group.type(**vars(namespace.pop(group.name)))
+            for group in dataclasses.fields(schema)
+        }
+    )
     namespace.config = config
     return settings, namespace
 

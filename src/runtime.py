@@ -50,7 +50,11 @@ def setup(config: RuntimeConfig) -> str:
         )
     if device == "CPU" and config.precision == "bfloat16":
         raise UserError("runtime.precision bfloat16: the CPU has no such kernels; take float32")
-    ms.set_device(device, config.device_id if device != "CPU" else None)
+    try:
+        ms.set_device(device, config.device_id)
+    except RuntimeError:  # chosen before in this process, which allows one choice
+        if ms.get_context("device_target") != device:
+            raise
     ms.set_context(mode=ms.GRAPH_MODE if config.mode == "graph" else ms.PYNATIVE_MODE)
     ms.set_seed(config.seed)
     random.seed(config.seed)

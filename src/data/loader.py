@@ -13,7 +13,7 @@ import mindspore.dataset as ds
 import numpy as np
 
 from src.data.sources import Source
-from src.data.transforms import decode, is_cut_off
+from src.data.transforms import decode, is_cut_off, no_dump
 from src.errors import UserError
 
 _log = logging.getLogger(__name__)
@@ -158,19 +158,19 @@ class Batches:
             return
         with _pipeline_seed(self._seed):
             batches = self.pipeline().create_tuple_iterator(num_epochs=1, output_numpy=output_numpy)
-        done = 0
-        while True:
-            try:
-                images, labels = next(batches)
-            except StopIteration:
-                return
-            except RuntimeError as error:
-                broken = find_broken(self.source, self._in_flight(done))
-                if broken is None:
-                    raise
-                raise UserError(f"{broken}: not a readable image; remove or replace it") from error
-            done += 1
-            yield images, labels
+        with no_dump():
+            for done in range(len(self) + 1):
+                try:
+                    item = next(batches)
+                except StopIteration:
+                    return
+                except RuntimeError as error:
+                    broken = find_broken(self.source, self._in_flight(done))
+                    if broken is None:
+                        raise
+                    message = f"{broken}: not a readable image; remove or replace it"
+                    raise UserError(message) from error
+                yield item
 
     def _in_flight(self, done: int) -> np.ndarray:
         """Items that the pipeline may have been at when it failed, `done` batches after the start.

@@ -1,0 +1,222 @@
+"""Parameters and multiply-accumulates (MACs) of a network, counted from its cells and their shapes.
+
+One MAC is one multiplication and one addition. The "FLOPs" of the CvT paper (tables 3 and 5) are
+MACs and contain the attention products q k^T and weights v; here these stand apart. Counted are
+convolutions, Linears and the attention products; not counted are norms, softmax, activations,
+biases, pooling and sums, as usual.
+
+Nothing runs, so that CvT-W24 at 384 px (193 GMACs) or an image of any size takes milliseconds: a
+rule per composite cell carries the token grid through the real cells and reads every size off their
+weights. A layer that no rule visits raises, and tests compare the counts with recorded calls.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from mindspore import Parameter, nn
+
+from src.errors import UserError
+from src.models.cvt import CvT, Stage
+from src.models.layers import Attention
+
+try:
+    from mindspore.nn.utils import no_init_parameters as uninitialised
+except ImportError:  # announced to go after MindSpore 2.9; creation then only takes longer
+    uninitialised = contextlib.nullcontext
+
+_RUNNING_STATISTICS = ("moving_mean", "moving_variance")
+
+
+@dataclass(frozen=True)
+class StageComplexity:
+    """One stage's share, for one image.
+
+    `grid` is the stage's output (H, W) in tokens, None for the head; `parameters` counts numbers
+    that training changes, without BatchNorm's running statistics; the rest are MACs.
+    """
+
+    name: str
+    grid: tuple[int, int] | None
+    parameters: int
+    convolution_macs: int
+    linear_macs: int
+    attention_macs: int
+
+    @property
+    def total_macs(self) -> int:
+        """Convolutions, Linears and attention products together."""
+        return self.convolution_macs + self.linear_macs + self.attention_macs
+
+    def to_dict(self) -> dict[str, str | int | list[int]]:
+        """Plain values, ready for JSON; without a grid where there is none."""
+        grid = {} if self.grid is None else {"grid": list(self.grid)}
+        return {
+            "name": self.name,
+            **grid,
+            "parameters": self.parameters,
+            "convolution_macs": self.convolution_macs,
+            "linear_macs": self.linear_macs,
+            "attention_macs": self.attention_macs,
+            "total_macs": self.total_macs,
+        }
+
+
+@dataclass(frozen=True)
+class Complexity:
+    """The stages in their order, and what comes behind them as "head"."""
+
+    stages: tuple[StageComplexity, ...]
+
+    @property
+    def total(self) -> StageComplexity:
+        """The sums over the stages; total.parameters and total.total_macs are the paper's figures.
+
+        Its `name` is "total".
+        """
+        names = ("parameters", "convolution_macs", "linear_macs", "attention_macs")
+        sums = {name: sum(getattr(stage, name) for stage in self.stages) for name in names}
+        return StageComplexity("total", None, **sums)
+
+    def to_dict(self) -> dict[str, list | dict]:
+        """Plain values, ready for JSON: `stages`, a list, and `total`."""
+        return {
+            "stages": [stage.to_dict() for stage in self.stages],
+            "total": self.total.to_dict(),
+        }
+
+    def __str__(self) -> str:
+        """An aligned table; MACs in units of 10^9 (G), those of a small network of 10^6 (M)."""
+        unit, size = ("G", 1e9) if self.total.total_macs >= 1e9 else ("M", 1e6)
+        kinds = (f"{unit}MACs: conv", "linear", "attention", "total")
+        rows = [["stage", "output", "parameters", *kinds]]
+        for row in (*self.stages, self.total):
+            macs = (row.convolution_macs, row.linear_macs, row.attention_macs, row.total_macs)
+            grid = "" if row.grid is None else f"{row.grid[0]} x {row.grid[1]}"
+            rows.append(
+                [row.name, grid, f"{row.parameters:,}", *(f"{count / size:.3f}" for count in macs)]
+            )
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = []
+        for name, *cells in rows:
+            cells = [cell.rjust(width) for cell, width in zip(cells, widths[1:])]
+            lines.append("  ".join([name.ljust(widths[0]), *cells]))
+        return "\n".join(lines)
+
+
+def complexity(net: nn.Cell, image_size: int | Sequence[int]) -> Complexity:
+    """Count a network for one image.
+
+    Args:
+        net: a network of `src.models.create_model`. Only shapes are read: one that was created
+            under `uninitialised()` does and saves the time and memory of initialisation.
+        image_size: pixels, one number or (H, W).
+
+    Raises:
+        UserError: a size that the network can't take.
+        TypeError: a network, or a layer in it, that no rule here knows.
+    """
+    if not isinstance(net, CvT):
+        raise TypeError(f"no rule counts a {type(net).__name__}; add one to {__name__}")
+    stages, visited = _cvt(net, image_size)
+    for name, cell in net.cells_and_names():
+        if isinstance(getattr(cell, "weight", None), Parameter) and id(cell) not in visited:
+            raise TypeError(
+                f"no rule counts {name}, a {type(cell).__name__}; add one to {__name__}"
+            )
+    return Complexity(stages)
+
+
+@dataclass
+class _Count:
+    """MACs gathered on the way through a stage, and the ids of the cells that were counted."""
+
+    convolution: int = 0
+    linear: int = 0
+    attention: int = 0
+    visited: set[int] = field(default_factory=set)
+
+    def convolve(self, cell: nn.Conv2d, grid: tuple[int, int]) -> tuple[int, int]:
+        """Count a convolution over (H, W) and return its output's (H', W')."""
+        if cell.pad_mode != "pad" or not isinstance(cell.padding, int):
+            raise TypeError(f"no rule counts a convolution with padding {cell.padding!r}")
+        grid = tuple(
+            (edge + 2 * cell.padding - dilation * (kernel - 1) - 1) // stride + 1
+            for edge, kernel, stride, dilation in zip(
+                grid, cell.kernel_size, cell.stride, cell.dilation
+            )
+        )
+        self.convolution += cell.weight.size * math.prod(grid)
+        self.visited.add(id(cell))
+        return grid
+
+    def apply(self, cell: nn.Dense, tokens: int) -> None:
+        """Count a Linear over so many tokens."""
+        self.linear += cell.weight.size * tokens
+        self.visited.add(id(cell))
+
+    def entry(self, name: str, grid: tuple[int, int] | None, parameters: int) -> StageComplexity:
+        """What was gathered, as a row of the result."""
+        macs = (self.convolution, self.linear, self.attention)
+        return StageComplexity(name, grid, parameters, *macs)
+
+
+def _cvt(net: CvT, image_size: int | Sequence[int]) -> tuple[tuple[StageComplexity, ...], set[int]]:
+    """The rows of a CvT, and the ids of the cells that they count."""
+    net.grids(image_size)  # raises where the strides can't take the size
+    grid = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    rows, visited = [], set()
+    for i, stage in enumerate((net.stage0, net.stage1, net.stage2)):
+        count = _Count(visited=visited)
+        grid = _stage(stage, grid, count)
+        if stage.pos_embed_grid not in (None, grid):
+            raise UserError(
+                f"image_size {image_size}: the position embedding of stage{i} has a grid of "
+                f"{stage.pos_embed_grid}, this size gives {grid}: create the model with it"
+            )
+        rows.append(count.entry(f"stage{i}", grid, _parameters(stage)))
+    count = _Count(visited=visited)
+    if net.num_classes:
+        count.apply(net.head, 1)
+    rest = _parameters(net) - sum(row.parameters for row in rows)
+    return (*rows, count.entry("head", None, rest)), visited
+
+
+def _stage(stage: Stage, size: tuple[int, int], count: _Count) -> tuple[int, int]:
+    """Count a stage for a map of `size` (H, W) and return its grid of tokens."""
+    grid = count.convolve(stage.patch_embed.proj, size)
+    tokens = stage.has_cls_token + math.prod(grid)
+    for block in stage.blocks:
+        _attention(block.attn, grid, count)
+        count.apply(block.mlp.fc1, tokens)
+        count.apply(block.mlp.fc2, tokens)
+    return grid
+
+
+def _attention(cell: Attention, grid: tuple[int, int], count: _Count) -> None:
+    """Count the projections and both products of an attention over a grid of tokens (H, W)."""
+    kv_grid = grid
+    if cell.qkv_projection == "conv":
+        count.convolve(cell.conv_proj_q.conv, grid)
+        kv_grid = count.convolve(cell.conv_proj_k.conv, grid)
+        count.convolve(cell.conv_proj_v.conv, grid)
+    elif cell.qkv_projection == "avg":
+        kv_grid = [len(cell.pool_kv._windows(edge)[1]) for edge in grid]
+    tokens = cell.has_cls_token + math.prod(grid)
+    kv_tokens = cell.has_cls_token + math.prod(kv_grid)
+    count.apply(cell.proj_q, tokens)
+    count.apply(cell.proj_k, kv_tokens)
+    count.apply(cell.proj_v, kv_tokens)
+    count.apply(cell.proj, tokens)
+    count.attention += 2 * cell.num_heads * cell.head_dim * tokens * kv_tokens
+
+
+def _parameters(cell: nn.Cell) -> int:
+    return sum(
+        parameter.size
+        for parameter in cell.get_parameters()
+        if not parameter.name.endswith(_RUNNING_STATISTICS)
+    )

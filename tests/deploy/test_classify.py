@@ -1,0 +1,68 @@
+"""Files and folders on the command line of infer.py, without a network."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from src.deploy.classify import classify_files
+from src.deploy.predictor import Prediction
+from src.errors import UserError
+
+
+class Brightness:
+    """Stands in for a Predictor: the class is bright or dark."""
+
+    batch_size = 2
+
+    def prepare(self, path):
+        try:
+            return np.asarray(Image.open(path).convert("RGB"), np.float32)
+        except OSError:
+            raise UserError(f"{path}: not a readable image") from None
+
+    def classify(self, inputs, top_k):
+        assert len(inputs) <= 2
+        names = ["bright" if each.mean() > 100 else "dark" for each in inputs]
+        return [[Prediction(0, name, 0.75)] for name in names]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for i, value in enumerate((200, 10, 220)):
+        path = tmp_path / "images" / f"sub{i % 2}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4), (value,) * 3).save(path)
+    return tmp_path / "images"
+
+
+def test_a_line_per_image_and_json(folder, tmp_path, capsys):
+    classify_files(Brightness(), str(folder), 1, str(tmp_path / "out.json"))
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    expected = [
+        [str(folder / "sub0/0.png"), "bright", "0.7500"],
+        [str(folder / "sub0/2.png"), "bright", "0.7500"],
+        [str(folder / "sub1/1.png"), "dark", "0.7500"],
+    ]
+    assert lines == expected
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert [entry["file"] for entry in written] == [line[0] for line in expected]
+    assert written[2]["top"] == [{"label": 0, "name": "dark", "probability": 0.75}]
+
+
+def test_broken_files_are_named_and_the_others_classified(folder, tmp_path, capsys):
+    (folder / "sub0/1.png").write_bytes(b"nothing")
+    with pytest.raises(UserError, match="1 of 4 files: .*sub0/1.png: not a readable image"):
+        classify_files(Brightness(), str(folder), 1, None)
+    assert len(capsys.readouterr().out.splitlines()) == 3
+    with pytest.raises(UserError, match="^.*sub0/1.png: not a readable image"):
+        classify_files(Brightness(), str(folder / "sub0/1.png"), 1, None)
+
+
+def test_places_without_images_are_refused(tmp_path):
+    with pytest.raises(UserError, match="no such file or folder"):
+        classify_files(Brightness(), str(tmp_path / "gone"), 1, None)
+    (tmp_path / "note.txt").touch()
+    with pytest.raises(UserError, match="no images in it"):
+        classify_files(Brightness(), str(tmp_path), 1, None)

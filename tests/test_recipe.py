@@ -1,0 +1,96 @@
+"""From keys to objects."""
+
+import dataclasses
+
+import mindspore as ms
+import numpy as np
+import pytest
+
+from src.config import Config, DataConfig, ModelConfig, RuntimeConfig
+from src.data import open_source
+from src.errors import UserError
+from src.recipe import build_model, build_preprocessing, resolve_classes
+from tests.conftest import TINY
+
+
+def config(**groups):
+    sizes = {"name": "cvt_nano", "image_size": 32, **TINY, **groups.pop("model", {})}
+    groups.setdefault("data", DataConfig(source="digits"))
+    return Config(model=ModelConfig(**sizes), **groups)
+
+
+def test_every_model_key_reaches_the_network():
+    """Each value differs from the variant's own; the network must show it."""
+    keys = {
+        "embed_dims": [8, 16, 24],
+        "depths": [2, 1, 1],
+        "num_heads": [2, 4, 8],
+        "mlp_ratio": 2.0,
+        "kv_stride": 1,
+        "qkv_projection": "avg",
+        "cls_token": False,
+        "pos_embed": True,
+        "patch_embed": "patch",
+        "drop_path_rate": 0.25,
+        "drop_rate": 0.125,
+        "num_classes": 7,
+    }
+    assert keys.keys() | {"name", "image_size"} == {f.name for f in dataclasses.fields(ModelConfig)}
+    net = build_model(config(model={**keys, "image_size": [32, 48]}))
+    block = net.stage0.blocks[1]
+    shapes = {p.name: p.shape for p in net.get_parameters()}
+    assert shapes["stage2.patch_embed.norm.gamma"] == (24,)
+    assert (block.attn.num_heads, block.mlp.fc1.out_channels) == (2, 16)
+    assert (block.attn.pool_kv.stride, block.drop_path1.rate) == (1, 0.25)
+    assert block.mlp.drop1.rate == 0.125
+    assert "stage2.cls_token" not in shapes and shapes["stage0.pos_embed"] == (1, 16 * 24, 8)
+    assert net.stage0.patch_embed.proj.kernel_size == (2, 2) and shapes["head.bias"] == (7,)
+
+
+def test_classes_come_from_the_data():
+    source = open_source("digits", None, "val")
+    resolved = resolve_classes(config(model={"num_classes": None}), source)
+    assert resolved.model.num_classes == 10
+    assert resolved.data.class_names == list("0123456789")
+    assert resolve_classes(config(model={"num_classes": 12}), source).model.num_classes == 12
+    with pytest.raises(UserError, match="model.num_classes 3"):
+        resolve_classes(config(model={"num_classes": 3}), source)
+
+
+@pytest.mark.parametrize(
+    "size, ratio, resize",
+    [(224, 0.875, 256), (384, None, None), ([192, 256], 0.875, 292), (32, 1.0, 32)],
+)
+def test_evaluation_resizes_as_configured(size, ratio, resize):
+    data = DataConfig(source="digits", crop_ratio=ratio)
+    preprocessing = build_preprocessing(config(model={"image_size": size}, data=data))
+    assert preprocessing.resize == resize
+    assert preprocessing.image_size == ((size, size) if isinstance(size, int) else tuple(size))
+
+
+def test_a_crop_larger_than_the_image_is_refused():
+    with pytest.raises(UserError, match="data.crop_ratio"):
+        build_preprocessing(config(data=DataConfig(source="digits", crop_ratio=1.5)))
+
+
+def test_float16_computes_in_float16_but_for_norms_softmax_and_output():
+    net = build_model(config()).set_train(False)
+    half = build_model(config(runtime=RuntimeConfig(precision="float16"))).set_train(False)
+    for target, source in zip(half.get_parameters(), net.get_parameters()):
+        target.set_data(source.copy())
+    assert all(p.dtype == ms.float32 for p in half.get_parameters())
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+    seen = {}
+
+    def watch(name):
+        return lambda cell, inputs, output: seen.__setitem__(name, output.dtype)
+
+    half.stage0.blocks[0].mlp.fc1.register_forward_hook(watch("Linear"))
+    half.stage0.blocks[0].norm1.register_forward_hook(watch("LayerNorm"))
+    half.stage0.blocks[0].attn.conv_proj_q.bn.register_forward_hook(watch("BatchNorm"))
+    images = ms.Tensor(np.random.default_rng(0).standard_normal((2, 3, 32, 32)), ms.float32)
+    logits, expected = half(images), net(images)
+    assert seen == {"Linear": ms.float16, "LayerNorm": ms.float32, "BatchNorm": ms.float32}
+    assert logits.dtype == ms.float32
+    difference = np.abs(logits.asnumpy() - expected.asnumpy()).max()
+    assert 0 < difference < 5e-3

@@ -1,0 +1,142 @@
+"""Whole runs of a tiny network: what they leave, and that an interrupted one ends the same."""
+
+import dataclasses
+import json
+
+import mindspore as ms
+import numpy as np
+import pytest
+
+from src.config import load_config
+from src.data import ArraySource, open_source
+from src.errors import UserError
+from src.training import trainer
+from src.training.run import train
+from src.training.trainer import Trainer
+from tests.conftest import ROOT
+
+
+def test_a_run_leaves_what_the_contract_says(trained):
+    assert sorted(p.relative_to(trained).as_posix() for p in trained.rglob("*") if p.is_file()) == [
+        "checkpoints/best.ckpt",
+        "checkpoints/last.ckpt",
+        "config.yaml",
+        "curves.png",
+        "log.txt",
+        "metrics.jsonl",
+    ]
+    rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    keys = ["epoch", "step", "lr", "train_loss", "top1", "top5", "images_per_second", "seconds"]
+    assert all(set(keys) <= set(row) for row in rows)
+    assert [(row["epoch"], row["step"]) for row in rows] == [(1, 16), (2, 32)]
+    assert rows[1]["train_loss"] < rows[0]["train_loss"]
+    log = (trained / "log.txt").read_text()
+    assert "4000 training images, 1000 held out" in log and "epoch 2/2" in log
+    assert (trained / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_best_holds_the_average_and_last_the_whole_state(trained):
+    best = ms.load_checkpoint(str(trained / "checkpoints/best.ckpt"))
+    last = ms.load_checkpoint(str(trained / "checkpoints/last.ckpt"))
+    assert not any(name.startswith(("ema.", "moment")) for name in best)
+    assert set(best) | {f"ema.{name}" for name in best} < set(last)
+    rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    if rows[-1]["top1"] == max(row["top1"] for row in rows):
+        for name, value in best.items():
+            assert np.array_equal(value.asnumpy(), last[f"ema.{name}"].asnumpy())
+    assert int(last["step"].asnumpy()) == 32
+
+
+@pytest.fixture
+def few_digits(monkeypatch):
+    """Runs see 200 digits in training and 50 held out."""
+
+    def open_split(config, split):
+        source = open_source("digits", None, split)
+        some = range(0, len(source), 20)
+        images = np.stack([source[i][0] for i in some])
+        return ArraySource(images, source.labels[::20], source.class_names, split)
+
+    monkeypatch.setattr(trainer, "open_split", open_split)
+
+
+def small(folder, **changes):
+    """The shared run's recipe in PyNative mode: nothing to compile."""
+    config = load_config(folder / "config.yaml")
+    config.runtime.mode = "pynative"
+    config.training.batch_size = 50
+    for key, value in changes.items():
+        group, _, name = key.partition("__")
+        setattr(getattr(config, group), name, value)
+    return config
+
+
+def test_a_resumed_run_equals_one_that_went_through(trained, few_digits, tmp_path, monkeypatch):
+    """Drop path, augmentation and EMA on; stopped behind the first epoch; equal to the last bit."""
+    config = small(trained, model__drop_path_rate=0.3, training__epochs=2)
+    train(config, tmp_path / "whole")
+    real = Trainer._train_epoch
+
+    def dies(self, epoch):
+        if epoch == 1:
+            raise KeyboardInterrupt
+        return real(self, epoch)
+
+    monkeypatch.setattr(Trainer, "_train_epoch", dies)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "parts")
+    monkeypatch.undo()
+    train(config, tmp_path / "parts", resume=True)
+    states = [ms.load_checkpoint(str(tmp_path / run / "checkpoints/last.ckpt"))
+              for run in ("whole", "parts")]  # fmt: skip
+    assert states[0].keys() == states[1].keys()
+    for name in states[0]:
+        assert np.array_equal(states[0][name].asnumpy(), states[1][name].asnumpy()), name
+    timing = ("seconds", "images_per_second")
+    rows = [
+        [
+            {key: value for key, value in json.loads(line).items() if key not in timing}
+            for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()
+        ]
+        for run in ("whole", "parts")
+    ]
+    assert rows[0] == rows[1] and len(rows[0]) == 2
+
+
+def test_a_folder_with_a_run_is_not_written_over(trained):
+    before = (trained / "metrics.jsonl").read_text()
+    with pytest.raises(UserError, match="holds a run; add --resume"):
+        train(small(trained), trained)
+    assert (trained / "metrics.jsonl").read_text() == before
+
+
+def test_resuming_with_other_settings_names_them(trained):
+    config = load_config(trained / "config.yaml")
+    config.optimizer.lr, config.training.batch_size = 0.5, 7
+    with pytest.raises(UserError, match="optimizer.lr 0.002, not 0.5 .also training.batch_size"):
+        train(config, trained, resume=True)
+
+
+def test_resuming_nothing_is_refused(trained, tmp_path):
+    with pytest.raises(UserError, match="no checkpoints/last.ckpt"):
+        train(small(trained), tmp_path, resume=True)
+
+
+def test_a_loss_that_is_not_finite_stops_before_it_is_saved(trained, few_digits, tmp_path):
+    config = small(trained, optimizer__lr=1e30, optimizer__warmup_epochs=0)
+    with pytest.raises(UserError, match="step 2: the loss is not finite .*lower optimizer.lr"):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_too_few_images_for_a_batch(trained, tmp_path):
+    with pytest.raises(UserError, match="4000 images are not one batch of 5000"):
+        train(small(trained, training__batch_size=5000), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_digits_recipe_is_the_quickstart_recipe():
+    """What the README promises of the quickstart holds for this recipe only."""
+    assert "config/digits/cvt_nano.yaml" in (ROOT / "scripts/quickstart.sh").read_text()
+    recipe = load_config(ROOT / "config/digits/cvt_nano.yaml")
+    assert dataclasses.asdict(recipe)["data"]["source"] == "digits"

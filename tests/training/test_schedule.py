@@ -1,0 +1,34 @@
+"""Learning rates against the official recipe's values."""
+
+import math
+
+import numpy as np
+import pytest
+
+from src.training.schedule import learning_rates
+
+RECIPE = {"peak": 2e-3, "warmup_start": 1e-6, "minimum": 1e-5, "epochs": 300, "warmup_epochs": 5}
+
+
+def test_per_epoch_as_the_official_recipe():
+    rates = learning_rates(**RECIPE, steps_per_epoch=7, per="epoch").reshape(300, 7)
+    assert rates.dtype == np.float32
+    assert (rates == rates[:, :1]).all(), "one rate an epoch"
+    for epoch in (0, 1, 4):
+        expected = 1e-6 + (2e-3 - 1e-6) * epoch / 5
+        assert rates[epoch, 0] == pytest.approx(expected, rel=1e-6)
+    for epoch in (5, 150, 299):
+        expected = 1e-5 + (2e-3 - 1e-5) * (1 + math.cos(math.pi * epoch / 300)) / 2
+        assert rates[epoch, 0] == pytest.approx(expected, rel=1e-6)
+
+
+def test_per_step_is_smooth_and_never_above_the_peak():
+    rates = learning_rates(**RECIPE, steps_per_epoch=7, per="step")
+    assert rates.argmax() in (34, 35) and rates.max() <= 2e-3
+    assert (np.diff(rates[:34]) > 0).all() and (np.diff(rates[35:]) < 0).all()
+    assert rates[-1] == pytest.approx(1e-5, rel=1e-3)
+
+
+def test_without_warm_up_it_starts_at_the_peak():
+    rates = learning_rates(**{**RECIPE, "warmup_epochs": 0}, steps_per_epoch=2)
+    assert rates[0] == np.float32(2e-3)
