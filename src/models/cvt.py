@@ -306,5 +306,6 @@ def cvt_nano(**kwargs) -> CvT:
         "patch_sizes": (5, 3, 3),
         "patch_strides": (2, 2, 2),
         "patch_paddings": (2, 1, 1),
+        "mlp_ratio": 2.0,
     }
     return CvT(**{**sizes, **kwargs})
