@@ -15,7 +15,9 @@ def main(argv: list[str]) -> None:
     """Print top-1, top-5, loss, images counted and img/s of a checkpoint on the held-out images."""
 
     def add_arguments(parser) -> None:
-        parser.add_argument("--ckpt", type=str, required=True, help="the checkpoint")
+        parser.add_argument(
+            "--ckpt", type=str, required=True, help="weights: .ckpt, .safetensors, .pth, .bin"
+        )
         parser.add_argument("--json", type=str, help="also write the figures to this file")
 
     description = "Evaluate a checkpoint; --config is found in its run's folder."

@@ -14,7 +14,9 @@ def main(argv: list[str]) -> None:
     """Write a file for deployment and check it against the checkpoint."""
 
     def add_arguments(parser) -> None:
-        parser.add_argument("--ckpt", type=str, required=True, help="the checkpoint")
+        parser.add_argument(
+            "--ckpt", type=str, required=True, help="weights: .ckpt, .safetensors, .pth, .bin"
+        )
         parser.add_argument(
             "--format", choices=("mindir", "air"), default="mindir", help="air: on Ascend only"
         )

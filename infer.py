@@ -12,7 +12,7 @@ def main(argv: list[str]) -> None:
     """Print a line per image: path, class, probability."""
 
     def add_arguments(parser) -> None:
-        parser.add_argument("--model", type=str, required=True, help="a .mindir or a .ckpt")
+        parser.add_argument("--model", type=str, required=True, help="a .mindir, or weights")
         parser.add_argument("--input", type=str, required=True, help="an image or a folder")
         parser.add_argument("--top_k", type=int, default=5, help="candidates an image")
         parser.add_argument("--json", type=str, help="also write the candidates to this file")

@@ -14,9 +14,18 @@ from src.models import create_model
 
 
 def image_size(config: ModelConfig) -> tuple[int, int]:
-    """(height, width) in pixels."""
+    """(height, width) in pixels.
+
+    Raises:
+        UserError: no such size.
+    """
     size = config.image_size
-    return (size, size) if isinstance(size, int) else tuple(size)
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    if len(size) != 2 or min(size) < 1:
+        raise UserError(
+            f"model.image_size {config.image_size}: must be a number of pixels, or [height, width]"
+        )
+    return size
 
 
 def build_model(config: Config) -> nn.Cell:

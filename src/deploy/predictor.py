@@ -16,7 +16,7 @@ from src.config import load_config, run_config_of
 from src.data import Preprocessing
 from src.errors import UserError
 from src.recipe import build_model, build_preprocessing
-from src.weights import load_weights
+from src.weights import WEIGHT_SUFFIXES, load_weights
 
 
 class Prediction(NamedTuple):
@@ -33,8 +33,8 @@ class Predictor:
         Predictor("model.mindir")(["a.jpg", "b.png"])
 
     Args:
-        path: a .mindir with its .json beside it, or a .ckpt with its run's config.yaml.
-        config: a recipe for a .ckpt that has no config.yaml beside it.
+        path: a .mindir with its .json beside it, or weights (a .ckpt with its run's config.yaml).
+        config: a recipe for weights that have no config.yaml beside them.
         batch_size: images at once, where the file leaves it open.
 
     Raises:
@@ -44,10 +44,10 @@ class Predictor:
     def __init__(self, path: str | Path, config: str | Path | None = None, batch_size: int = 16):
         path = Path(path)
         if not path.is_file():
-            raise UserError(f"{path}: no such file; give a .mindir or a .ckpt")
-        openers = {".mindir": _open_mindir, ".ckpt": _open_checkpoint}
+            raise UserError(f"{path}: no such file; give a .mindir or weights")
+        openers = {".mindir": _open_mindir, **dict.fromkeys(WEIGHT_SUFFIXES, _open_weights)}
         if path.suffix not in openers:
-            raise UserError(f"{path}: must be a .mindir or a .ckpt")
+            raise UserError(f"{path}: must be one of {' '.join(openers)}")
         self._run, self.preprocessing, self.class_names, fixed = openers[path.suffix](path, config)
         self.batch_size = fixed or batch_size
         self._fixed = fixed is not None
@@ -118,7 +118,7 @@ def _open_mindir(path: Path, config: str | Path | None) -> _Opened:
     return graph, preprocessing, names, fixed
 
 
-def _open_checkpoint(path: Path, config: str | Path | None) -> _Opened:
+def _open_weights(path: Path, config: str | Path | None) -> _Opened:
     config = config or run_config_of(path)
     if config is None:
         raise UserError(f"{path}: no config.yaml of a run beside it; give --config")

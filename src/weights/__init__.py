@@ -1,19 +1,17 @@
 """Weight files: the only room that reads or writes them."""
 
-from src.weights.checkpoint import (
-    LoadReport,
-    load_state,
-    load_weights,
-    make_readable,
-    save_checkpoint,
-    sha256_of,
-)
+from src.weights.checkpoint import make_readable, save_checkpoint, save_weights, sha256_of
+from src.weights.load import WEIGHT_SUFFIXES, load_state, load_weights
+from src.weights.report import LoadReport, WeightsMismatch
 
 __all__ = [
+    "WEIGHT_SUFFIXES",
     "LoadReport",
+    "WeightsMismatch",
     "load_state",
     "load_weights",
     "make_readable",
     "save_checkpoint",
+    "save_weights",
     "sha256_of",
 ]

@@ -1,77 +1,93 @@
-"""Weight files: written whole or not at all, checked when read, never loaded in part silently."""
+"""MindSpore's checkpoints and safetensors: written whole or not at all, checked when read.
+
+A `.ckpt` is a protobuf message (mindspore/ccsrc/utils/checkpoint.proto), at its end perhaps
+`crc_num` and ten bytes of a CRC-32:
+
+    Checkpoint { repeated Value value = 1 }    Value { string tag = 1; TensorProto tensor = 2 }
+    TensorProto { repeated int64 dims = 1; string tensor_type = 2; bytes tensor_content = 3 }
+
+It is read here and not by `mindspore.load_checkpoint`, which believes a file's dims (what the file
+lacks becomes zeros, and 24 bytes can claim 4 GB), takes half a minute for 5 MB of tiny tensors, and
+holds twice the file in memory. Values of one tag are the slices of a tensor of more than 512 MB.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
+import math
 import os
-from dataclasses import dataclass, field
+import zlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor, nn, ops
+from mindspore import Tensor, nn
+from safetensors import SafetensorError, deserialize
 
 from src.errors import UserError
+from src.weights.content import AGAIN, WIDENED, Content, short, widen
 
-EMA = "ema."
-TRAINING_ONLY = ("moment1.", "moment2.", "step")
-_CRC_MARK, _CRC_BYTES = b"crc_num", 17  # how MindSpore ends a checkpoint that has a checksum
-
-
-@dataclass
-class LoadReport:
-    """What became of every tensor of a file and every parameter of a network.
-
-    `loaded`, `missing`, `unexpected` and `ignored` hold names; `mismatched` holds
-    (name, shape in the file, shape in the network); `ignored` are state of training.
-    """
-
-    path: str
-    loaded: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
-    unexpected: list[str] = field(default_factory=list)
-    mismatched: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
-    ignored: list[str] = field(default_factory=list)
-    averaged: bool = False  # the file holds a moving average, and that was taken
-
-    def __str__(self) -> str:
-        text = f"{len(self.loaded)} tensors loaded from {self.path}"
-        text += " (the moving average)" if self.averaged else ""
-        return text + (f", {len(self.ignored)} of training left" if self.ignored else "")
-
-    def complaint(self) -> str:
-        """One line that names what does not fit, or "" where everything does."""
-        shapes = [f"{name} {there} for {here}" for name, there, here in self.mismatched]
-        kinds = (
-            (self.missing, "missing"),
-            (self.unexpected, "unexpected"),
-            (shapes, "of another shape"),
-        )
-        return "; ".join(f"{len(names)} {kind}: {_some(names)}" for names, kind in kinds if names)
+_CRC_MARK, _CRC_BYTES = b"crc_num", 17
+_CKPT_TYPES = {"Bool": "?", "Int8": "i1", "UInt8": "u1", "BFloat16": "<u2"}
+_CKPT_TYPES |= {f"Float{bits}": f"<f{bits // 8}" for bits in (16, 32, 64)}
+_CKPT_TYPES |= {f"Int{bits}": f"<i{bits // 8}" for bits in (16, 32, 64)}
+_CKPT_TYPES |= {f"UInt{bits}": f"<u{bits // 8}" for bits in (16, 32, 64)}
+_SAFETENSORS_TYPES = {"BOOL": "?", "I8": "i1", "U8": "u1", "BF16": "<u2"}
+_SAFETENSORS_TYPES |= {f"{k.upper()}{n}": f"<{k}{n // 8}" for k in "fiu" for n in (16, 32, 64)}
+# Bounds on the work a hostile file can ask for; CvT-W24's training state has under 3,000 tensors.
+_MAX_TENSORS, _MAX_FIELDS, _MAX_HEADER = 20_000, 64, 16 << 20
 
 
-def _some(names: list[str], count: int = 3) -> str:
-    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
-
-
-def save_checkpoint(parameters: dict[str, Tensor], path: Path, **extra: int | float | str) -> None:
-    """Write an ordinary MindSpore checkpoint with a checksum, aside first, then in one move.
+def save_checkpoint(
+    parameters: Mapping[str, Tensor], path: str | Path, **extra: int | float | str
+) -> None:
+    """Write an ordinary MindSpore file with a checksum, aside first, then in one move.
 
     A reader sees the old file or the new one, whole, whatever interrupts the writing.
+
+    Args:
+        parameters: by name.
+        path: ends in .ckpt or .safetensors.
+        extra: numbers or strings to save beside them (.ckpt only).
 
     Raises:
         UserError: the file can't be written.
     """
+    path = Path(path)
+    kind = path.suffix[1:]
+    if kind not in ("ckpt", "safetensors"):
+        raise UserError(f"{path}: the name must end in .ckpt or .safetensors")
     entries = [{"name": name, "data": tensor} for name, tensor in parameters.items()]
-    aside = path.with_name(f".{path.stem}.partial.ckpt")
+    aside = path.with_name(f".{path.stem}.partial.{kind}")
     try:
-        ms.save_checkpoint(entries, str(aside), append_dict=extra or None, crc_check=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(aside, "wb"):  # MindSpore would tell of a failure on the console, at length
+            pass
+        ms.save_checkpoint(
+            entries, str(aside), append_dict=extra or None, crc_check=True, format=kind
+        )
         make_readable(aside)
         with open(aside, "rb") as file:
             os.fsync(file.fileno())
         os.replace(aside, path)
     except (OSError, RuntimeError) as error:
+        with contextlib.suppress(OSError):
+            aside.unlink()
         raise UserError(f"{path}: can't be written: {' '.join(str(error).split())}") from error
+
+
+def save_weights(weights: nn.Cell | Mapping[str, Tensor], path: str | Path) -> None:
+    """Write a network's parameters, or a dict of them, to a .ckpt or .safetensors file.
+
+    Raises:
+        UserError: another suffix, or the file can't be written.
+    """
+    if isinstance(weights, nn.Cell):
+        weights = {parameter.name: parameter for parameter in weights.get_parameters()}
+    save_checkpoint(weights, path)
 
 
 def make_readable(path: Path) -> None:
@@ -81,91 +97,160 @@ def make_readable(path: Path) -> None:
     path.chmod(0o666 & ~mask)
 
 
-def read_checkpoint(path: str | Path) -> dict[str, np.ndarray]:
-    """Every tensor of a checkpoint by name; numbers and strings saved beside them come as 0-d.
+def read_checkpoint(path: str | Path) -> Content:
+    """Every tensor of a .ckpt; numbers and strings saved beside them come as 0-d arrays.
+
+    The arrays are read-only windows on one copy of the file, not necessarily aligned.
 
     Raises:
         UserError: no such file, no checkpoint, or a damaged one.
     """
+    return _read(path, _parse_checkpoint, "restore or remake it")
+
+
+def read_safetensors(path: str | Path) -> Content:
+    """Every tensor of a .safetensors file; a checksum by MindSpore is compared.
+
+    Raises:
+        UserError: no such file, another format, damaged, or of types that aren't read.
+    """
+    return _read(path, _parse_safetensors, AGAIN)
+
+
+def _read(path: str | Path, parse, advice: str) -> Content:
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; give a checkpoint")
-    if path.suffix != ".ckpt":
-        raise UserError(f"{path}: not a MindSpore checkpoint; its name must end in .ckpt")
     try:
-        tensors = ms.load_checkpoint(str(path), crc_check=_has_checksum(path))
-    except (ValueError, RuntimeError, TypeError, OSError) as error:
-        raise UserError(
-            f"{path}: damaged, or no MindSpore checkpoint; restore or remake it"
-        ) from error
-    return {
-        name: value.asnumpy() if isinstance(value, Tensor) else np.asarray(value)
-        for name, value in tensors.items()
+        if not path.is_file():
+            raise UserError("there is no such file")
+        content = parse(path)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; give a file that can be read") from None
+    except (ValueError, IndexError, KeyError, TypeError, SafetensorError) as error:
+        reason = short(error) or type(error).__name__
+        kind = path.suffix[1:]
+        raise UserError(f"{path}: damaged, or no {kind} file ({reason}); {advice}") from error
+    if not content.tensors:
+        raise UserError(f"{path}: no tensors in it; {advice}")
+    return content
+
+
+def _parse_checkpoint(path: Path) -> Content:
+    data = memoryview(path.read_bytes())
+    if bytes(data[-_CRC_BYTES:][: len(_CRC_MARK)]) == _CRC_MARK:
+        checksum = int.from_bytes(data[len(_CRC_MARK) - _CRC_BYTES :], "big")
+        data = data[:-_CRC_BYTES]
+        if zlib.crc32(data) != checksum:
+            raise ValueError("its checksum differs")
+    pieces: dict[str, tuple[str, list[int], list[memoryview]]] = {}
+    for number, value in _fields(data, _MAX_TENSORS):
+        if number != 1 or isinstance(value, int):
+            raise ValueError("no list of tensors")
+        tag, kind, dims, content = _value(value)
+        known, shape, contents = pieces.setdefault(tag, (kind, dims, []))
+        if (known, shape) != (kind, dims):
+            raise ValueError(f"{short(tag)} comes twice")
+        contents.append(content)
+    tensors = {
+        tag: _array(tag, kind, dims, b"".join(contents) if len(contents) > 1 else contents[0])
+        for tag, (kind, dims, contents) in pieces.items()
     }
+    widened = any(kind == "BFloat16" for kind, _, _ in pieces.values())
+    return Content(tensors, [WIDENED] if widened else [])
 
 
-def _has_checksum(path: Path) -> bool:
-    with open(path, "rb") as file:
-        file.seek(-min(path.stat().st_size, _CRC_BYTES), os.SEEK_END)
-        return file.read(len(_CRC_MARK)) == _CRC_MARK
+def _varint(data: memoryview, at: int) -> tuple[int, int]:
+    """A protobuf integer, and where it ends."""
+    value = shift = 0
+    while shift < 64:
+        byte = data[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+        shift += 7
+    raise ValueError("an integer without end")
 
 
-def load_weights(net: nn.Cell, path: str | Path, strict: bool = True) -> LoadReport:
-    """Load a checkpoint into a network; of a training state with a moving average, the average.
-
-    Args:
-        net: is changed only if the file fits, or `strict` is false.
-        path: a MindSpore checkpoint (.ckpt).
-        strict: raise on anything missing, left over or misshapen. Otherwise load what fits; the
-            report tells what did not.
-
-    Raises:
-        UserError: an unreadable file, or, if strict, one that doesn't fit.
-    """
-    tensors = read_checkpoint(path)
-    report = LoadReport(str(path))
-    report.averaged = any(name.startswith(EMA) for name in tensors)
-    if report.averaged:
-        plain = [n for n in tensors if f"{EMA}{n}" in tensors]
-        report.ignored = plain
-        tensors = {n.removeprefix(EMA): t for n, t in tensors.items() if n not in plain}
-    state = [n for n, t in tensors.items() if n.startswith(TRAINING_ONLY) or t.ndim == 0]
-    report.ignored += state
-    tensors = {name: tensor for name, tensor in tensors.items() if name not in state}
-    _assign(dict(net.parameters_and_names()), tensors, report, strict)
-    return report
+def _fields(data: memoryview, limit: int) -> Iterator[tuple[int, int | memoryview]]:
+    """The fields of a protobuf message: number and value, an integer or bytes."""
+    at = count = 0
+    while at < len(data):
+        count += 1
+        if count > limit:
+            raise ValueError(f"more than {limit} fields")
+        key, at = _varint(data, at)
+        value, at = _varint(data, at)
+        if key & 7 == 2:  # bytes; 0 is an integer, and a checkpoint has no other types
+            start, at = at, at + value
+            if at > len(data):
+                raise ValueError("cut short")
+            value = data[start:at]
+        elif key & 7:
+            raise ValueError("no checkpoint's fields")
+        yield key >> 3, value
 
 
-def _assign(parameters, tensors, report: LoadReport, strict: bool) -> None:
-    """Sort names into the report, then copy what fits, unless strict forbids."""
-    parameters = {parameter.name: parameter for parameter in parameters.values()}
-    report.unexpected = [name for name in tensors if name not in parameters]
-    report.missing = [name for name in parameters if name not in tensors]
-    for name, tensor in tensors.items():
-        if name not in parameters:
-            continue
-        if tensor.shape != parameters[name].shape:
-            report.mismatched.append((name, tensor.shape, parameters[name].shape))
+def _value(message: memoryview) -> tuple[str, str, list[int], memoryview]:
+    """Tag, type, dims and content of a Value."""
+    value = dict(_fields(message, _MAX_FIELDS))
+    if not (isinstance(value.get(1), memoryview) and isinstance(value.get(2), memoryview)):
+        raise ValueError("a value that is no tensor")
+    dims: list[int] = []
+    rest: dict[int, int | memoryview] = {}
+    for number, field in _fields(value[2], _MAX_FIELDS):
+        if number == 1:
+            dims.append(field)
         else:
-            report.loaded.append(name)
-    if strict and report.complaint():
-        raise UserError(f"{report.path}: does not fit the network: {report.complaint()}")
-    for name in report.loaded:  # assign, because a compiled graph does not see set_data
-        ops.assign(parameters[name], Tensor(tensors[name], parameters[name].dtype))
+            rest[number] = field
+    return str(value[1], "utf-8"), str(rest[2], "utf-8"), dims, rest[3]
 
 
-def load_state(cell: nn.Cell, path: Path) -> dict[str, float]:
-    """Load every parameter of a training step; returns the numbers saved beside them.
+def _array(tag: str, kind: str, dims: list[int], content: bytes | memoryview) -> np.ndarray:
+    if kind == "str":
+        return np.asarray(str(content, "utf-32-le"))
+    if kind not in _CKPT_TYPES:
+        raise UserError(f"{short(tag)} is of type {short(kind)}, which is not read; save float32")
+    dtype = np.dtype(_CKPT_TYPES[kind])
+    shape = () if dims == [0] and len(content) else tuple(dims)  # [0]: a number's, in older files
+    if math.prod(shape) * dtype.itemsize != len(content):
+        raise ValueError(f"{short(tag)} of {shape} has {len(content)} bytes")
+    array = np.frombuffer(content, dtype).reshape(shape)
+    return widen(array) if kind == "BFloat16" else array
 
-    Raises:
-        UserError: an unreadable file, or one of another network or recipe.
-    """
-    tensors = read_checkpoint(path)
-    names = {parameter.name for parameter in cell.get_parameters()}
-    extra = {n: t.item() for n, t in tensors.items() if n not in names and t.ndim == 0}
-    tensors = {name: tensor for name, tensor in tensors.items() if name not in extra}
-    _assign(dict(cell.parameters_and_names()), tensors, LoadReport(str(path)), strict=True)
-    return extra
+
+def _parse_safetensors(path: Path) -> Content:
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    if length > _MAX_HEADER:
+        raise ValueError("its header is too large")
+    entries = deserialize(raw)  # checks that the header and the bytes agree
+    metadata = json.loads(raw[8 : 8 + length]).get("__metadata__") or {}
+    checksum = metadata.get("crc_num")
+    del raw
+    # Of a scalar, MindSpore sums up as many zeros as its value, so such a sum proves nothing.
+    provable = checksum is not None and all(entry["shape"] for _, entry in entries)
+    if provable and _checksum(entries) != int(checksum):
+        raise ValueError("its checksum differs")
+    tensors, widened = {}, False
+    while entries:  # from the end, so that no raw bytes lie beside all the widened ones
+        name, entry = entries.pop()
+        kind = entry["dtype"]
+        if kind not in _SAFETENSORS_TYPES:
+            raise UserError(f"{short(name)} is of type {kind}, which is not read; save float32")
+        array = np.frombuffer(entry["data"], _SAFETENSORS_TYPES[kind]).reshape(entry["shape"])
+        widened |= kind == "BF16"
+        tensors[name] = widen(array) if kind == "BF16" else array
+    return Content(dict(reversed(list(tensors.items()))), [WIDENED] if widened else [])
+
+
+def _checksum(entries: list[tuple[str, dict]]) -> int:
+    """As mindspore.save_checkpoint(format="safetensors", crc_check=True) computes it."""
+    number = 0
+    for name, entry in sorted(entries, key=lambda item: item[0]):
+        number = zlib.crc32(entry["data"], zlib.crc32(name.encode(), number))
+    return number
 
 
 def sha256_of(path: str | Path) -> str:

@@ -1,0 +1,131 @@
+"""convert.py, and what recognises a published variant."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mindspore import Tensor
+
+from src.config import Config, ModelConfig
+from src.errors import UserError
+from src.models import create_model, list_models
+from src.weights import convert as conversion
+from src.weights import load_weights, save_weights
+from src.weights.names import to_ours
+from tests.conftest import ROOT, TINY, run_command
+from tests.golden import official, pico
+
+MALICIOUS = Path(__file__).parent / "data/malicious.pth"
+SOURCE = official.FOLDER / "pico_hf.bin"
+
+
+@pytest.fixture
+def config() -> Config:
+    sizes = {name: list(value) for name, value in pico.SIZES.items()}
+    return Config(model=ModelConfig(name="cvt_13", image_size=64, **sizes))
+
+
+@pytest.fixture
+def recipe(tmp_path) -> str:
+    path = tmp_path / "pico.yaml"
+    path.write_text(pico.RECIPE)
+    return str(path)
+
+
+def test_command(tmp_path, recipe):
+    words = ("--src", str(SOURCE), "--config", recipe, "--verify", "--dst")
+    done = run_command("convert.py", *words, "new/pico.ckpt", cwd=tmp_path)
+    assert done.returncode == 0 and done.stderr == ""
+    lines = done.stdout.splitlines()
+    target = tmp_path / "new/pico.ckpt"
+    assert len([line for line in lines if line.startswith("loaded ")]) == 203
+    assert len([line for line in lines if line.startswith("left ")]) == 18
+    assert ["loaded", "head.bias", "[10]", "[10]", "classifier.bias"] in map(str.split, lines)
+    assert "203 tensors loaded" in done.stdout and "Hugging Face names, 203 renamed" in done.stdout
+    assert "verified: the largest difference of the logits is 0" in lines
+    for path in (SOURCE, target):
+        assert hashlib.sha256(path.read_bytes()).hexdigest() in done.stdout
+    assert [path.name for path in target.parent.iterdir()] == ["pico.ckpt"]
+    net = pico.model()
+    load_weights(net, target)
+    assert np.abs(net(pico.images()).asnumpy() - pico.LOGITS).max() <= 2e-5
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--src", SOURCE, "--dst", "x.pth"], "--dst x.pth: the name must end in .ckpt or"),
+        (["--src", SOURCE, "--dst", "old.ckpt"], "--dst old.ckpt: exists; add --force"),
+        (["--src", "old.ckpt", "--dst", "old.ckpt", "--force"], "--dst old.ckpt: exists"),
+        (["--src", SOURCE, "--dst", "x.ckpt", "--model", "cvt_13", "--config", "r"], "one of them"),
+        (["--src", "nowhere.pth", "--dst", "x.ckpt"], "nowhere.pth: there is no such file"),
+        (["--src", "old.ckpt", "--dst", "x.ckpt"], "old.ckpt: damaged, or no ckpt file"),
+        (["--src", SOURCE, "--dst", "x.ckpt", "--model", "cvt_14"], "did you mean cvt_"),
+        (["--src", MALICIOUS, "--dst", "x.ckpt"], "the pickle asks for posix.system"),
+        (["--src", SOURCE, "--dst", "x.ckpt"], "give --config with the model's keys"),
+    ],
+)
+def test_refusals_leave_nothing(tmp_path, words, message):
+    (tmp_path / "old.ckpt").write_text("something else")
+    done = run_command("convert.py", *map(str, words), cwd=tmp_path)
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["old.ckpt"]
+    assert (tmp_path / "old.ckpt").read_text() == "something else"
+
+
+def test_to_safetensors_and_back_is_exact(tmp_path, config):
+    paths = [tmp_path / name for name in ("a.ckpt", "b.safetensors", "c.ckpt")]
+    for source, target in zip([SOURCE, *paths], paths):
+        conversion.convert(source, target, None, config, verify=False)
+    assert paths[0].read_bytes() == paths[2].read_bytes()
+
+
+def test_another_result_is_not_kept(tmp_path, config, monkeypatch):
+    def save_another(net, path):
+        weights = {parameter.name: parameter for parameter in net.get_parameters()}
+        save_weights({**weights, "head.bias": Tensor(np.zeros(10, np.float32))}, path)
+
+    monkeypatch.setattr(conversion, "save_weights", save_another)
+    (tmp_path / "x.ckpt").write_text("as it was")
+    with pytest.raises(UserError, match="logits differ by .*: not kept"):
+        conversion.convert(SOURCE, tmp_path / "x.ckpt", None, config, verify=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.ckpt"]
+    assert (tmp_path / "x.ckpt").read_text() == "as it was"
+
+
+@pytest.mark.parametrize("variant", ["cvt_13", "cvt_21", "cvt_w24"])
+def test_published_variants_are_recognised(variant):
+    names = official.NAMES[variant]
+    weights = {name: shape for name, shape in names.items() if "num_batches" not in name}
+    _, renamed = to_ours(weights)
+    nothing = np.zeros(())
+    tensors = {renamed[n]: np.broadcast_to(nothing, shape) for n, shape in weights.items()}
+    assert conversion._recognise(Path("x"), tensors) == variant
+
+
+def test_our_own_variants_are_recognised(tmp_path):
+    net = create_model("cvt_nano", num_classes=7)
+    save_weights(net, tmp_path / "x.ckpt")
+    done = conversion.convert(tmp_path / "x.ckpt", tmp_path / "y.safetensors", None, None, False)
+    assert done.model == "cvt_nano" and len(done.report.loaded) == len(list(net.get_parameters()))
+    assert done.difference is None
+    assert set(conversion._VARIANTS.values()) <= set(list_models())
+
+
+def test_a_backbone_without_head_converts(tmp_path):
+    sizes = {key: list(value) for key, value in TINY.items() if key != "num_classes"}
+    save_weights(create_model("cvt_nano", num_classes=0, **sizes), tmp_path / "x.ckpt")
+    config = Config(model=ModelConfig(name="cvt_nano", image_size=32, **sizes))
+    done = conversion.convert(tmp_path / "x.ckpt", tmp_path / "y.ckpt", None, config, True)
+    assert done.difference == 0
+    assert (tmp_path / "x.ckpt").read_bytes() == (tmp_path / "y.ckpt").read_bytes()
+
+
+def test_help_tells_every_option():
+    done = run_command("convert.py", "--help", cwd=ROOT)
+    assert done.returncode == 0
+    for option in ("--src", "--dst", "--model", "--verify", "--force", "--config"):
+        assert option in done.stdout

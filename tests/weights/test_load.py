@@ -1,0 +1,326 @@
+"""Loading into a network: real files against the official logits, and everything that can't fit."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import subprocess
+import sys
+import time
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import Parameter, Tensor, nn
+from safetensors.numpy import save_file
+
+from src.errors import UserError
+from src.models import create_model
+from src.weights import (
+    WeightsMismatch,
+    load_state,
+    load_weights,
+    save_checkpoint,
+    save_weights,
+)
+from src.weights.load import interpolate_pos_embed
+from tests.conftest import ROOT, TINY
+from tests.golden import official, pico
+
+
+def values(net: nn.Cell) -> dict[str, np.ndarray]:
+    return {parameter.name: parameter.asnumpy().copy() for parameter in net.get_parameters()}
+
+
+def same(first: dict, second: dict) -> bool:
+    return first.keys() == second.keys() and all(
+        first[name].tobytes() == second[name].tobytes() for name in first
+    )
+
+
+def saved(net: nn.Cell, path, **changes) -> str:
+    """A file of the network's tensors, some of them changed or (None) left out."""
+    tensors = {parameter.name: parameter for parameter in net.get_parameters()}
+    tensors.update({name.replace("__", "."): change for name, change in changes.items()})
+    save_weights({n: t for n, t in tensors.items() if t is not None}, path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def net() -> nn.Cell:
+    """Not to be changed."""
+    return create_model("cvt_nano", **TINY)
+
+
+@pytest.fixture
+def other() -> nn.Cell:
+    return create_model("cvt_nano", **TINY)
+
+
+def test_files_of_real_libraries_give_the_official_logits():
+    """A function is compiled before the first file and must see each; it would not see set_data."""
+    model, images = pico.model(), pico.images()
+
+    @ms.jit
+    def compiled(images):
+        return model(images)
+
+    for name in pico.FILES:
+        for parameter in model.get_parameters():
+            ms.ops.assign(parameter, ms.ops.zeros_like(parameter))
+        assert not compiled(images).asnumpy().any()
+        report = load_weights(model, official.FOLDER / name)
+        limit = 2e-2 if "fp16" in name else 2e-5
+        assert np.abs(compiled(images).asnumpy() - pico.LOGITS).max() <= limit, name
+        assert len(report.loaded) == len(list(model.get_parameters())) == 203
+        assert not (report.missing or report.unexpected or report.mismatched)
+        assert set(report.ignored.values()) == {"num_batches_tracked"} and len(report.ignored) == 18
+        assert report.naming == ("Hugging Face names" if "hf" in name else "official names")
+        assert report.cast == ({"float16": 203} if "fp16" in name else {})
+        assert ("taken from state_dict" in report.notes) == ("wrapped" in name)
+
+
+def test_round_trip_is_exact_to_the_bit(tmp_path, net, other):
+    special = Tensor(np.array([np.nan, -0.0, 1e-45, np.inf] + [1 / 3] * 6, np.float32))
+    first = saved(net, tmp_path / "a.ckpt", head__bias=special)
+    load_weights(other, first)
+    save_weights(other, tmp_path / "b.safetensors")
+    again = create_model("cvt_nano", **TINY)
+    load_weights(again, tmp_path / "b.safetensors")
+    save_weights(again, tmp_path / "c.ckpt")
+    assert (tmp_path / "a.ckpt").read_bytes() == (tmp_path / "c.ckpt").read_bytes()
+    assert values(again)["head.bias"].tobytes() == special.asnumpy().tobytes()
+
+
+def test_plain_files_of_mindspore_load(tmp_path, net, other):
+    """Without a checksum, with the state that MindSpore's own training loop adds."""
+    entries = [{"name": p.name, "data": p} for p in net.get_parameters()]
+    state = {"moments.head.weight": (2,), "global_step": (1,), "learning_rate": (5,)}
+    entries += [{"name": n, "data": Tensor(np.zeros(s, np.float32))} for n, s in state.items()]
+    ms.save_checkpoint(entries, str(tmp_path / "x.ckpt"), append_dict={"epoch_num": 3})
+    ms.save_checkpoint(net, str(tmp_path / "y.safetensors"), format="safetensors")
+    for file, left in (("x.ckpt", {*state, "epoch_num"}), ("y.safetensors", set())):
+        report = load_weights(other, tmp_path / file)
+        assert same(values(other), values(net)) and set(report.ignored) == left
+        load_weights(other, saved(net, tmp_path / "z.ckpt", head__bias=Tensor(np.ones(10, "f4"))))
+
+
+def test_bfloat16_and_other_types_are_converted(tmp_path, net, other):
+    arrays = {name: array.astype(np.float64) for name, array in values(net).items()}
+    save_file(arrays, tmp_path / "x.safetensors")
+    report = load_weights(other, tmp_path / "x.safetensors")
+    assert same(values(other), values(net)) and report.cast == {"float64": len(arrays)}
+    assert f"{len(arrays)} cast from float64" in str(report)
+
+
+def test_of_a_training_state_the_average_is_taken(tmp_path, net, other):
+    weights = values(net)
+    state = {name: Tensor(array + 1) for name, array in weights.items()}
+    state.update({f"moment1.{name}": Tensor(array) for name, array in weights.items()})
+    state.update({f"ema.{name}": Tensor(array) for name, array in weights.items()})
+    save_checkpoint({**state, "step": Tensor(7, ms.int32)}, tmp_path / "last.ckpt", best_top1=1.5)
+    report = load_weights(other, tmp_path / "last.ckpt")
+    assert same(values(other), weights) and report.averaged
+    assert set(report.ignored.values()) == {"not averaged", "moment1", "step", "best_top1"}
+    assert len(report.table().splitlines()) == 1 + len(weights) + len(report.ignored)
+    assert "(the moving average)" in str(report) and f"{len(weights)} not averaged" in str(report)
+
+
+MISFITS = {
+    "missing": ({"norm__gamma": None}, "1 missing: norm.gamma"),
+    "unexpected": (
+        {"stage2__pos_embed": Tensor(np.ones((1, 4, 32), "f4"))},
+        "1 unexpected: stage2",
+    ),
+    "misshapen": (
+        {"norm__beta": Tensor(np.ones(31, "f4"))},
+        r"of another shape: norm.beta \[31\] ",
+    ),
+    "transposed": ({"head__weight": Tensor(np.ones((32, 10), "f4"))}, r"\[32, 10\] for \[10, 32\]"),
+}
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
+@pytest.mark.parametrize(("changes", "pattern"), MISFITS.values(), ids=MISFITS)
+def test_what_does_not_fit_is_refused_and_changes_nothing(
+    tmp_path, net, other, caplog, suffix, changes, pattern
+):
+    path, before = saved(net, tmp_path / f"x{suffix}", **changes), values(other)
+    with caplog.at_level(logging.INFO), pytest.raises(WeightsMismatch, match=pattern) as caught:
+        load_weights(other, path)
+    assert same(values(other), before)
+    message, report = str(caught.value), caught.value.report
+    assert message.startswith(f"{path}: does not fit the network: 1 ") and "\n" not in message
+    rows = report.table(everything=False).splitlines()
+    assert len(rows) == 2 and rows[1] in caplog.text
+    (name,) = (name.replace("__", ".") for name in changes)
+    assert rows[1].split()[1] == name
+    assert len(report.table().splitlines()) == 1 + len(report.shapes)
+
+    report = load_weights(other, path, strict=False)
+    expected = {**values(net), **{name: before[name] for name in before.keys() & {name}}}
+    assert same(values(other), expected) and "NOT loaded: 1 " in str(report)
+    assert len(report.loaded) == len(before.keys() - {name})
+
+
+def test_nothing_at_all_fits(tmp_path, net):
+    path = saved(
+        create_model("cvt_nano", **{**TINY, "embed_dims": (16, 32, 64)}), tmp_path / "x.ckpt"
+    )
+    before = values(net)
+    with pytest.raises(WeightsMismatch, match="of another shape: .*, ...") as caught:
+        load_weights(net, path)
+    assert same(values(net), before)
+    rows = caught.value.report.table(everything=False, limit=5).splitlines()
+    assert len(rows) == 7 and rows[-1].split()[1:3] == ["...", "and"]
+
+
+def test_a_head_for_other_classes_is_new_only_when_asked(tmp_path, net):
+    path = saved(net, tmp_path / "x.ckpt")
+    other = create_model("cvt_nano", **{**TINY, "num_classes": 7})
+    before = values(other)
+    with pytest.raises(WeightsMismatch, match="only the head differs: .*--finetune"):
+        load_weights(other, path)
+    assert same(values(other), before)
+    report = load_weights(other, path, new_head=True)
+    after = values(other)
+    assert report.new_head == ["head.weight", "head.bias"]
+    assert "the head keeps its initial values (head.weight, head.bias)" in str(report)
+    for name, array in values(net).items():
+        expected = before[name] if name.startswith("head.") else array
+        assert after[name].tobytes() == expected.tobytes(), name
+
+
+def test_a_new_head_excuses_nothing_else_and_a_head_that_fits_loads(tmp_path, net, other):
+    path = saved(net, tmp_path / "x.ckpt", head__bias=Tensor(np.ones(9, "f4")), norm__beta=None)
+    with pytest.raises(WeightsMismatch, match="network: 1 missing: norm.beta$"):
+        load_weights(other, path, new_head=True)
+    report = load_weights(other, saved(net, tmp_path / "y.ckpt"), new_head=True)
+    assert same(values(other), values(net)) and not report.new_head
+    backbone = create_model("cvt_nano", **{**TINY, "num_classes": 0})
+    report = load_weights(backbone, tmp_path / "y.ckpt", new_head=True)
+    assert report.new_head == ["head.weight", "head.bias"] and len(report.loaded) + 2 == len(
+        values(net)
+    )
+
+
+def test_position_embeddings_are_interpolated_to_the_grid(tmp_path):
+    options = {**TINY, "pos_embed": (True, False, True)}
+    small = create_model("cvt_nano", **options, image_size=32)
+    large = create_model("cvt_nano", **options, image_size=(64, 32))
+    path = saved(small, tmp_path / "x.ckpt")
+    report = load_weights(large, path)
+    grids = [("stage0.pos_embed", (16, 16), (32, 16)), ("stage2.pos_embed", (4, 4), (8, 4))]
+    assert report.interpolated == grids
+    assert "stage2.pos_embed interpolated from 4 x 4 to 8 x 4" in str(report)
+    embedding = small.stage2.pos_embed.asnumpy()
+    expected = interpolate_pos_embed(embedding, (4, 4), (8, 4))
+    np.testing.assert_array_equal(large.stage2.pos_embed.asnumpy(), expected)
+    assert report.shapes["stage2.pos_embed"] == ((1, 16, 32), (1, 32, 32))
+
+    back = create_model("cvt_nano", **options, image_size=(32, 16))  # from a grid not square
+    assert load_weights(back, saved(large, tmp_path / "y.ckpt")).interpolated[1][1:] == (
+        (8, 4),
+        (4, 2),
+    )
+    odd = saved(small, tmp_path / "z.ckpt", stage2__pos_embed=Tensor(np.ones((1, 17, 32), "f4")))
+    with pytest.raises(WeightsMismatch, match=r"stage2.pos_embed \[1, 17, 32\] for"):
+        load_weights(large, odd)
+
+
+def test_interpolation_keeps_a_ramp_and_its_orientation():
+    rows, columns = np.mgrid[0:6, 0:4].astype(np.float32)
+    embedding = np.stack([rows, columns], -1).reshape(1, 24, 2)
+    resized = interpolate_pos_embed(embedding, (6, 4), (12, 8)).reshape(12, 8, 2)
+    inside = np.s_[4:-4, 3:-3]
+    np.testing.assert_allclose(resized[inside][..., 0], (np.mgrid[0:12, 0:8][0][inside] - 0.5) / 2)
+    np.testing.assert_allclose(resized[inside][..., 1], (np.mgrid[0:12, 0:8][1][inside] - 0.5) / 2)
+    same_grid = interpolate_pos_embed(embedding, (6, 4), (6, 4))
+    np.testing.assert_array_equal(same_grid, embedding)
+
+
+class Counter(nn.Cell):
+    """A training step in small: parameters and a counter."""
+
+    def __init__(self) -> None:
+        super().__init__(auto_prefix=False)
+        self.weight = Parameter(Tensor(np.zeros(3, np.float32)), name="weight")
+        self.step = Parameter(Tensor(0, ms.int32), name="step")
+
+
+def test_state_returns_the_numbers_beside_it(tmp_path):
+    state = {"weight": Tensor(np.ones(3, "f4")), "step": Tensor(7, ms.int32)}
+    save_checkpoint(state, tmp_path / "last.ckpt", best_top1=12.5)
+    cell = Counter()
+    assert load_state(cell, tmp_path / "last.ckpt") == {"best_top1": 12.5}
+    assert cell.weight.asnumpy().tolist() == [1, 1, 1] and int(cell.step.asnumpy()) == 7
+    save_checkpoint({"weight": Tensor(np.zeros(3, "f4"))}, tmp_path / "last.ckpt")
+    with pytest.raises(WeightsMismatch, match="1 missing: step"):
+        load_state(cell, tmp_path / "last.ckpt")
+    assert cell.weight.asnumpy().tolist() == [1, 1, 1]
+
+
+def test_other_suffixes_are_refused(tmp_path, net):
+    shutil.copy(official.FOLDER / "pico_official.pth", tmp_path / "x.pth.tar")
+    with pytest.raises(UserError, match=r"x.pth.tar: .* ends in one of .ckpt .safetensors .pth"):
+        load_weights(net, tmp_path / "x.pth.tar")
+
+
+def test_names_of_no_cvt_are_refused_with_the_path(tmp_path, net):
+    save_file({"conv1.weight": np.ones(3)}, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match="x.safetensors: 1 of its 1 names belong to no CvT"):
+        load_weights(net, tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("name", pico.FILES)
+def test_damaged_files_are_refused_soon_and_change_nothing(tmp_path, name):
+    model, rng = pico.model(), np.random.default_rng(0)
+    before, sound = values(model), (official.FOLDER / name).read_bytes()
+    path = tmp_path / name
+    cuts = [0, 1, 100, len(sound) // 2, len(sound) - 1]
+    for raw in (*(sound[:cut] for cut in cuts), rng.bytes(len(sound)), bytes(len(sound))):
+        path.write_bytes(raw)
+        start = time.perf_counter()
+        with pytest.raises(UserError) as caught:
+            load_weights(model, path)
+        assert time.perf_counter() - start < 1
+        assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
+    assert same(values(model), before)
+
+
+MEASURE = """
+import sys, threading, time
+import psutil
+from src.runtime import prepare_environment
+prepare_environment()
+import mindspore as ms
+from src.models import create_model
+from src.weights import load_weights
+ms.set_context(mode=ms.GRAPH_MODE)
+net = create_model("cvt_13")
+load_weights(net, "tests/golden/pico_hf.safetensors", strict=False)
+process, peak, done = psutil.Process(), [0], threading.Event()
+def watch():
+    while not done.wait(0.001):
+        peak[0] = max(peak[0], process.memory_info().rss)
+before = process.memory_info().rss
+thread = threading.Thread(target=watch)
+thread.start()
+start = time.perf_counter()
+load_weights(net, sys.argv[1])
+seconds = time.perf_counter() - start
+done.set()
+thread.join()
+print(seconds, peak[0] - before)
+"""
+
+
+@pytest.mark.big
+def test_80_megabytes_load_in_3_seconds_and_two_and_a_half_times_the_memory(tmp_path):
+    weights = create_model("cvt_13")
+    for name in ("x.ckpt", "x.safetensors"):
+        save_weights(weights, tmp_path / name)
+        command = [sys.executable, "-c", MEASURE, str(tmp_path / name)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        seconds, growth = map(float, done.stdout.split()[-2:])
+        assert seconds <= 3 and growth <= 2.5 * (tmp_path / name).stat().st_size
