@@ -20,6 +20,9 @@ def main(argv: list[str]) -> None:
         parser.add_argument(
             "--resume", action="store_true", help="go on with the run in the output folder"
         )
+        parser.add_argument(
+            "--finetune", type=str, help="weights to start from; a head for other classes is new"
+        )
 
     config, arguments = parse(argv, "train.py", "Train a network.", add_arguments)
     if arguments.config is None and arguments.output is None:
@@ -30,7 +33,7 @@ def main(argv: list[str]) -> None:
     log_to()
     from src.training.run import train  # MindSpore takes seconds: arguments are checked by now
 
-    train(config, output, arguments.resume)
+    train(config, output, arguments.resume, arguments.finetune)
 
 
 if __name__ == "__main__":

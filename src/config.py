@@ -96,6 +96,9 @@ class DataConfig:
         val_folder: folder of the evaluation classes (imagefolder).
         class_names: names in the order of the labels; null takes the data's own. A run writes
             them into its config.yaml, so that a checkpoint always knows its classes.
+        classes: use only the classes of these names, labelled in this order.
+        train_images: use only so many training images, as many of each class as there can be;
+            which ones follows from runtime.seed.
         mean: of the three channels, for values in 0..1.
         std: of the three channels, for values in 0..1.
         crop_ratio: evaluation resizes the short side to image size / crop_ratio and crops the
@@ -109,6 +112,8 @@ class DataConfig:
     train_folder: str = "train"
     val_folder: str = "val"
     class_names: Optional[list[str]] = None
+    classes: Optional[list[str]] = None
+    train_images: Optional[PositiveInt] = None
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = IMAGENET_STD
     crop_ratio: Optional[PositiveFloat] = 0.875
@@ -137,13 +142,15 @@ class AugmentConfig:
 
 @dataclass
 class OptimizerConfig:
-    """AdamW with PyTorch's semantics, and the schedule of its learning rate.
+    """The optimizer, with PyTorch's semantics, and the schedule of its learning rate.
 
     Args:
+        name: adamw, or sgd with momentum.
         lr: peak learning rate.
-        weight_decay: decoupled decay of the weights of Linears and convolutions, nothing else.
-        betas: decay rates of the moments.
-        eps: added to the root of the second moment.
+        weight_decay: of the weights of Linears and convolutions, nothing else; decoupled in adamw.
+        betas: decay rates of adamw's moments.
+        eps: added to the root of adamw's second moment.
+        momentum: of sgd.
         clip_norm: upper bound of the gradients' global L2 norm; 0 does not clip.
         warmup_epochs: epochs of linear warm-up.
         warmup_lr: learning rate at the start of the warm-up.
@@ -151,10 +158,12 @@ class OptimizerConfig:
         schedule_per: whether the rate changes every step, or every epoch as in the official code.
     """
 
+    name: Literal["adamw", "sgd"] = "adamw"
     lr: PositiveFloat = 1e-3
     weight_decay: NonNegativeFloat = 0.05
     betas: tuple[ClosedUnitInterval, ClosedUnitInterval] = (0.9, 0.999)
     eps: PositiveFloat = 1e-8
+    momentum: ClosedUnitInterval = 0.9
     clip_norm: NonNegativeFloat = 0.0
     warmup_epochs: NonNegativeInt = 5
     warmup_lr: NonNegativeFloat = 1e-6
@@ -172,6 +181,9 @@ class TrainingConfig:
         label_smoothing: share of the target spread over all classes.
         ema_decay: exponential moving average of the weights, evaluated and kept as best; 0 is off.
         loss_scale: factor on the loss that keeps float16 gradients from underflow.
+        freeze: parts of the network that stay as they are, by the beginning of their names
+            ([stage0, stage1.patch_embed]); backbone is everything but the head. Their BatchNorms
+            use their running statistics.
     """
 
     epochs: PositiveInt = 300
@@ -179,6 +191,7 @@ class TrainingConfig:
     label_smoothing: ClosedUnitInterval = 0.1
     ema_decay: ClosedUnitInterval = 0.0
     loss_scale: PositiveFloat = 1.0
+    freeze: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -187,9 +200,11 @@ class EvaluationConfig:
 
     Args:
         batch_size: images a step; every image counts once whatever the size.
+        every: epochs from one evaluation in training to the next; the last is always evaluated.
     """
 
     batch_size: PositiveInt = 256
+    every: PositiveInt = 1
 
 
 @dataclass

@@ -8,7 +8,14 @@ from mindspore import dtype as mstype
 from mindspore import nn
 
 from src.config import Config, ModelConfig
-from src.data import Preprocessing, Source, open_source, train_operations
+from src.data import (
+    Preprocessing,
+    Source,
+    balanced,
+    only_classes,
+    open_source,
+    train_operations,
+)
 from src.errors import UserError
 from src.models import create_model
 
@@ -55,7 +62,13 @@ def open_split(config: Config, split: str) -> Source:
     """The images of "train" or "val", labelled in the order of `data.class_names`."""
     data = config.data
     folders = {"train_folder": data.train_folder, "val_folder": data.val_folder}
-    return open_source(data.source, data.path, split, class_names=data.class_names, **folders)
+    names = None if data.classes else data.class_names
+    source = open_source(data.source, data.path, split, class_names=names, **folders)
+    if data.classes:
+        source = only_classes(source, data.classes)
+    if data.train_images and split == "train":
+        source = balanced(source, data.train_images, config.runtime.seed)
+    return source
 
 
 def resolve_classes(config: Config, source: Source) -> Config:

@@ -2,6 +2,7 @@
 
 from src.data.loader import Batches, epoch_indices, eval_batches, find_broken, train_batches
 from src.data.sources import SOURCES, ArraySource, FileSource, Source, open_source
+from src.data.subset import balanced, only_classes
 from src.data.transforms import Preprocessing, train_operations
 
 __all__ = [
@@ -11,9 +12,11 @@ __all__ = [
     "FileSource",
     "Preprocessing",
     "Source",
+    "balanced",
     "epoch_indices",
     "eval_batches",
     "find_broken",
+    "only_classes",
     "open_source",
     "train_batches",
     "train_operations",

@@ -1,4 +1,4 @@
-"""AdamW with PyTorch's semantics; MindSpore's `nn.AdamWeightDecay` has no bias correction."""
+"""Optimizers with PyTorch's semantics; `nn.AdamWeightDecay`, say, has no bias correction."""
 
 from __future__ import annotations
 
@@ -84,3 +84,49 @@ class AdamW(nn.Cell):
             gradients,
         )
         return True
+
+
+_descend = ops.MultitypeFuncGraph("sgd_update")
+
+
+@_descend.register("Function", "Tensor", "Tensor", "Tensor", "Bool", "Tensor", "Tensor", "Tensor")
+def _descend_parameter(apply, lr, momentum, decay, decayed, parameter, velocity, gradient):
+    if decayed:
+        gradient = gradient + decay * parameter
+    apply(parameter, velocity, lr, gradient, momentum)
+    return True
+
+
+class SGD(nn.Cell):
+    """Gradient descent with momentum; equal to `torch.optim.SGD` without dampening.
+
+    Args:
+        parameters: trainable parameters.
+        momentum: share of the velocity that is kept.
+        weight_decay: added to the gradients of the parameters that `is_decayed` names.
+    """
+
+    def __init__(
+        self, parameters: Sequence[Parameter], momentum: float = 0.9, weight_decay: float = 0.0
+    ) -> None:
+        super().__init__(auto_prefix=False)  # the parameters keep their names
+        self.parameters = ParameterTuple(parameters)
+        self.moments = self.parameters.clone("moments", init="zeros")
+        self.decayed = tuple(weight_decay > 0 and is_decayed(p) for p in parameters)
+        self.weight_decay = Tensor(weight_decay, mstype.float32)
+        self.momentum = Tensor(momentum, mstype.float32)
+        self.apply = ops.ApplyMomentum()
+        self.map = ops.HyperMap()
+
+    def construct(self, gradients: tuple[Tensor, ...], lr: Tensor, step: Tensor) -> bool:
+        """Update the parameters in place.
+
+        gradients: one for each parameter; lr: float32 scalar; step: not used, as AdamW's.
+        """
+        return self.map(
+            ops.partial(_descend, self.apply, lr, self.momentum, self.weight_decay),
+            self.decayed,
+            self.parameters,
+            self.moments,
+            gradients,
+        )

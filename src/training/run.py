@@ -17,17 +17,20 @@ logger = logging.getLogger("cvt")
 FREE_TO_CHANGE = ("runtime.device", "runtime.device_id", "data.path", "evaluation.batch_size")
 
 
-def train(config: Config, output: Path, resume: bool = False) -> None:
+def train(config: Config, output: Path, resume: bool = False, finetune: str | None = None) -> None:
     """Train into a folder: config.yaml, log.txt, metrics.jsonl, curves.png, checkpoints/.
 
     Args:
         config: the recipe.
         output: the folder; without `resume` it must hold no other run.
+        finetune: a weight file to start from; a head for other classes starts anew.
         resume: go on behind the last finished epoch of the run in that folder.
 
     Raises:
         UserError: settings, data or a folder that can't be used.
     """
+    if resume and finetune is not None:
+        raise UserError("--resume and --finetune: give one; a resumed run has its weights already")
     if resume and not (output / "checkpoints" / "last.ckpt").is_file():
         raise UserError(f"{output}: no checkpoints/last.ckpt to resume from; leave out --resume")
     if not resume and (output / "config.yaml").exists():
@@ -36,7 +39,7 @@ def train(config: Config, output: Path, resume: bool = False) -> None:
     config = resolve_classes(config, open_split(config, "train"))
     if resume:
         _refuse_changes(load_config(output / "config.yaml"), config, output)
-    trainer = Trainer(config, output)  # before anything is written: it finds what can't work
+    trainer = Trainer(config, output, finetune)  # first of all: it finds what can't work
     try:
         output.mkdir(parents=True, exist_ok=True)
         log_to(output / "log.txt")

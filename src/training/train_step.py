@@ -7,7 +7,7 @@ from mindspore import Parameter, ParameterTuple, Tensor, nn, ops, value_and_grad
 from mindspore import dtype as mstype
 
 from src.models.stochastic import hash_bits
-from src.training.optimizer import AdamW
+from src.training.optimizer import SGD, AdamW
 
 _square_sum = ops.MultitypeFuncGraph("square_sum")
 _scale = ops.MultitypeFuncGraph("scale")
@@ -31,7 +31,7 @@ def _average_tensor(decay, average, weight):
 
 
 class TrainStep(nn.Cell):
-    """Forward, backward, clipping, AdamW and EMA.
+    """Forward, backward, clipping, update and EMA.
 
     Args:
         net: images, key -> logits.
@@ -49,7 +49,7 @@ class TrainStep(nn.Cell):
         self,
         net: nn.Cell,
         loss: nn.Cell,
-        optimizer: AdamW,
+        optimizer: AdamW | SGD,
         learning_rates: np.ndarray,
         clip_norm: float = 0.0,
         ema_net: nn.Cell | None = None,

@@ -27,14 +27,16 @@ from src.recipe import (
 )
 from src.reporting.plots import plot_curves
 from src.reporting.progress import progress_bar
+from src.training.freeze import freeze
 from src.training.loss import LabelSmoothingCrossEntropy
-from src.training.optimizer import AdamW
+from src.training.optimizer import SGD, AdamW
 from src.training.schedule import learning_rates
 from src.training.train_step import TrainStep
-from src.weights import load_state, save_checkpoint
+from src.weights import load_state, load_weights, save_checkpoint
 
 logger = logging.getLogger("cvt")
 LOG_SECONDS = 60.0  # between two lines within an epoch
+SHOWN = {"train_loss": 4, "loss": 4, "top1": 2, "top5": 2}  # figures of an epoch, decimals
 
 
 class Trainer:
@@ -42,12 +44,15 @@ class Trainer:
 
     Args:
         config: the recipe.
-        output: the run's folder; exists.
+        output: the run's folder.
+        finetune: a weight file to start from; a head for other classes starts anew.
     """
 
-    def __init__(self, config: Config, output: Path) -> None:
+    def __init__(self, config: Config, output: Path, finetune: str | None = None) -> None:
         self.config = config
         self.output = output
+        self.finetune = finetune
+        self.load_report = None
         self.source = open_split(config, "train")
         self.augmentation = build_augmentation(config, self.source.encoded)
         self.evaluator = Evaluator(
@@ -74,6 +79,10 @@ class Trainer:
     def _build_step(self) -> TrainStep:
         config = self.config
         net = build_model(config)
+        self.parameters = sum(p.size for p in net.trainable_params())
+        if self.finetune is not None:
+            self.load_report = load_weights(net, self.finetune, new_head=True)
+        self.frozen = freeze(net, config.training.freeze)
         ema_net = None
         if config.training.ema_decay > 0:
             ema_net = build_model(config)
@@ -81,12 +90,11 @@ class Trainer:
                 average.set_data(weight.copy())
             ema_net.update_parameters_name("ema.")
             ema_net.set_train(False)
-        optimizer = AdamW(
-            net.trainable_params(),
-            config.optimizer.betas,
-            config.optimizer.eps,
-            config.optimizer.weight_decay,
-        )
+        keys, weights = config.optimizer, net.trainable_params()
+        if keys.name == "sgd":
+            optimizer = SGD(weights, keys.momentum, keys.weight_decay)
+        else:
+            optimizer = AdamW(weights, keys.betas, keys.eps, keys.weight_decay)
         return TrainStep(
             net,
             LabelSmoothingCrossEntropy(config.training.label_smoothing),
@@ -130,40 +138,48 @@ class Trainer:
         for epoch in range(len(self.rows), epochs):
             start = time.perf_counter()
             loss, speed = self._train_epoch(epoch)
-            result = self.evaluator.run(self.evaluated_net).metrics
             step = (epoch + 1) * self.steps_per_epoch
             row = {
                 "epoch": epoch + 1,
                 "step": step,
                 "lr": float(self.learning_rates[step - 1]),
                 "train_loss": loss,
-                "loss": result.loss,
-                "top1": result.top1,
-                "top5": result.top5,
+                **self._held_out(epoch),
                 "images_per_second": speed,
                 "seconds": time.perf_counter() - start,
             }
             self._keep(row)
+            figures = [f"{k} {row[k]:.{n}f}" for k, n in SHOWN.items() if row[k] is not None]
             logger.info(
-                "epoch %d/%d  train_loss %.4f  loss %.4f  top1 %.2f  top5 %.2f  lr %.2e  "
-                "%.0f img/s  %.1f s",
-                epoch + 1, epochs, loss, row["loss"], row["top1"], row["top5"], row["lr"],
-                speed, row["seconds"],
+                "epoch %d/%d  %s  lr %.2e  %.0f img/s  %.1f s",
+                epoch + 1, epochs, "  ".join(figures), row["lr"], speed, row["seconds"],
             )  # fmt: skip
         logger.info("best top1 %.2f; everything lies in %s", self.best_top1, self.output)
 
+    def _held_out(self, epoch: int) -> dict[str, float | None]:
+        """Loss and accuracy behind an epoch; nulls where it is not evaluated."""
+        last = epoch + 1 == self.config.training.epochs
+        if not last and (epoch + 1) % self.config.evaluation.every:
+            return {"loss": None, "top1": None, "top5": None}
+        metrics = self.evaluator.run(self.evaluated_net).metrics
+        return {"loss": metrics.loss, "top1": metrics.top1, "top5": metrics.top5}
+
     def _announce(self) -> None:
         batch = self.config.training.batch_size
-        net = self.step.net
         logger.info(
             "%s: %s parameters, %d classes; %d training images, %d held out; %d steps an epoch",
             self.config.model.name,
-            f"{sum(p.size for p in net.trainable_params()):,}",
+            f"{self.parameters:,}",
             self.config.model.num_classes,
             len(self.source),
             len(self.evaluator.batches.indices),
             self.steps_per_epoch,
         )
+        if self.load_report is not None:
+            logger.info("%s", self.load_report)
+        if self.frozen:
+            trained = sum(p.size for p in self.step.optimizer.parameters)
+            logger.info("%s of the parameters are trained, the rest is frozen", f"{trained:,}")
         left_out = len(self.source) - self.steps_per_epoch * batch
         if left_out:
             logger.info(
@@ -175,6 +191,8 @@ class Trainer:
     def _train_epoch(self, epoch: int) -> tuple[float, float]:
         """Mean loss and img/s (without compiling) of one epoch."""
         self.step.set_train(True)
+        for cell in self.frozen:
+            cell.set_train(False)
         if self.step.ema_net is not None:
             self.step.ema_net.set_train(False)
         batch_size = self.config.training.batch_size
@@ -219,7 +237,7 @@ class Trainer:
         plot_curves(self.rows, self.output / "curves.png")
         checkpoints = self.output / "checkpoints"
         checkpoints.mkdir(exist_ok=True)
-        if row["top1"] > self.best_top1:
+        if row["top1"] is not None and row["top1"] > self.best_top1:
             self.best_top1 = row["top1"]
             weights = {p.name.removeprefix("ema."): p for p in self.evaluated_net.get_parameters()}
             save_checkpoint(weights, checkpoints / "best.ckpt")

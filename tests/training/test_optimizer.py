@@ -4,7 +4,7 @@ import mindspore as ms
 import numpy as np
 
 from src.models import create_model
-from src.training.optimizer import AdamW, is_decayed
+from src.training.optimizer import SGD, AdamW, is_decayed
 from tests.conftest import TINY
 
 
@@ -47,3 +47,22 @@ def test_only_weights_of_linears_and_convolutions_decay():
     assert decayed == expected
     optimizer = AdamW(net.trainable_params())
     assert {p.name for p, on in zip(optimizer.parameters, optimizer.decayed) if on} == expected
+
+
+def test_momentum_descent_equals_the_definition():
+    rng = np.random.default_rng(0)
+    values = {"a.weight": rng.standard_normal((3, 4)), "a.bias": rng.standard_normal(4)}
+    parameters = [ms.Parameter(ms.Tensor(v, ms.float32), name=n) for n, v in values.items()]
+    optimizer = SGD(parameters, momentum=0.7, weight_decay=0.2)
+    velocity = dict.fromkeys(values, 0.0)
+    for t in range(1, 6):
+        lr = 0.1 / t
+        gradients = {n: rng.standard_normal(v.shape) for n, v in values.items()}
+        for n, g in gradients.items():
+            decay = 0.2 if n.endswith("weight") else 0.0
+            velocity[n] = 0.7 * velocity[n] + g + decay * values[n]
+            values[n] = values[n] - lr * velocity[n]
+        tensors = tuple(ms.Tensor(g, ms.float32) for g in gradients.values())
+        optimizer(tensors, ms.Tensor(lr, ms.float32), ms.Tensor(t, ms.int32))
+    for parameter in parameters:
+        np.testing.assert_allclose(parameter.asnumpy(), values[parameter.name], rtol=1e-5)

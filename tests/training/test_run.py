@@ -7,10 +7,10 @@ import mindspore as ms
 import numpy as np
 import pytest
 
+from src import recipe
 from src.config import load_config
 from src.data import ArraySource, open_source
 from src.errors import UserError
-from src.training import trainer
 from src.training.run import train
 from src.training.trainer import Trainer
 from tests.conftest import ROOT
@@ -49,15 +49,16 @@ def test_best_holds_the_average_and_last_the_whole_state(trained):
 
 @pytest.fixture
 def few_digits(monkeypatch):
-    """Runs see 200 digits in training and 50 held out."""
+    """Runs see 100 digits in training and 25 held out."""
 
-    def open_split(config, split):
-        source = open_source("digits", None, split)
-        some = range(0, len(source), 20)
-        images = np.stack([source[i][0] for i in some])
-        return ArraySource(images, source.labels[::20], source.class_names, split)
+    whole = {split: open_source("digits", None, split) for split in ("train", "val")}
 
-    monkeypatch.setattr(trainer, "open_split", open_split)
+    def few(name, path, split, **options):
+        source = whole[split]
+        images = np.stack([source[i][0] for i in range(0, len(source), 40)])
+        return ArraySource(images, source.labels[::40], source.class_names, split)
+
+    monkeypatch.setattr(recipe, "open_source", few)
 
 
 def small(folder, **changes):
@@ -82,10 +83,9 @@ def test_a_resumed_run_equals_one_that_went_through(trained, few_digits, tmp_pat
             raise KeyboardInterrupt
         return real(self, epoch)
 
-    monkeypatch.setattr(Trainer, "_train_epoch", dies)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "_train_epoch", dies)
         train(config, tmp_path / "parts")
-    monkeypatch.undo()
     train(config, tmp_path / "parts", resume=True)
     states = [ms.load_checkpoint(str(tmp_path / run / "checkpoints/last.ckpt"))
               for run in ("whole", "parts")]  # fmt: skip
@@ -101,6 +101,43 @@ def test_a_resumed_run_equals_one_that_went_through(trained, few_digits, tmp_pat
         for run in ("whole", "parts")
     ]
     assert rows[0] == rows[1] and len(rows[0]) == 2
+
+
+def test_fine_tuning_starts_from_the_weights_with_a_new_head(trained, few_digits, tmp_path):
+    """Three of the classes, all but the head frozen, evaluated behind the last epoch only."""
+    config = small(
+        trained,
+        data__classes=["7", "2", "5"],
+        data__class_names=None,
+        training__batch_size=10,
+        model__num_classes=None,
+        training__freeze=["backbone"],
+        training__ema_decay=0.0,
+        evaluation__every=2,
+    )
+    weights = trained / "checkpoints" / "best.ckpt"
+    train(config, tmp_path / "tuned", finetune=str(weights))
+    source = ms.load_checkpoint(str(weights))
+    tuned = ms.load_checkpoint(str(tmp_path / "tuned" / "checkpoints" / "best.ckpt"))
+    assert tuned["head.weight"].shape == (3, 32)
+    for name in set(source) - {"head.weight", "head.bias"}:
+        assert np.array_equal(source[name].asnumpy(), tuned[name].asnumpy()), name
+    lines = (tmp_path / "tuned" / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert rows[0]["top1"] is None and rows[1]["top1"] > 0
+    assert "head" in (tmp_path / "tuned" / "log.txt").read_text()
+    resolved = load_config(tmp_path / "tuned" / "config.yaml")
+    assert (resolved.model.num_classes, resolved.data.class_names) == (3, ["7", "2", "5"])
+    with pytest.raises(UserError, match="give one"):
+        train(config, tmp_path / "tuned", resume=True, finetune=str(weights))
+
+
+def test_sgd_trains_and_resumes(trained, few_digits, tmp_path):
+    config = small(trained, optimizer__name="sgd", optimizer__lr=0.1, training__epochs=1)
+    train(config, tmp_path / "run")
+    state = ms.load_checkpoint(str(tmp_path / "run/checkpoints/last.ckpt"))
+    assert np.abs(state["moments.head.weight"].asnumpy()).max() > 0
+    train(config, tmp_path / "run", resume=True)
 
 
 def test_a_folder_with_a_run_is_not_written_over(trained):

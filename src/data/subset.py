@@ -1,0 +1,78 @@
+"""Parts of a source: some classes, or some images of each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from src.data.sources import Source
+from src.errors import UserError
+
+
+class Subset(Source):
+    """Some items of another source.
+
+    Args:
+        source: the whole.
+        indices: the items, int [N].
+        labels: their labels here, int [N].
+        class_names: names in the order of these labels.
+    """
+
+    def __init__(
+        self, source: Source, indices: np.ndarray, labels: np.ndarray, class_names: Sequence[str]
+    ) -> None:
+        super().__init__(labels, class_names, source.title)
+        self.encoded = source.encoded
+        self._source = source
+        self._indices = indices
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.int32]:
+        return self._source[int(self._indices[index])][0], self.labels[index]
+
+    def describe(self, index: int) -> str:
+        """The item as the whole source names it."""
+        return self._source.describe(int(self._indices[index]))
+
+
+def only_classes(source: Source, names: Sequence[str]) -> Source:
+    """The images of some classes, labelled in the order of `names`.
+
+    Raises:
+        UserError: a name that the source has not, or twice the same.
+    """
+    unknown = [name for name in names if name not in source.class_names]
+    if unknown or len(set(names)) < len(names):
+        raise UserError(
+            f"data.classes: {source.title} has no class {unknown[0]!r}"
+            if unknown
+            else f"data.classes {list(names)}: names a class twice"
+        )
+    new_labels = np.full(len(source.class_names), -1, np.int32)
+    new_labels[[source.class_names.index(name) for name in names]] = np.arange(len(names))
+    labels = new_labels[source.labels]
+    indices = np.flatnonzero(labels >= 0)
+    return Subset(source, indices, labels[indices], names)
+
+
+def balanced(source: Source, count: int, seed: int) -> Source:
+    """`count` random images, as evenly from the classes as they allow; in the source's order.
+
+    A larger count has all images of a smaller one, for the same seed.
+
+    Raises:
+        UserError: more than there are.
+    """
+    if count > len(source):
+        raise UserError(f"data.train_images {count}: {source.title} has only {len(source)}")
+    shuffled = np.random.default_rng([seed, 0xBA1A]).permutation(len(source))
+    turn = np.empty(len(source), int)  # an image's place among the shuffled ones of its class
+    seen = np.zeros(len(source.class_names), int)
+    for index in shuffled:
+        label = source.labels[index]
+        turn[index] = seen[label]
+        seen[label] += 1
+    order = shuffled[np.argsort(turn[shuffled], kind="stable")]
+    indices = np.sort(order[:count])
+    return Subset(source, indices, source.labels[indices], source.class_names)

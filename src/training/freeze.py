@@ -1,0 +1,44 @@
+"""Parts of a network that stay as they are while the rest is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mindspore import nn
+
+from src.errors import UserError
+
+HEAD = "head"
+
+
+def freeze(net: nn.Cell, parts: Sequence[str]) -> list[nn.Cell]:
+    """Exclude parts from the gradient.
+
+    Args:
+        net: the network; its `requires_grad` flags are changed.
+        parts: names or beginnings of names at a dot ("stage0", "stage1.blocks.0"), or "backbone":
+            everything but the head.
+
+    Returns:
+        The cells that are wholly frozen. They must be kept out of training mode, so that their
+        BatchNorms use, and do not change, the running statistics.
+
+    Raises:
+        UserError: a part that the network has not, or nothing is left to train.
+    """
+    names = [parameter.name for parameter in net.get_parameters()]
+    for part in parts:
+        if part != "backbone" and not any(_is_in(name, part) for name in names):
+            raise UserError(f"training.freeze: the network has no part {part!r}, such as stage0")
+    for parameter in net.get_parameters():
+        if any(_is_in(parameter.name, part) for part in parts):
+            parameter.requires_grad = False
+    if not net.trainable_params():
+        raise UserError(f"training.freeze {list(parts)}: leaves nothing to train")
+    return [cell for name, cell in net.cells_and_names() if any(_is_in(name, p) for p in parts)]
+
+
+def _is_in(name: str, part: str) -> bool:
+    if part == "backbone":
+        return name != "" and not _is_in(name, HEAD)
+    return name == part or name.startswith(f"{part}.")
