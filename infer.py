@@ -16,6 +16,11 @@ def main(argv: list[str]) -> None:
         parser.add_argument("--input", type=str, required=True, help="an image or a folder")
         parser.add_argument("--top_k", type=int, default=5, help="candidates an image")
         parser.add_argument("--json", type=str, help="also write the candidates to this file")
+        parser.add_argument(
+            "--attention",
+            type=str,
+            help="also draw what the network looks at, as a .png, .pdf, ...",
+        )
 
     description = "Classify images; --config is only for a .ckpt without its run's config.yaml."
     keys, arguments = parse(argv, "infer.py", description, add_arguments, schema=RuntimeOnly)
@@ -23,11 +28,16 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--top_k {arguments.top_k}: must be 1 or more")
     prepare_environment()
     log_to()
+    from src.deploy.attention import explain_file
     from src.deploy.classify import classify_files
     from src.deploy.predictor import Predictor
 
+    if arguments.attention:
+        keys.runtime.mode = "pynative"  # the attention is read by hooks
     setup(keys.runtime)
     predictor = Predictor(arguments.model, arguments.config)
+    if arguments.attention:
+        explain_file(predictor, arguments.input, arguments.attention)
     classify_files(predictor, arguments.input, arguments.top_k, arguments.json)
 
 

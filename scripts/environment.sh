@@ -1,18 +1,19 @@
+# shellcheck shell=bash
 # Sourced by the scripts: leaves $PYTHON pointing at an interpreter that has everything.
 #   environment FILE: the active interpreter where `import mindspore` works already (an Ascend host),
 #   else .venv, made with $PYTHON (default python3) and filled in one pip call from FILE.
 environment() {
-  local requirements=$1 base=${PYTHON:-python3} stamp digest
-  if "$base" -c 'import mindspore, jsonargparse, tqdm, matplotlib, mlxtend, yaml, PIL' 2>/dev/null &&
-    { [ "$requirements" = requirements.txt ] || "$base" -c 'import pytest' 2>/dev/null; }; then
+  local requirements=$1 base=${PYTHON:-python3} modules stamp digest
+  modules='import mindspore, jsonargparse, docstring_parser, matplotlib, mlxtend, tqdm, yaml, PIL'
+  [ "$requirements" = requirements.txt ] || modules+=', pytest, ruff'
+  if "$base" -c "$modules" 2>/dev/null; then
     PYTHON=$base
     return
   fi
   if "$base" -c 'import mindspore' 2>/dev/null; then
-    echo "MindSpore is here, but not all of $requirements: installing the rest into it"
-    local mindspore
-    mindspore=$("$base" -c 'import importlib.metadata as m; print(m.version("mindspore"))')
-    "$base" -m pip install -q -r "$requirements" "mindspore==$mindspore"
+    echo "MindSpore is here, but not all of $requirements: installing the rest beside it"
+    grep -hEv '^(#|-r|mindspore|numpy)' requirements.txt "$requirements" | sort -u |
+      xargs "$base" -m pip install -q --disable-pip-version-check || return
     PYTHON=$base
     return
   fi

@@ -5,8 +5,12 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
 environment requirements-dev.txt
 
-if "$PYTHON" -m ruff --version >/dev/null 2>&1; then
-  "$PYTHON" -m ruff check .
-  "$PYTHON" -m ruff format --check .
+PATH=$("$PYTHON" -c 'import sys; print(sys.exec_prefix)')/bin:$PATH
+"$PYTHON" -m ruff check .
+"$PYTHON" -m ruff format --check .
+if command -v shellcheck >/dev/null; then
+  shellcheck -x scripts/*.sh .ci/run
+else
+  echo "shellcheck is not installed: the scripts go unchecked"
 fi
 exec "$PYTHON" -m pytest "$@"

@@ -51,6 +51,20 @@ class Predictor:
         self._run, self.preprocessing, self.class_names, fixed = openers[path.suffix](path, config)
         self.batch_size = fixed or batch_size
         self._fixed = fixed is not None
+        self._path = path
+
+    @property
+    def network(self) -> nn.Cell:
+        """The network of a weight file.
+
+        Raises:
+            UserError: the model is an exported file, which can only be run as a whole.
+        """
+        if isinstance(self._run, nn.GraphCell):
+            raise UserError(
+                f"{self._path}: an exported file can't be looked into; give the weights, as a .ckpt"
+            )
+        return self._run
 
     def prepare(self, image: str | Path | Image.Image | np.ndarray) -> np.ndarray:
         """A file, a PIL image or uint8 [H, W, 3] in RGB -> the network's input float32 [3, H, W].

@@ -8,7 +8,7 @@ middle of the pixels that an even division of the image would give it: the convo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mindspore as ms
 import numpy as np
@@ -70,6 +70,17 @@ class AttentionMaps:
             attended = np.concatenate((on_keys[:, :1], tokens.reshape(len(tokens), -1)), axis=1)
             share = 0.5 * share + 0.5 * attended
         return share[:, 1:].reshape(-1, *grid), share[:, 0]
+
+    def even(self) -> AttentionMaps:
+        """The maps of a network that looks everywhere alike, to compare with.
+
+        Its rollout is not flat: tokens at the border are near fewer keys, or near only one.
+        """
+
+        def even(blocks: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
+            return tuple(np.full_like(weights, 1 / weights.shape[-1]) for weights in blocks)
+
+        return replace(self, from_cls=even(self.from_cls), mean=even(self.mean))
 
     def to_image(self, maps: np.ndarray) -> np.ndarray:
         """Maps on either grid, [..., H, W] or [..., H', W'], to pixels, [..., height, width].
