@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from src.config import Config, parse
+from src.command_line import parse
+from src.config import Config
 from src.errors import UserError, executable
 from src.runtime import log_to, prepare_environment
 

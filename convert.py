@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from src.config import RuntimeOnly, load_config, parse
+from src.command_line import load_config, parse
+from src.config import RuntimeOnly
 from src.errors import UserError, executable
 from src.runtime import log_to, prepare_environment, setup
 
@@ -37,7 +38,7 @@ def main(argv: list[str]) -> None:
     prepare_environment()
     log_to()
     from src.weights import sha256_of
-    from src.weights.convert import convert
+    from src.deploy.convert import convert
 
     setup(keys.runtime)
     done = convert(source, target, arguments.model, config, arguments.verify)

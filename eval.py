@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
-from src.config import parse
+from src.command_line import parse
 from src.errors import UserError, executable
+from src.reporting.figures import write_json
 from src.runtime import log_to, prepare_environment, setup
 
 
@@ -35,7 +33,7 @@ def main(argv: list[str]) -> None:
         f"images {figures['images']}  {figures['images_per_second']:.0f} img/s"
     )
     if arguments.json:
-        Path(arguments.json).write_text(json.dumps(figures) + "\n", encoding="utf-8")
+        write_json(figures, arguments.json)
 
 
 if __name__ == "__main__":

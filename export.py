@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from src.config import parse
+from src.command_line import parse
 from src.errors import UserError, executable
 from src.runtime import log_to, prepare_environment, setup
 
@@ -39,8 +39,8 @@ def main(argv: list[str]) -> None:
     log_to()
     from src.deploy.export import export
 
-    setup(config.runtime)
-    export(config, checkpoint, output, arguments.format, batch_size)
+    device = setup(config.runtime)
+    export(config, checkpoint, output, arguments.format, batch_size, device)
 
 
 def _count(text: str) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from src.config import RuntimeOnly, parse
+from src.command_line import parse
+from src.config import RuntimeOnly
 from src.errors import UserError, executable
 from src.runtime import log_to, prepare_environment, setup
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from src.config import parse
+from src.command_line import parse
 from src.errors import UserError, executable
 from src.runtime import log_to, prepare_environment
 
@@ -24,11 +24,14 @@ def main(argv: list[str]) -> None:
             "--finetune", type=str, help="weights to start from; a head for other classes is new"
         )
 
-    config, arguments = parse(argv, "train.py", "Train a network.", add_arguments)
+    beside = "output" if "--resume" in argv else None  # a run knows its settings
+    config, arguments = parse(
+        argv, "train.py", "Train a network.", add_arguments, config_beside=beside
+    )
     if arguments.config is None and arguments.output is None:
         raise UserError("--config is missing; give a recipe, as config/digits/cvt_nano.yaml")
-    name = Path(arguments.config or "run").with_suffix("").parts[-2:]
-    output = Path(arguments.output or Path("runs", "_".join(name)))
+    recipe = Path(arguments.config or "run")
+    output = Path(arguments.output or f"runs/{recipe.resolve().parent.name}_{recipe.stem}")
     prepare_environment()
     log_to()
     from src.training.run import train  # MindSpore takes seconds: arguments are checked by now

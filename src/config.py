@@ -1,31 +1,22 @@
-"""The only schema: each key with type, default and meaning; the only room for YAML and argv.
+"""The only schema: every key of a recipe with its type, default and meaning."""
 
-A recipe in config/ sets keys, dotted options (`--optimizer.lr 1e-3`) override them, whatever their
-order on the command line. Nothing unknown and nothing of a wrong type passes.
-"""
-
-import dataclasses
-import difflib
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Callable, Literal, NoReturn, Optional, Union
+from typing import Literal, Optional, Union
 
-import yaml
-from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import (
     ClosedUnitInterval,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    restricted_number_type,
 )
-
-from src.errors import UserError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+Share = restricted_number_type("Share", float, [(">=", 0), ("<", 1)], join="and")
 
 
 @dataclass
@@ -104,7 +95,7 @@ class DataConfig:
         crop_ratio: evaluation resizes the short side to image size / crop_ratio and crops the
             centre; null resizes straight to the image size, as the official 384 px evaluation.
         interpolation: filter of every resize, as in Pillow.
-        workers: threads that prepare images; 0 takes the number of cores.
+        workers: threads that prepare images; 0 takes one per core, eight at most.
     """
 
     source: Literal["digits", "imagefolder", "cifar10", "cifar100", "mnist"] = "imagefolder"
@@ -161,9 +152,9 @@ class OptimizerConfig:
     name: Literal["adamw", "sgd"] = "adamw"
     lr: PositiveFloat = 1e-3
     weight_decay: NonNegativeFloat = 0.05
-    betas: tuple[ClosedUnitInterval, ClosedUnitInterval] = (0.9, 0.999)
+    betas: tuple[Share, Share] = (0.9, 0.999)
     eps: PositiveFloat = 1e-8
-    momentum: ClosedUnitInterval = 0.9
+    momentum: Share = 0.9
     clip_norm: NonNegativeFloat = 0.0
     warmup_epochs: NonNegativeInt = 5
     warmup_lr: NonNegativeFloat = 1e-6
@@ -188,8 +179,8 @@ class TrainingConfig:
 
     epochs: PositiveInt = 300
     batch_size: PositiveInt = 256
-    label_smoothing: ClosedUnitInterval = 0.1
-    ema_decay: ClosedUnitInterval = 0.0
+    label_smoothing: Share = 0.1
+    ema_decay: Share = 0.0
     loss_scale: PositiveFloat = 1.0
     freeze: list[str] = field(default_factory=list)
 
@@ -225,150 +216,3 @@ class RuntimeOnly:
     """The keys of a command whose recipe comes with its model."""
 
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
-
-
-class _Parser(ArgumentParser):
-    """jsonargparse's parser, its complaints turned into one line of ours."""
-
-    def error(self, message: str, ex: Optional[Exception] = None) -> NoReturn:
-        raise UserError(_one_line(message, [action.dest for action in self._actions]))
-
-
-_UNKNOWN_KEY = (
-    re.compile(r"unrecognized arguments: --(?P<key>[\w.]+)"),
-    re.compile(r"Group '(?P<group>[\w.]+)' does not accept option '(?P<key>[\w.]+)'"),
-    re.compile(r"(?:Option|Key) '(?P<key>[\w.]+)' is not (?:accepted|expected)"),
-)
-
-
-def _one_line(message: str, known: Sequence[str]) -> str:
-    message = " ".join(message.split())
-    for pattern in _UNKNOWN_KEY:
-        found = pattern.search(message)
-        if found:
-            key = ".".join(part for part in found.groups() if part)
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
-            hint = f"did you mean {near[0]}? " if near else ""
-            return f"unknown key {key}: {hint}--help lists every key"
-    message = re.sub(r'Parser key "([^"]+)":', r"\1:", message)
-    message = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", message).replace("typing.", "")
-    union = re.match(r"(\S+) Does not .*Subtypes: \[(.*)\] Errors: .*Given value: (.*)", message)
-    if union:
-        message = f"{union[1]} Expected one of {union[2]}. Got value: {union[3]}"
-    return message
-
-
-def run_config_of(checkpoint: str) -> Optional[Path]:
-    """The config.yaml that a run left for this checkpoint: beside it, or a folder up."""
-    folder = Path(checkpoint).resolve().parent
-    return next(
-        (p for p in (folder / "config.yaml", folder.parent / "config.yaml") if p.is_file()), None
-    )
-
-
-def parse(
-    argv: Sequence[str],
-    prog: str,
-    description: str,
-    add_arguments: Callable[[ArgumentParser], Any],
-    schema: type = Config,
-    config_beside: Optional[str] = None,
-) -> tuple[Any, Namespace]:
-    """Read a command line into a filled schema and the command's own arguments.
-
-    Args:
-        argv: arguments without the program's name.
-        prog, description: for --help.
-        add_arguments: adds the command's own arguments to the parser.
-        schema: the dataclass of keys that the command takes; only a whole Config is filled from
-            the recipe.
-        config_beside: name of the argument that holds a checkpoint; its run's config.yaml stands in
-            where --config is missing.
-
-    Raises:
-        UserError: a key, value or file that can't be used.
-    """
-    usage = f"python {prog} [--config FILE] [--key value ...]"
-    parser = _Parser(prog=prog, usage=usage, description=description)
-    parser.add_argument("--config", action="config", help="YAML recipe; options override its keys")
-    add_arguments(parser)
-    parser.add_class_arguments(schema, as_group=False)
-    argv, config = _take_option(list(argv), "--config")
-    if config is None and config_beside:
-        _, checkpoint = _take_option(argv, f"--{config_beside}")
-        if checkpoint and not Path(checkpoint).is_file():
-            raise UserError(f"--{config_beside} {checkpoint}: no such file; give a checkpoint")
-        config = run_config_of(checkpoint) if checkpoint else None
-    if config is not None and schema is Config:
-        _check_mapping(Path(config), schema)
-        argv = ["--config", str(config), *argv]
-    namespace = parser.parse_args(argv)
-    settings = schema(
-        **{
-            group.name: group.type(**vars(namespace.pop(group.name)))
-            for group in dataclasses.fields(schema)
-        }
-    )
-    namespace.config = config
-    return settings, namespace
-
-
-def load_config(path: Path) -> Config:
-    """Read a resolved configuration that `save_config` wrote."""
-    config, _ = parse(["--config", str(path)], "", "", lambda parser: None)
-    return config
-
-
-def _take_option(argv: list[str], name: str) -> tuple[list[str], Optional[str]]:
-    """Split an option and its last value off a command line."""
-    rest, value = [], None
-    words = iter(argv)
-    for word in words:
-        if word == name:
-            value = next(words, None)
-            if value is None:
-                raise UserError(f"{name}: expected a value behind it")
-        elif word.startswith(f"{name}="):
-            value = word[len(name) + 1 :]
-        else:
-            rest.append(word)
-    return rest, value
-
-
-def _check_mapping(path: Path, schema: type) -> None:
-    """Refuse what the parser takes in silence: a file or a group that is no mapping."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror}; give a YAML file") from None
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"--config {path}: no valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise UserError(
-            f"--config {path}: expected keys and values, found {type(content).__name__}"
-        )
-    for group in dataclasses.fields(schema):
-        if dataclasses.is_dataclass(group.type) and not isinstance(
-            content.get(group.name, {}), dict
-        ):
-            raise UserError(f"--config {path}: {group.name} is a group of keys, not a value")
-
-
-def save_config(config: Config, path: Path) -> None:
-    """Write every key of a resolved configuration as YAML that `parse` reads back."""
-    plain = dataclasses.asdict(config, dict_factory=_plain)
-    path.write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8")
-
-
-def _plain(items: list[tuple[str, Any]]) -> dict:
-    """Values as YAML's own types, without the subclasses that carry a range."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, (list, tuple)):
-            return [plain(item) for item in value]
-        for kind in (bool, int, float):
-            if isinstance(value, kind):
-                return kind(value)
-        return value
-
-    return {key: plain(value) for key, value in items}

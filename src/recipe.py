@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 from mindspore import dtype as mstype
 from mindspore import nn
@@ -65,28 +66,30 @@ def open_split(config: Config, split: str) -> Source:
     names = None if data.classes else data.class_names
     source = open_source(data.source, data.path, split, class_names=names, **folders)
     if data.classes:
-        source = only_classes(source, data.classes)
+        source = only_classes(source, data.classes, data.class_names)
     if data.train_images and split == "train":
         source = balanced(source, data.train_images, config.runtime.seed)
     return source
 
 
 def resolve_classes(config: Config, source: Source) -> Config:
-    """The configuration with the class names and their number filled in from the data.
+    """The configuration with what only the data tells: classes, and where it lies.
 
     Raises:
-        UserError: `model.num_classes` is too small for the labels.
+        UserError: `model.num_classes` is not the number of classes, so labels could mean others.
     """
     names = list(source.class_names)
     classes = config.model.num_classes or len(names)
-    if classes < len(names):
+    if classes != len(names):
         raise UserError(
-            f"model.num_classes {classes}: {source.title} has {len(names)}; leave the key out"
+            f"model.num_classes {classes}: {source.title} has {len(names)} classes; leave the key "
+            "out, or name all classes in the order of the labels in data.class_names"
         )
+    path = config.data.path and str(Path(config.data.path).resolve())
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, num_classes=classes),
-        data=dataclasses.replace(config.data, class_names=names),
+        data=dataclasses.replace(config.data, class_names=names, path=path),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import logging.handlers
 import os
 import random
 import tempfile
@@ -56,7 +57,7 @@ def setup(config: RuntimeConfig) -> str:
         if ms.get_context("device_target") != device:
             raise
     ms.set_context(mode=ms.GRAPH_MODE if config.mode == "graph" else ms.PYNATIVE_MODE)
-    ms.set_seed(config.seed)
+    ms.set_seed(config.seed % 2**32)
     random.seed(config.seed)
     np.random.seed(config.seed % 2**32)
     return device
@@ -69,18 +70,26 @@ def _is_available(kind: str) -> bool:
 
 
 def log_to(file: Path | None = None) -> None:
-    """Send the log to the console, and to a file as well where one is given."""
+    """Send the log to the console, and to a file as well where one is given.
+
+    The file also gets what was logged since the last call, before it was known.
+    """
     logger.setLevel(logging.INFO)
+    earlier = [h for h in logger.handlers if isinstance(h, logging.handlers.MemoryHandler)]
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
         handler.close()
     console = ConsoleHandler()
     console.setFormatter(logging.Formatter("%(message)s"))
     logger.addHandler(console)
-    if file is not None:
-        handler = logging.FileHandler(file, encoding="utf-8")
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        logger.addHandler(handler)
+    if file is None:
+        logger.addHandler(logging.handlers.MemoryHandler(1000, logging.CRITICAL + 1, None, False))
+        return
+    to_file = logging.FileHandler(file, encoding="utf-8")
+    to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    for record in (record for handler in earlier for record in handler.buffer):
+        to_file.handle(record)
+    logger.addHandler(to_file)
 
 
 class ConsoleHandler(logging.Handler):

@@ -9,7 +9,7 @@ import pytest
 from src.config import Config, DataConfig, ModelConfig, RuntimeConfig
 from src.data import open_source
 from src.errors import UserError
-from src.recipe import build_model, build_preprocessing, resolve_classes
+from src.recipe import build_model, build_preprocessing, open_split, resolve_classes
 from tests.conftest import TINY
 
 
@@ -52,9 +52,18 @@ def test_classes_come_from_the_data():
     resolved = resolve_classes(config(model={"num_classes": None}), source)
     assert resolved.model.num_classes == 10
     assert resolved.data.class_names == list("0123456789")
-    assert resolve_classes(config(model={"num_classes": 12}), source).model.num_classes == 12
-    with pytest.raises(UserError, match="model.num_classes 3"):
-        resolve_classes(config(model={"num_classes": 3}), source)
+    for other in (3, 12):
+        with pytest.raises(UserError, match=f"model.num_classes {other}"):
+            resolve_classes(config(model={"num_classes": other}), source)
+
+
+def test_some_classes_keep_the_labels_that_a_run_gave_them():
+    names = list("0123456789")
+    for class_names, labels in ((None, [0, 1]), (names, [7, 2])):
+        data = DataConfig(source="digits", classes=["7", "2"], class_names=class_names)
+        source = open_split(config(data=data), "val")
+        assert sorted(set(source.labels.tolist())) == sorted(labels)
+        assert list(source.class_names) == (class_names or ["7", "2"])
 
 
 @pytest.mark.parametrize(

@@ -7,16 +7,17 @@ import functools
 import logging
 import os
 import random
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import mindspore.dataset as ds
 import numpy as np
 
 from src.data.sources import Source
-from src.data.transforms import decode, is_cut_off, no_dump
+from src.data.transforms import decode, is_cut_off, remove_dumps
 from src.errors import UserError
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("cvt")
 
 
 def epoch_indices(
@@ -158,19 +159,20 @@ class Batches:
             return
         with _pipeline_seed(self._seed):
             batches = self.pipeline().create_tuple_iterator(num_epochs=1, output_numpy=output_numpy)
-        with no_dump():
-            for done in range(len(self) + 1):
-                try:
-                    item = next(batches)
-                except StopIteration:
-                    return
-                except RuntimeError as error:
-                    broken = find_broken(self.source, self._in_flight(done))
-                    if broken is None:
-                        raise
-                    message = f"{broken}: not a readable image; remove or replace it"
-                    raise UserError(message) from error
-                yield item
+        start = time.time()
+        for done in range(len(self) + 1):
+            try:
+                item = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                remove_dumps(start)
+                broken = find_broken(self.source, self._in_flight(done))
+                if broken is None:
+                    raise
+                message = f"{broken}: not a readable image; remove or replace it"
+                raise UserError(message) from error
+            yield item
 
     def _in_flight(self, done: int) -> np.ndarray:
         """Items that the pipeline may have been at when it failed, `done` batches after the start.

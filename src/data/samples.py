@@ -1,8 +1,7 @@
-"""Writes held-out digits as image files: python -m src.data.samples FOLDER."""
+"""Held-out digits as image files, to try things on."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from PIL import Image
@@ -20,8 +19,3 @@ def write_samples(folder: Path) -> list[Path]:
         paths.append(folder / f"digit_{name}.png")
         Image.fromarray(image).save(paths[-1])
     return paths
-
-
-if __name__ == "__main__":
-    for path in write_samples(Path(sys.argv[1])):
-        print(path)

@@ -18,7 +18,7 @@ import numpy as np
 
 from src.errors import UserError
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("cvt")
 
 SOURCES = ("digits", "imagefolder", "cifar10", "cifar100", "mnist")
 

@@ -36,24 +36,33 @@ class Subset(Source):
         return self._source.describe(int(self._indices[index]))
 
 
-def only_classes(source: Source, names: Sequence[str]) -> Source:
-    """The images of some classes, labelled in the order of `names`.
+def only_classes(
+    source: Source, names: Sequence[str], class_names: Sequence[str] | None = None
+) -> Source:
+    """The images of some classes.
+
+    Args:
+        source: the whole.
+        names: the classes to keep.
+        class_names: names in the order of the labels; by default `names`.
 
     Raises:
-        UserError: a name that the source has not, or twice the same.
+        UserError: a name that the source or `class_names` has not, or twice the same.
     """
-    unknown = [name for name in names if name not in source.class_names]
-    if unknown or len(set(names)) < len(names):
-        raise UserError(
-            f"data.classes: {source.title} has no class {unknown[0]!r}"
-            if unknown
-            else f"data.classes {list(names)}: names a class twice"
-        )
+    class_names = list(class_names or names)
+    for name in names:
+        if name not in source.class_names:
+            raise UserError(f"data.classes: {source.title} has no class {name!r}")
+        if name not in class_names:
+            raise UserError(f"data.classes: {name!r} is none of the run's classes {class_names}")
+    if len(set(names)) < len(names):
+        raise UserError(f"data.classes {list(names)}: names a class twice")
     new_labels = np.full(len(source.class_names), -1, np.int32)
-    new_labels[[source.class_names.index(name) for name in names]] = np.arange(len(names))
+    for name in names:
+        new_labels[source.class_names.index(name)] = class_names.index(name)
     labels = new_labels[source.labels]
     indices = np.flatnonzero(labels >= 0)
-    return Subset(source, indices, labels[indices], names)
+    return Subset(source, indices, labels[indices], class_names)
 
 
 def balanced(source: Source, count: int, seed: int) -> Source:

@@ -6,9 +6,9 @@ pixels that Pillow gives, which the official evaluation is built on; the tests c
 
 from __future__ import annotations
 
-import contextlib
 import io
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -174,30 +174,27 @@ def decode(content: np.ndarray) -> np.ndarray:
     Raises:
         UserError: no image, a format other than JPEG, PNG, BMP and TIFF, damaged, or cut off.
     """
+    start = time.time()
     try:
         Image.open(io.BytesIO(content.tobytes()), formats=("JPEG", "PNG", "BMP", "TIFF")).load()
         if is_cut_off(content):
             raise ValueError("cut off")
-        with no_dump():
-            return vision.Decode()(content)
+        return vision.Decode()(content)
     # Pillow raises any of OSError, SyntaxError, ValueError, struct.error
     except Exception as error:
+        remove_dumps(start)
         raise UserError("not a readable image (JPEG, PNG, BMP or TIFF)") from error
 
 
-@contextlib.contextmanager
-def no_dump() -> Iterator[None]:
-    """Take away the copy of an undecodable image that MindSpore drops in the current folder."""
-    before = _dumps()
-    try:
-        yield
-    finally:
-        for path in _dumps() - before:
-            path.unlink(missing_ok=True)
+def remove_dumps(since: float) -> None:
+    """Take away the copies of undecodable images that MindSpore drops in the current folder.
 
-
-def _dumps() -> set[Path]:
-    return {p for name in ("abnormal_image", "unsupported_image") for p in Path().glob(f"{name}.*")}
+    since: time.time() before the decoding; older files of these names are the user's.
+    """
+    for name in ("abnormal_image", "unsupported_image"):
+        for path in Path().glob(f"{name}.*"):
+            if path.stat().st_mtime >= since - 1:
+                path.unlink(missing_ok=True)
 
 
 def is_cut_off(content: np.ndarray) -> bool:
@@ -249,6 +246,11 @@ def train_operations(
         hflip: probability of a horizontal flip; 0 leaves the operation out.
         interpolation: as in `Preprocessing`.
     """
+    if scale[0] > scale[1] or scale[1] > 1 or ratio[0] > ratio[1]:
+        raise UserError(
+            f"augment.scale {list(scale)}, augment.ratio {list(ratio)}: each is a smallest and a "
+            "largest value, and no crop exceeds the image (scale 1)"
+        )
     size, filtering = list(image_size), _interpolation(interpolation)
     if crop == "random_resized":
         # Decodes only the part of a JPEG that is kept.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import numpy as np
 from src.data.sources import IMAGE_EXTENSIONS, images_below
 from src.deploy.predictor import Predictor
 from src.errors import UserError
+from src.reporting.figures import write_json
 from src.reporting.progress import progress_bar
 
 logger = logging.getLogger("cvt")
@@ -45,8 +45,7 @@ def classify_files(predictor: Predictor, place: str, top_k: int, json_file: str 
                 results.append({"file": name, "top": [each._asdict() for each in ranked]})
             bar.update(len(names))
     if json_file is not None:
-        text = json.dumps(results, indent=1, ensure_ascii=False)
-        Path(json_file).write_text(text + "\n", encoding="utf-8")
+        write_json(results, json_file)
     if broken:
         raise UserError(
             broken[0] if len(files) == 1 else f"{len(broken)} of {len(files)} files: {broken[0]}"

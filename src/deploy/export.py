@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
+import tempfile
 from pathlib import Path
 
 import mindspore as ms
@@ -15,16 +15,21 @@ from src.config import Config
 from src.data import Preprocessing, eval_batches
 from src.errors import UserError
 from src.recipe import build_model, build_preprocessing, open_split, resolve_classes
+from src.reporting.figures import write_json
 from src.weights import load_weights, make_readable, sha256_of
 
 logger = logging.getLogger("cvt")
-FORMATS = ("mindir", "air")
 TOLERANCE = 1e-5  # of the logits; the exported graph runs the same float32 operators
 CHECKED_IMAGES = 16
 
 
 def export(
-    config: Config, checkpoint: Path, output: Path, file_format: str, batch_size: int | None
+    config: Config,
+    checkpoint: Path,
+    output: Path,
+    file_format: str,
+    batch_size: int | None,
+    device: str,
 ) -> None:
     """Write `output` and `output`.json.
 
@@ -34,13 +39,14 @@ def export(
         output: the file to write.
         file_format: "mindir", or "air" on an Ascend host.
         batch_size: images the file takes at once; None lets it take any number.
+        device: what `runtime.setup` returned.
 
     Raises:
         UserError: a checkpoint that doesn't fit, a format that can't be written here, or logits
             that differ from the checkpoint's; then nothing is left behind.
     """
     if file_format == "air":
-        _require_ascend(output)
+        _require_ascend(output, device)
     if config.model.num_classes is None:
         config = resolve_classes(config, open_split(config, "val"))
     net = build_model(config)
@@ -48,27 +54,31 @@ def export(
     net.set_train(False)
     preprocessing = build_preprocessing(config)
     shape = (batch_size, 3, *preprocessing.image_size)
-    partial = output.with_name(f".{output.stem}.partial.{file_format}")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        example = Tensor(shape=shape, dtype=ms.float32) if batch_size is None else _zeros(shape)
-        ms.export(net, example, file_name=str(partial), file_format=file_format.upper())
-        if file_format == "mindir":
-            _check(net, partial, _images(config, preprocessing), batch_size)
-        else:
-            logger.info("an AIR file can't be loaded back by MindSpore, so it was not checked")
-        make_readable(partial)
-        os.replace(partial, output)
+        with tempfile.TemporaryDirectory(dir=output.parent, prefix=".export-") as folder:
+            partial = Path(folder) / output.name
+            example = Tensor(shape=shape, dtype=ms.float32) if batch_size is None else _zeros(shape)
+            ms.export(net, example, file_name=str(partial), file_format=file_format.upper())
+            if not partial.is_file():
+                raise UserError(
+                    f"{output}: larger than the 1 GiB that MindSpore writes into one file; "
+                    "cvt_w24 can't be exported yet"
+                )
+            if file_format == "mindir":
+                _check(net, partial, _images(config, preprocessing), batch_size)
+            else:
+                logger.info("an AIR file can't be loaded back by MindSpore, so it was not checked")
+            make_readable(partial)
+            describe(config, checkpoint, output, file_format, shape, preprocessing)
+            os.replace(partial, output)
     except OSError as error:
         raise UserError(f"{output}: {error.strerror}; give another --output") from error
-    finally:
-        partial.unlink(missing_ok=True)
-    describe(config, checkpoint, output, file_format, shape, preprocessing)
     logger.info("wrote %s and %s.json", output, output.name)
 
 
-def _require_ascend(output: Path) -> None:
-    if ms.get_context("device_target") != "Ascend":
+def _require_ascend(output: Path, device: str) -> None:
+    if device != "Ascend":
         raise UserError(
             f"{output}: AIR is written by the Ascend backend only: run this command on a host with "
             "an Ascend card and CANN, or export --format mindir here"
@@ -99,8 +109,7 @@ def describe(
         "checkpoint_sha256": sha256_of(checkpoint),
         "mindspore": ms.__version__,
     }
-    text = json.dumps(description, indent=1, ensure_ascii=False)
-    Path(f"{output}.json").write_text(text + "\n", encoding="utf-8")
+    write_json(description, f"{output}.json")
 
 
 def _images(config: Config, preprocessing: Preprocessing) -> np.ndarray:

@@ -12,7 +12,7 @@ import numpy as np
 from mindspore import Tensor, nn
 from PIL import Image
 
-from src.config import load_config, run_config_of
+from src.command_line import load_config, run_config_of
 from src.data import Preprocessing
 from src.errors import UserError
 from src.recipe import build_model, build_preprocessing
@@ -86,7 +86,13 @@ class Predictor:
     def __call__(
         self, images: Sequence[str | Path | Image.Image | np.ndarray], top_k: int = 5
     ) -> list[list[Prediction]]:
-        """The `top_k` best classes of each image, best first, in the order of the images."""
+        """The `top_k` best classes of each image, best first, in the order of the images.
+
+        Raises:
+            UserError: a file that is no readable image, or one image instead of several.
+        """
+        if isinstance(images, (str, Path, Image.Image)):
+            raise UserError("a Predictor takes several images: give a list, if need be of one")
         results = []
         for start in range(0, len(images), self.batch_size):
             batch = [self.prepare(image) for image in images[start : start + self.batch_size]]
@@ -115,6 +121,8 @@ _Opened = tuple[Callable[[Tensor], Tensor], Preprocessing, list[str], "int | Non
 
 def _open_mindir(path: Path, config: str | Path | None) -> _Opened:
     beside = Path(f"{path}.json")
+    if config is not None:
+        raise UserError(f"--config {config}: is for weights only; {beside} has all that counts")
     try:
         description = json.loads(beside.read_text(encoding="utf-8"))
         preprocessing = Preprocessing.from_dict(description["preprocessing"])

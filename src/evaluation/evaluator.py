@@ -11,6 +11,7 @@ from mindspore import Tensor, nn
 
 from src.config import Config
 from src.data import Preprocessing, Source, eval_batches
+from src.errors import UserError
 from src.evaluation.metrics import Metrics
 from src.recipe import build_model, build_preprocessing, open_split, resolve_classes
 from src.reporting.progress import progress_bar
@@ -45,12 +46,18 @@ class Evaluator:
         preprocessing: of each image.
         batch_size: images a step; the last batch is filled up and the filling not counted.
         workers: threads that prepare images; 0 takes one per core.
+
+    Raises:
+        UserError: a split without images.
     """
 
     def __init__(
         self, source: Source, preprocessing: Preprocessing, batch_size: int, workers: int = 0
     ) -> None:
+        if not len(source):
+            raise UserError(f"{source.title}: no image to evaluate on; add some")
         self._compiled = False
+        self._image_size = preprocessing.image_size
         self.batch_size = min(batch_size, len(source))
         self.batches = eval_batches(
             source, preprocessing.operations(source.encoded), self.batch_size, workers=workers
@@ -63,14 +70,15 @@ class Evaluator:
             UserError: an image that can't be read, or an output that is not finite.
         """
         net.set_train(False)
-        metrics, start = Metrics(), time.perf_counter()
+        metrics = Metrics()
+        if not self._compiled:  # before the clock starts
+            net(Tensor(np.zeros((self.batch_size, 3, *self._image_size), np.float32))).asnumpy()
+            self._compiled = True
+        start = time.perf_counter()
         bar = progress_bar(len(self.batches.indices), "evaluate")
         for images, labels in self.batches.iterate(output_numpy=True):
-            inputs = Tensor(self._filled(images))
-            if not self._compiled:  # outside the clock
-                net(inputs).asnumpy()
-                self._compiled, start = True, time.perf_counter()
-            metrics.update(net(inputs).asnumpy()[: len(labels)], labels)
+            logits = net(Tensor(self._filled(images))).asnumpy()
+            metrics.update(logits[: len(labels)], labels)
             bar.update(len(labels))
         bar.close()
         return Result(metrics, metrics.images / (time.perf_counter() - start))

@@ -129,7 +129,7 @@ class CvT(nn.Cell):
                 "patch_paddings": patch_paddings,
             }
         )
-        _check_choices(mlp_ratio, kv_stride, qkv_projection, patch_embed, num_classes)
+        _check_choices(embed_dims, mlp_ratio, kv_stride, qkv_projection, patch_embed, num_classes)
         _check_rates((*drop_path_rates, drop_rate))
         if patch_embed == "patch":
             patch_sizes, patch_paddings = patch_strides, (0,) * STAGES
@@ -256,9 +256,11 @@ def _check_sizes(sizes: dict[str, Sequence[int]]) -> None:
             raise UserError(f"embed_dims: {dim} is no multiple of its num_heads, {heads}")
 
 
-def _check_choices(mlp_ratio, kv_stride, qkv_projection, patch_embed, num_classes) -> None:
-    if mlp_ratio <= 0:
-        raise UserError(f"mlp_ratio {mlp_ratio}: must be positive")
+def _check_choices(
+    embed_dims, mlp_ratio, kv_stride, qkv_projection, patch_embed, num_classes
+) -> None:
+    if not mlp_ratio >= 1 / min(embed_dims) or mlp_ratio == math.inf:
+        raise UserError(f"mlp_ratio {mlp_ratio}: must leave a hidden channel or more")
     if kv_stride < 1:
         raise UserError(f"kv_stride {kv_stride}: must be 1 or more")
     if num_classes < 0:

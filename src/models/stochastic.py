@@ -7,18 +7,17 @@ derives from (seed, step, rank): a counter-based generator made of plain integer
 
 from __future__ import annotations
 
-import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
+_GOLDEN_RATIO = 0x9E3779B9 - 2**32  # as int32 sees these bits
+_MULTIPLIER_1 = 0x7FEB352D
+_MULTIPLIER_2 = 0x846CA68B - 2**32
 
-def _int32(bits: int) -> Tensor:
-    return Tensor(np.array(bits, np.uint32).astype(np.int32))
 
-
-_GOLDEN_RATIO = _int32(0x9E3779B9)
-_MULTIPLIER_1 = _int32(0x7FEB352D)
-_MULTIPLIER_2 = _int32(0x846CA68B)
+def _times(x: Tensor, factor: int) -> Tensor:
+    """int32 product modulo 2**32."""
+    return x * Tensor(factor, mstype.int32)
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
@@ -34,14 +33,14 @@ def hash_bits(x: Tensor) -> Tensor:
 
     Source: the 32-bit finaliser "lowbias32" of C. Wellons' hash-prospector (2018).
     """
-    x = ops.bitwise_xor(x, _shift_right(x, 16)) * _MULTIPLIER_1
-    x = ops.bitwise_xor(x, _shift_right(x, 15)) * _MULTIPLIER_2
+    x = _times(ops.bitwise_xor(x, _shift_right(x, 16)), _MULTIPLIER_1)
+    x = _times(ops.bitwise_xor(x, _shift_right(x, 15)), _MULTIPLIER_2)
     return ops.bitwise_xor(x, _shift_right(x, 16))
 
 
 def random_bits(key: Tensor, count: int) -> Tensor:
     """Draw `count` int32 words of random bits from an int32 scalar key."""
-    counter = ops.arange(count).astype(mstype.int32) * _GOLDEN_RATIO
+    counter = _times(ops.arange(count).astype(mstype.int32), _GOLDEN_RATIO)
     return hash_bits(ops.bitwise_xor(counter, hash_bits(key)))
 
 
@@ -65,7 +64,7 @@ class DropPath(nn.Cell):
 
     def construct(self, x: Tensor, bits: Tensor | None) -> Tensor:
         """x [B, N, C], bits [sites, B] -> [B, N, C]; kept samples are scaled by 1 / (1 - rate)."""
-        if self.rate == 0.0 or bits is None:
+        if self.rate == 0.0 or bits is None or not self.training:
             return x
         keep = (uniform(bits[self.site]) >= self.rate).astype(x.dtype)
         return x * (keep / (1.0 - self.rate)).reshape((-1, 1, 1))
@@ -86,9 +85,10 @@ class Dropout(nn.Cell):
 
     def construct(self, x: Tensor, bits: Tensor | None) -> Tensor:
         """x [B, N, C], bits [sites, B] -> [B, N, C]; kept elements are scaled by 1 / (1 - rate)."""
-        if self.rate == 0.0 or bits is None:
+        if self.rate == 0.0 or bits is None or not self.training:
             return x
-        counter = ops.arange(x.shape[1] * x.shape[2]).astype(mstype.int32) * _GOLDEN_RATIO
+        counter = ops.arange(x.shape[1] * x.shape[2]).astype(mstype.int32)
+        counter = _times(counter, _GOLDEN_RATIO)
         sample = bits[self.site].reshape((-1, 1))
         element = hash_bits(ops.bitwise_xor(counter.reshape((1, -1)), sample))  # [B, N * C]
         keep = (uniform(element) >= self.rate).astype(x.dtype).reshape(x.shape)

@@ -6,7 +6,8 @@ import dataclasses
 import logging
 from pathlib import Path
 
-from src.config import Config, load_config, save_config
+from src.command_line import load_config, save_config
+from src.config import Config
 from src.errors import UserError
 from src.recipe import open_split, resolve_classes
 from src.runtime import log_to, setup
@@ -33,13 +34,14 @@ def train(config: Config, output: Path, resume: bool = False, finetune: str | No
         raise UserError("--resume and --finetune: give one; a resumed run has its weights already")
     if resume and not (output / "checkpoints" / "last.ckpt").is_file():
         raise UserError(f"{output}: no checkpoints/last.ckpt to resume from; leave out --resume")
-    if not resume and (output / "config.yaml").exists():
+    if not resume and (output / "checkpoints" / "last.ckpt").exists():
         raise UserError(f"{output}: holds a run; add --resume to go on, or give another --output")
     device = setup(config.runtime)
-    config = resolve_classes(config, open_split(config, "train"))
+    source = open_split(config, "train")
+    config = resolve_classes(config, source)
     if resume:
         _refuse_changes(load_config(output / "config.yaml"), config, output)
-    trainer = Trainer(config, output, finetune)  # first of all: it finds what can't work
+    trainer = Trainer(config, source, output, finetune)  # first of all: it finds what can't work
     try:
         output.mkdir(parents=True, exist_ok=True)
         log_to(output / "log.txt")

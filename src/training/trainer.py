@@ -13,10 +13,11 @@ import time
 from pathlib import Path
 
 import numpy as np
-from mindspore import Tensor
+from mindspore import Tensor, nn, ops
 
+from src.command_line import load_config, run_config_of
 from src.config import Config
-from src.data import train_batches
+from src.data import Source, train_batches
 from src.errors import UserError
 from src.evaluation.evaluator import Evaluator
 from src.recipe import (
@@ -25,6 +26,7 @@ from src.recipe import (
     build_preprocessing,
     open_split,
 )
+from src.reporting.figures import write_text
 from src.reporting.plots import plot_curves
 from src.reporting.progress import progress_bar
 from src.training.freeze import freeze
@@ -44,16 +46,19 @@ class Trainer:
 
     Args:
         config: the recipe.
+        source: the training images.
         output: the run's folder.
         finetune: a weight file to start from; a head for other classes starts anew.
     """
 
-    def __init__(self, config: Config, output: Path, finetune: str | None = None) -> None:
+    def __init__(
+        self, config: Config, source: Source, output: Path, finetune: str | None = None
+    ) -> None:
         self.config = config
+        self.source = source
         self.output = output
         self.finetune = finetune
-        self.load_report = None
-        self.source = open_split(config, "train")
+        self.load_report = self.new_head = None
         self.augmentation = build_augmentation(config, self.source.encoded)
         self.evaluator = Evaluator(
             open_split(config, "val"),
@@ -81,7 +86,7 @@ class Trainer:
         net = build_model(config)
         self.parameters = sum(p.size for p in net.trainable_params())
         if self.finetune is not None:
-            self.load_report = load_weights(net, self.finetune, new_head=True)
+            self._start_from(net, self.finetune)
         self.frozen = freeze(net, config.training.freeze)
         ema_net = None
         if config.training.ema_decay > 0:
@@ -107,6 +112,18 @@ class Trainer:
             seed=config.runtime.seed,
         )
 
+    def _start_from(self, net: nn.Cell, file: str) -> None:
+        """Load weights; the head stays new where it can't fit or is known to name other classes."""
+        fresh = {p.name: p.value().copy() for p in net.get_parameters() if p.name[:5] == "head."}
+        self.load_report = load_weights(net, file, new_head=True)
+        run = run_config_of(file)
+        names = load_config(run).data.class_names if run else None
+        if names is not None and names != self.config.data.class_names:
+            for parameter in net.get_parameters():
+                if parameter.name in fresh:
+                    ops.assign(parameter, fresh[parameter.name])
+            self.new_head = f"the head starts anew: that run's classes were {', '.join(names)}"
+
     @property
     def evaluated_net(self):
         """The network whose accuracy counts: the moving average where there is one."""
@@ -127,8 +144,14 @@ class Trainer:
         extra = load_state(self.step, self.output / "checkpoints" / "last.ckpt")
         self.best_top1 = extra["best_top1"]
         done = int(self.step.step.asnumpy()) // self.steps_per_epoch
-        lines = (self.output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        self.rows = [row for row in map(json.loads, lines) if row["epoch"] <= done]
+        file = self.output / "metrics.jsonl"
+        try:
+            rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+            self.rows = [row for row in rows if row["epoch"] <= done]
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{file}: missing or damaged ({error}); can't resume") from None
+        if len(self.rows) != done:
+            raise UserError(f"{file}: has {len(self.rows)} epochs, last.ckpt {done}; can't resume")
         logger.info("resumed behind epoch %d", done)
 
     def fit(self) -> None:
@@ -177,6 +200,8 @@ class Trainer:
         )
         if self.load_report is not None:
             logger.info("%s", self.load_report)
+        if self.new_head is not None:
+            logger.info("%s", self.new_head)
         if self.frozen:
             trained = sum(p.size for p in self.step.optimizer.parameters)
             logger.info("%s of the parameters are trained, the rest is frozen", f"{trained:,}")
@@ -210,19 +235,21 @@ class Trainer:
             if time.perf_counter() - told > LOG_SECONDS:
                 told = time.perf_counter()
                 self._tell_step(epoch, len(losses), float(loss.asnumpy()), timed / (told - start))
-        values = np.array([float(loss.asnumpy()) for loss in losses])
+        values = [float(loss.asnumpy()) for loss in losses]
         bar.close()
-        if not np.isfinite(values).all():
-            first = int(np.argmin(np.isfinite(values))) + epoch * self.steps_per_epoch
+        for position, value in enumerate(values):
+            self._require_finite(value, epoch * self.steps_per_epoch + position)
+        return float(np.mean(values)), timed / max(time.perf_counter() - start, 1e-9)
+
+    def _require_finite(self, loss: float, step: int) -> None:
+        if not math.isfinite(loss):
             raise UserError(
-                f"step {first + 1}: the loss is not finite (learning rate "
-                f"{self.learning_rates[first]:.2e}); lower optimizer.lr, or set optimizer.clip_norm"
+                f"step {step + 1}: the loss is not finite (learning rate "
+                f"{self.learning_rates[step]:.2e}); lower optimizer.lr, or set optimizer.clip_norm"
             )
-        return float(values.mean()), timed / max(time.perf_counter() - start, 1e-9)
 
     def _tell_step(self, epoch: int, done: int, loss: float, speed: float) -> None:
-        if not math.isfinite(loss):
-            return  # the epoch's end names the first such step
+        self._require_finite(loss, epoch * self.steps_per_epoch + done - 1)
         left = (self.steps_per_epoch - done) * self.config.training.batch_size / max(speed, 1e-9)
         logger.info(
             "epoch %d  step %d/%d  loss %.4f  %.0f img/s  %.0f s left in it",
@@ -233,7 +260,7 @@ class Trainer:
         """Write an epoch down: figures first, the state last, so that no resume lacks a row."""
         self.rows.append(row)
         text = "".join(json.dumps(each) + "\n" for each in self.rows)
-        (self.output / "metrics.jsonl").write_text(text, encoding="utf-8")
+        write_text(text, self.output / "metrics.jsonl")
         plot_curves(self.rows, self.output / "curves.png")
         checkpoints = self.output / "checkpoints"
         checkpoints.mkdir(exist_ok=True)

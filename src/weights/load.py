@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterable
 from pathlib import Path
 
-import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from PIL import Image
@@ -192,7 +191,7 @@ def _assign(
     parameters: dict[str, Parameter], tensors: dict[str, np.ndarray], report: LoadReport
 ) -> None:
     for name in report.loaded:
-        dtype = ms.dtype_to_nptype(parameters[name].dtype)
+        dtype = parameters[name].asnumpy().dtype
         if tensors[name].dtype != dtype:
             report.cast[str(tensors[name].dtype)] += 1
         # assign, because a compiled graph doesn't see set_data; a copy, because files don't align.

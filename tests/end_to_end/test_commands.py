@@ -63,7 +63,7 @@ def test_a_folder_of_photographs_trains_and_a_broken_one_is_named(photos, tmp_pa
     done = run_command("train.py", PHOTOS, *keys, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     config = (tmp_path / "run" / "config.yaml").read_text()
-    assert "- blue" in config and "num_classes: 2" in config
+    assert '- "blue"' in config and '"num_classes": 2' in config
     shutil.copytree(photos, tmp_path / "photos")
     (tmp_path / "photos/val/red/3.jpg").write_text("no image")
     words = ("--ckpt=run/checkpoints/last.ckpt", "--data.path=photos")

@@ -45,28 +45,31 @@ def test_uniform_is_uniform():
 def test_drop_path_drops_whole_samples_and_keeps_the_mean():
     x = ms.Tensor(np.ones((4000, 2, 3), np.float32))
     bits = random_bits(ms.Tensor(3, ms.int32), 2 * 4000).reshape((2, 4000))
-    out = DropPath(0.25, site=1)(x, bits).asnumpy()
+    out = DropPath(0.25, site=1).set_train()(x, bits).asnumpy()
     per_sample = out.reshape(4000, -1)
     assert (per_sample == per_sample[:, :1]).all()
     assert set(np.unique(out)) == {0.0, np.float32(1 / 0.75)}
     assert abs((out > 0).mean() - 0.75) < 0.03
-    other = DropPath(0.25, site=0)(x, bits).asnumpy()
+    other = DropPath(0.25, site=0).set_train()(x, bits).asnumpy()
     assert 0.5 < (other == out).mean() < 0.75, "sites draw independently"
 
 
 def test_dropout_drops_single_elements_and_keeps_the_mean():
     x = ms.Tensor(np.ones((16, 50, 20), np.float32))
     bits = random_bits(ms.Tensor(3, ms.int32), 16).reshape((1, 16))
-    out = Dropout(0.4, site=0)(x, bits).asnumpy()
+    out = Dropout(0.4, site=0).set_train()(x, bits).asnumpy()
     assert set(np.unique(out)) == {0.0, np.float32(1 / 0.6)}
     assert abs(out.mean() - 1) < 0.03
     assert not np.array_equal(out[0], out[1])
 
 
-def test_nothing_drops_without_bits():
+@pytest.mark.parametrize("kind", [DropPath, Dropout])
+def test_nothing_drops_without_bits_or_outside_training(kind):
     x = ms.Tensor(np.ones((4, 2, 3), np.float32))
-    assert (DropPath(0.9, 0)(x, None).asnumpy() == 1).all()
-    assert (Dropout(0.9, 0)(x, None).asnumpy() == 1).all()
+    bits = random_bits(ms.Tensor(3, ms.int32), 4).reshape((1, 4))
+    assert (kind(0.9, 0).set_train()(x, None).asnumpy() == 1).all()
+    assert (kind(0.9, 0).set_train(False)(x, bits).asnumpy() == 1).all(), "a frozen part"
+    assert (kind(0.9, 0).set_train()(x, bits).asnumpy() != 1).any()
 
 
 def test_rates_ramp_within_each_stage():

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from src.config import Config, load_config, parse, run_config_of, save_config
+from src.command_line import load_config, parse, run_config_of, save_config
+from src.config import Config
 from src.errors import UserError
 
 RECIPES = sorted((Path(__file__).parents[1] / "config").rglob("*.yaml"))
@@ -38,11 +39,14 @@ def test_options_override_the_recipe_in_any_order(tmp_path):
 
 
 def test_a_saved_configuration_reads_back_equal(tmp_path):
-    config, _ = read("--data.class_names=['é', 'b c']", "--model.drop_path_rate=[0,0,0.1]")
+    config, _ = read(
+        "--data.class_names=['é', 'b c', '1e5', 'no', '12:30', '']",
+        "--model.drop_path_rate=[0,0,0.1]",
+    )
     save_config(config, tmp_path / "config.yaml")
     assert load_config(tmp_path / "config.yaml") == config
     plain = yaml.safe_load((tmp_path / "config.yaml").read_text())
-    assert plain["data"]["class_names"] == ["é", "b c"]
+    assert plain["data"]["class_names"] == ["é", "b c", "1e5", "no", "12:30", ""]
 
 
 def test_the_config_of_a_run_is_found_beside_its_checkpoint(tmp_path):

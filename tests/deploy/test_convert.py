@@ -10,15 +10,15 @@ import pytest
 from mindspore import Tensor
 
 from src.config import Config, ModelConfig
+from src.deploy import convert as conversion
 from src.errors import UserError
 from src.models import create_model, list_models
-from src.weights import convert as conversion
 from src.weights import load_weights, save_weights
 from src.weights.names import to_ours
 from tests.conftest import ROOT, TINY, run_command
 from tests.golden import official, pico
 
-MALICIOUS = Path(__file__).parent / "data/malicious.pth"
+MALICIOUS = Path(__file__).parents[1] / "weights/data/malicious.pth"
 SOURCE = official.FOLDER / "pico_hf.bin"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -67,8 +68,11 @@ def convert(
         save_weights(net, unproven)
         difference = _verify(net, unproven, config) if verify else None
         os.replace(unproven, target)
+    except OSError as error:
+        raise UserError(f"{target}: {error.strerror}; give another --dst") from error
     finally:
-        unproven.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            unproven.unlink(missing_ok=True)
     return Conversion(config.model.name, report, difference)
 
 

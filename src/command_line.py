@@ -1,0 +1,178 @@
+"""The only room for YAML and argv: recipes and options in, a filled schema out, and back.
+
+A recipe in config/ sets keys, dotted options (`--optimizer.lr 1e-3`) override them, whatever their
+order on the command line. Nothing unknown and nothing of a wrong type passes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+
+from src.config import Config
+from src.errors import UserError
+
+
+class _Parser(ArgumentParser):
+    """jsonargparse's parser, its complaints turned into one line of ours."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise UserError(_one_line(message, [action.dest for action in self._actions]))
+
+
+_UNKNOWN_KEY = (
+    re.compile(r"unrecognized arguments: --(?P<key>[\w.]+)"),
+    re.compile(r"Group '(?P<group>[\w.]+)' does not accept option '(?P<key>[\w.]+)'"),
+    re.compile(r"(?:Option|Key) '(?P<key>[\w.]+)' is not (?:accepted|expected)"),
+)
+
+
+def _one_line(message: str, known: Sequence[str]) -> str:
+    message = " ".join(message.split())
+    for pattern in _UNKNOWN_KEY:
+        found = pattern.search(message)
+        if found:
+            key = ".".join(part for part in found.groups() if part)
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+            hint = f"did you mean {near[0]}? " if near else ""
+            return f"unknown key {key}: {hint}--help lists every key"
+    message = re.sub(r'Parser key "([^"]+)":', r"\1:", message)
+    message = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", message).replace("typing.", "")
+    union = re.match(r"(\S+) Does not .*Subtypes: \[(.*)\] Errors: .*Given value: (.*)", message)
+    if union:
+        message = f"{union[1]} Expected one of {union[2]}. Got value: {union[3]}"
+    return message
+
+
+def run_config_of(checkpoint: str) -> Path | None:
+    """The config.yaml of the run that a checkpoint, or a folder, is of: beside it, or above."""
+    place = Path(checkpoint).resolve()
+    folder = place if place.is_dir() else place.parent
+    return next(
+        (p for p in (folder / "config.yaml", folder.parent / "config.yaml") if p.is_file()), None
+    )
+
+
+def parse(
+    argv: Sequence[str],
+    prog: str,
+    description: str,
+    add_arguments: Callable[[ArgumentParser], Any],
+    schema: type = Config,
+    config_beside: str | None = None,
+) -> tuple[Any, Namespace]:
+    """Read a command line into a filled schema and the command's own arguments.
+
+    Args:
+        argv: arguments without the program's name.
+        prog, description: for --help.
+        add_arguments: adds the command's own arguments to the parser.
+        schema: the dataclass of keys that the command takes; only a whole Config is filled from
+            the recipe.
+        config_beside: name of the argument that holds a checkpoint or a run's folder; the run's
+            config.yaml stands in where --config is missing.
+
+    Raises:
+        UserError: a key, value or file that can't be used.
+    """
+    usage = f"python {prog} [--config FILE] [--key value ...]"
+    parser = _Parser(prog=prog, usage=usage, description=description)
+    parser.add_argument("--config", action="config", help="YAML recipe; options override its keys")
+    add_arguments(parser)
+    parser.add_class_arguments(schema, as_group=False)
+    argv, config = _take_option(list(argv), "--config")
+    if config is None and config_beside:
+        _, checkpoint = _take_option(argv, f"--{config_beside}")
+        if checkpoint and not Path(checkpoint).exists():
+            raise UserError(f"--{config_beside} {checkpoint}: no such file; give a checkpoint")
+        config = run_config_of(checkpoint) if checkpoint else None
+    if config is not None and schema is Config:
+        _check_mapping(Path(config), schema)
+        argv = ["--config", str(config), *argv]
+    namespace = parser.parse_args(argv)
+    settings = schema(
+        **{
+            group.name: group.type(**vars(namespace.pop(group.name)))
+            for group in dataclasses.fields(schema)
+        }
+    )
+    namespace.config = config
+    return settings, namespace
+
+
+def load_config(path: Path) -> Config:
+    """Read a resolved configuration that `save_config` wrote."""
+    config, _ = parse(["--config", str(path)], "", "", lambda parser: None)
+    return config
+
+
+def _take_option(argv: list[str], name: str) -> tuple[list[str], str | None]:
+    """Split an option and its last value off a command line."""
+    rest, value = [], None
+    words = iter(argv)
+    for word in words:
+        if word == name:
+            value = next(words, None)
+            if value is None:
+                raise UserError(f"{name}: expected a value behind it")
+        elif word.startswith(f"{name}="):
+            value = word[len(name) + 1 :]
+        else:
+            rest.append(word)
+    return rest, value
+
+
+def _check_mapping(path: Path, schema: type) -> None:
+    """Refuse what the parser takes in silence: a file or a group that is no mapping."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror}; give a YAML file") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"--config {path}: no valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UserError(
+            f"--config {path}: expected keys and values, found {type(content).__name__}"
+        )
+    for group in dataclasses.fields(schema):
+        if dataclasses.is_dataclass(group.type) and not isinstance(
+            content.get(group.name, {}), dict
+        ):
+            raise UserError(f"--config {path}: {group.name} is a group of keys, not a value")
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write every key of a resolved configuration as YAML that `parse` reads back."""
+    plain = dataclasses.asdict(config, dict_factory=_plain)
+    text = yaml.dump(plain, Dumper=_Quoting, sort_keys=False, allow_unicode=True)
+    path.write_text(text, encoding="utf-8")
+
+
+class _Quoting(yaml.SafeDumper):
+    """Quotes every text: readers of YAML disagree on whether a bare 1e5 is one."""
+
+
+_Quoting.add_representer(
+    str, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"')
+)
+
+
+def _plain(items: list[tuple[str, Any]]) -> dict:
+    """Values as YAML's own types, without the subclasses that carry a range."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [plain(item) for item in value]
+        for kind in (bool, int, float):
+            if isinstance(value, kind):
+                return kind(value)
+        return value
+
+    return {key: plain(value) for key, value in items}
