@@ -37,8 +37,8 @@ def main(argv: list[str]) -> None:
     config = load_config(Path(arguments.config)) if arguments.config else None
     prepare_environment()
     log_to()
-    from src.weights import sha256_of
     from src.deploy.convert import convert
+    from src.weights import sha256_of
 
     setup(keys.runtime)
     done = convert(source, target, arguments.model, config, arguments.verify)

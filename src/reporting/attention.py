@@ -17,6 +17,7 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".pdf", ".svg")
 COLOURS = "inferno"
 _WIDTH = 10.0  # inches
 _COLUMNS = 3  # of the upper row
+_MOST_COLUMNS = 8  # of the heads
 
 
 class Panel(NamedTuple):
@@ -47,25 +48,38 @@ def draw_attention(
     Raises:
         OSError: it can't be written.
     """
-    rows = math.ceil(len(heads) / 8)
-    columns = max(_COLUMNS, math.ceil(len(heads) / rows))
+    if len(heads) == 1:
+        heads = []  # it is the mean
+    rows = math.ceil(len(heads) / _MOST_COLUMNS)
+    columns = max(_COLUMNS, math.ceil(len(heads) / max(rows, 1)))
     aspect = image.shape[0] / image.shape[1]
-    heights = (aspect * _WIDTH / _COLUMNS + 0.5, rows * (aspect * _WIDTH / columns + 0.45))
-    figure = Figure(figsize=(_WIDTH, sum(heights) + 1.0), layout="constrained")
+    heights = [aspect * _WIDTH / _COLUMNS + 0.5, rows * (aspect * _WIDTH / columns + 0.45)]
+    figure = Figure(figsize=(_WIDTH, sum(heights) + 0.85), layout="constrained")
     figure.suptitle(title, fontsize=14, fontweight="bold")
-    upper, lower = figure.subfigures(2, 1, height_ratios=heights)
+    upper, *lower = figure.subfigures(
+        2 if rows else 1, 1, height_ratios=heights[: 1 + bool(rows)], squeeze=False
+    ).flat
     first, *others = upper.subplots(1, _COLUMNS)
     first.imshow(image)
-    _frame(first, "what the network saw", f"{image.shape[1]} x {image.shape[0]} px", 11)
+    _frame(first, "what the network saw", f"{image.shape[1]} × {image.shape[0]} px", 11)
     for axes, panel in zip(others, (mean, rollout)):
         _overlay(axes, image, panel, 11)
-    grid = np.ravel(lower.subplots(rows, columns))
+    if not rows:
+        _legend(upper, [first, *others])
+    else:
+        _heads(lower[0], image, heads, rows, columns)
+    figure.savefig(path, dpi=130)
+
+
+def _heads(
+    figure: SubFigure, image: np.ndarray, heads: Sequence[Panel], rows: int, columns: int
+) -> None:
+    grid = np.ravel(figure.subplots(rows, columns))
     for axes, panel in zip(grid, heads):
         _overlay(axes, image, panel, 10 if columns <= 4 else 8)
     for axes in grid[len(heads) :]:
         axes.set_visible(False)
-    _legend(lower, list(grid))
-    figure.savefig(path, dpi=130)
+    _legend(figure, list(grid))
 
 
 def _overlay(axes: Axes, image: np.ndarray, panel: Panel, size: float) -> None:

@@ -1,0 +1,30 @@
+"""Curves of a run, and JSON."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from src.errors import UserError
+from src.reporting.figures import write_json
+from src.reporting.plots import plot_curves
+
+
+def row(epoch, top1):
+    loss = None if top1 is None else 1.0
+    return {"epoch": epoch, "train_loss": 2.0 / epoch, "loss": loss, "top1": top1, "top5": top1}
+
+
+@pytest.mark.parametrize("top1s", [[10.0], [10.0, None, 30.0], [None, None]])
+def test_curves_are_drawn_from_what_was_evaluated(tmp_path, top1s):
+    plot_curves([row(i + 1, top1) for i, top1 in enumerate(top1s)], tmp_path / "curves.png")
+    assert np.asarray(Image.open(tmp_path / "curves.png").convert("L")).std() > 5
+
+
+def test_json_is_whole_or_not_there(tmp_path):
+    write_json({"name": "ä", "top1": 1.5}, tmp_path / "a.json")
+    assert json.loads((tmp_path / "a.json").read_text()) == {"name": "ä", "top1": 1.5}
+    with pytest.raises(UserError, match="can be written"):
+        write_json({}, tmp_path / "nowhere" / "a.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
