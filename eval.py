@@ -26,8 +26,10 @@ def main(argv: list[str]) -> None:
 
     if arguments.config is None:
         raise UserError(f"{arguments.ckpt}: no config.yaml of a run beside it; give --config")
-    setup(config.runtime)
-    figures = evaluate_checkpoint(config, arguments.ckpt).to_dict()
+    _, ranks = setup(config.runtime)
+    figures = evaluate_checkpoint(config, arguments.ckpt, ranks).to_dict()
+    if not ranks.is_first:
+        return
     print(
         f"top1 {figures['top1']:.2f} %  top5 {figures['top5']:.2f} %  loss {figures['loss']:.4f}  "
         f"images {figures['images']}  {figures['images_per_second']:.0f} img/s"

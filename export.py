@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
     log_to()
     from src.deploy.export import export
 
-    device = setup(config.runtime)
+    device, _ = setup(config.runtime)
     export(config, checkpoint, output, arguments.format, batch_size, device)
 
 

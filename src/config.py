@@ -122,6 +122,10 @@ class AugmentConfig:
         ratio: narrowest and widest aspect ratio of that crop.
         padding: pixels of zeros around the image for pad.
         hflip: probability of a horizontal flip.
+        mixup: alpha of the Beta distribution of mixup's share; 0 leaves mixup out.
+        cutmix: alpha of the Beta distribution of cutmix's share; 0 leaves cutmix out.
+        mixup_prob: probability that a batch is mixed.
+        mixup_switch_prob: probability of cutmix in a batch that is mixed, where both are on.
     """
 
     crop: Literal["random_resized", "pad"] = "random_resized"
@@ -129,6 +133,10 @@ class AugmentConfig:
     ratio: tuple[PositiveFloat, PositiveFloat] = (0.75, 1.3333333333333333)
     padding: NonNegativeInt = 4
     hflip: ClosedUnitInterval = 0.5
+    mixup: NonNegativeFloat = 0.0
+    cutmix: NonNegativeFloat = 0.0
+    mixup_prob: ClosedUnitInterval = 1.0
+    mixup_switch_prob: ClosedUnitInterval = 0.5
 
 
 @dataclass
@@ -138,6 +146,8 @@ class OptimizerConfig:
     Args:
         name: adamw, or sgd with momentum.
         lr: peak learning rate.
+        lr_batch_size: the global batch (all devices, all accumulated parts) that lr is meant for:
+            lr grows and shrinks in proportion to the actual one; null takes lr as it stands.
         weight_decay: of the weights of Linears and convolutions, nothing else; decoupled in adamw.
         betas: decay rates of adamw's moments.
         eps: added to the root of adamw's second moment.
@@ -151,6 +161,7 @@ class OptimizerConfig:
 
     name: Literal["adamw", "sgd"] = "adamw"
     lr: PositiveFloat = 1e-3
+    lr_batch_size: Optional[PositiveInt] = None
     weight_decay: NonNegativeFloat = 0.05
     betas: tuple[Share, Share] = (0.9, 0.999)
     eps: PositiveFloat = 1e-8
@@ -168,10 +179,14 @@ class TrainingConfig:
 
     Args:
         epochs: passes over the training images.
-        batch_size: images a step.
+        batch_size: images that one device takes at once.
+        accumulate: batches whose gradients make one step; equal to a batch so many times larger,
+            but for BatchNorm, whose statistics are those of each batch.
         label_smoothing: share of the target spread over all classes.
         ema_decay: exponential moving average of the weights, evaluated and kept as best; 0 is off.
-        loss_scale: factor on the loss that keeps float16 gradients from underflow.
+        loss_scale: factor on the loss that keeps float16 gradients from underflow; dynamic starts
+            at 65,536, halves at an overflow, whose step is skipped, and doubles after 2,000 steps.
+        sync_batchnorm: BatchNorm's statistics are those of all devices' batches.
         freeze: parts of the network that stay as they are, by the beginning of their names
             ([stage0, stage1.patch_embed]); backbone is everything but the head. Their BatchNorms
             use their running statistics.
@@ -179,9 +194,11 @@ class TrainingConfig:
 
     epochs: PositiveInt = 300
     batch_size: PositiveInt = 256
+    accumulate: PositiveInt = 1
     label_smoothing: Share = 0.1
     ema_decay: Share = 0.0
-    loss_scale: PositiveFloat = 1.0
+    loss_scale: Union[PositiveFloat, Literal["dynamic"]] = 1.0
+    sync_batchnorm: bool = False
     freeze: list[str] = field(default_factory=list)
 
 

@@ -10,6 +10,7 @@ from mindspore import nn
 
 from src.config import Config, ModelConfig
 from src.data import (
+    Mixing,
     Preprocessing,
     Source,
     balanced,
@@ -19,6 +20,8 @@ from src.data import (
 )
 from src.errors import UserError
 from src.models import create_model
+
+MIXING_KEYS = ("mixup", "cutmix", "mixup_prob", "mixup_switch_prob")  # as Mixing's fields
 
 
 def image_size(config: ModelConfig) -> tuple[int, int]:
@@ -107,11 +110,17 @@ def build_preprocessing(config: Config) -> Preprocessing:
 
 def build_augmentation(config: Config, encoded: bool) -> list:
     """Operations on a training image."""
+    keys = {k: v for k, v in dataclasses.asdict(config.augment).items() if k not in MIXING_KEYS}
     return train_operations(
         image_size(config.model),
         config.data.mean,
         config.data.std,
         encoded=encoded,
         interpolation=config.data.interpolation,
-        **dataclasses.asdict(config.augment),
+        **keys,
     )
+
+
+def build_mixing(config: Config) -> Mixing:
+    """Mixup and cutmix of training batches."""
+    return Mixing(*(getattr(config.augment, key) for key in MIXING_KEYS))

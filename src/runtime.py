@@ -8,12 +8,16 @@ import os
 import random
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm import tqdm
 
 from src.config import RuntimeConfig
 from src.errors import UserError
+
+if TYPE_CHECKING:
+    from src.ranks import Ranks
 
 DEVICES = ("Ascend", "GPU", "CPU")
 logger = logging.getLogger("cvt")
@@ -25,22 +29,38 @@ def prepare_environment() -> None:
     Its C++ log is quiet below "critical", because what matters reaches Python as an exception; and
     its scratch files go to the temporary folder instead of the user's.
     """
+    _keep_to_own_cores()
     scratch = Path(tempfile.gettempdir()) / f"cvt-mindspore-{os.getuid()}"
     os.environ.setdefault("GLOG_v", "4")
     for name in ("MS_OM_PATH", "MS_COMPILER_CACHE_PATH", "ASCEND_WORK_PATH"):
         os.environ.setdefault(name, str(scratch))
 
 
-def setup(config: RuntimeConfig) -> str:
-    """Choose the device and the mode, seed every generator.
+def _keep_to_own_cores() -> None:
+    """Give each of several CPU ranks of a host its share of the cores.
+
+    Every thread of MindSpore inherits it; without it each rank starts a thread per core, and the
+    ranks take the cores from each other. The launcher sets the two variables on CPU hosts.
+    """
+    ranks, rank = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), os.environ.get("DEVICE_ID", "0")
+    if ranks > 1 and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        own = cores[int(rank) * len(cores) // ranks : (int(rank) + 1) * len(cores) // ranks]
+        os.sched_setaffinity(0, own or cores)
+
+
+def setup(config: RuntimeConfig) -> tuple[str, Ranks]:
+    """Choose the device and the mode, join the other ranks, seed every generator.
 
     Returns:
-        The device's kind: "Ascend", "GPU" or "CPU".
+        The device's kind, "Ascend", "GPU" or "CPU", and this process's place among the ranks.
 
     Raises:
         UserError: the device asked for is not here.
     """
     import mindspore as ms  # here, so that prepare_environment can come first
+
+    from src.ranks import is_distributed, join
 
     available = [kind for kind in DEVICES if _is_available(kind)]
     device = available[0] if config.device == "auto" else config.device
@@ -52,15 +72,18 @@ def setup(config: RuntimeConfig) -> str:
     if device == "CPU" and config.precision == "bfloat16":
         raise UserError("runtime.precision bfloat16: the CPU has no such kernels; take float32")
     try:
-        ms.set_device(device, config.device_id)
+        # A launcher numbers the devices of its host by rank.
+        own = os.environ.get("DEVICE_ID") if is_distributed() else None
+        ms.set_device(device, config.device_id if own is None else int(own))
     except RuntimeError:  # chosen before in this process, which allows one choice
         if ms.get_context("device_target") != device:
             raise
     ms.set_context(mode=ms.GRAPH_MODE if config.mode == "graph" else ms.PYNATIVE_MODE)
+    ranks = join()
     ms.set_seed(config.seed % 2**32)
     random.seed(config.seed)
     np.random.seed(config.seed % 2**32)
-    return device
+    return device, ranks
 
 
 def _is_available(kind: str) -> bool:

@@ -13,8 +13,9 @@ from src.runtime import log_to, prepare_environment, setup
 
 
 def test_auto_takes_a_device_that_is_here_and_sets_the_mode():
-    device = setup(RuntimeConfig(mode="pynative"))
+    device, ranks = setup(RuntimeConfig(mode="pynative"))
     assert device == ms.get_context("device_target")
+    assert (ranks.rank, ranks.world) == (0, 1)
     assert ms.get_context("mode") == ms.PYNATIVE_MODE
     setup(RuntimeConfig())
     assert ms.get_context("mode") == ms.GRAPH_MODE

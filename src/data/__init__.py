@@ -1,6 +1,7 @@
 """Images in, batches out: `sources` (data sets), `transforms` (operations), `loader` (batches)."""
 
 from src.data.loader import Batches, epoch_indices, eval_batches, find_broken, train_batches
+from src.data.mixing import Mixing
 from src.data.sources import SOURCES, ArraySource, FileSource, Source, open_source
 from src.data.subset import balanced, only_classes
 from src.data.transforms import Preprocessing, train_operations
@@ -10,6 +11,7 @@ __all__ = [
     "ArraySource",
     "Batches",
     "FileSource",
+    "Mixing",
     "Preprocessing",
     "Source",
     "balanced",

@@ -41,6 +41,7 @@ def train_batches(
     world: int = 1,
     workers: int = 0,
     skip_batches: int = 0,
+    multiple: int = 1,
 ) -> Batches:
     """The batches of one epoch, shuffled, all of `batch_size`, as many on each rank.
 
@@ -54,14 +55,16 @@ def train_batches(
         workers: threads for `operations`; 0 takes one per core, eight at most.
         skip_batches: leave out the epoch's first batches, to go on after an interruption. The rest
             is the same to the last bit, because the skipped ones are computed and thrown away.
+        multiple: the number of batches is one of this, for steps of several batches.
 
     Raises:
         UserError: not one batch, or fewer than `skip_batches`.
     """
-    batches = len(source) // world // batch_size
+    batches = len(source) // world // (batch_size * multiple) * multiple
     if not batches:
+        parts = f"{multiple} batches" if multiple > 1 else "one batch"
         raise UserError(
-            f"{source.title}: {len(source)} images are not one batch of {batch_size} on each of "
+            f"{source.title}: {len(source)} images are not {parts} of {batch_size} on each of "
             f"{world} device(s); lower the batch size or add images"
         )
     if skip_batches > batches:

@@ -53,6 +53,13 @@ class Source:
         """Where item `index` comes from, for messages to people."""
         return f"image {index} of {self.title}"
 
+    def digest(self) -> int:
+        """A checksum over every item's name and label, and the classes, in their order."""
+        number = zlib.crc32(repr(self.class_names).encode(), zlib.crc32(self.labels))
+        for index in range(len(self)):
+            number = zlib.crc32(self.describe(index).encode(), number)
+        return number
+
 
 class ArraySource(Source):
     """Images in memory: uint8 [N, H, W, 3], or grey [N, H, W], given out as three channels."""

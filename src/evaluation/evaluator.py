@@ -13,6 +13,7 @@ from src.config import Config
 from src.data import Preprocessing, Source, eval_batches
 from src.errors import UserError
 from src.evaluation.metrics import Metrics
+from src.ranks import ALONE, Ranks
 from src.recipe import build_model, build_preprocessing, open_split, resolve_classes
 from src.reporting.progress import progress_bar
 from src.weights import load_weights
@@ -46,25 +47,38 @@ class Evaluator:
         preprocessing: of each image.
         batch_size: images a step; the last batch is filled up and the filling not counted.
         workers: threads that prepare images; 0 takes one per core.
+        ranks: those that share the images; each takes every so many-th.
 
     Raises:
         UserError: a split without images.
     """
 
     def __init__(
-        self, source: Source, preprocessing: Preprocessing, batch_size: int, workers: int = 0
+        self,
+        source: Source,
+        preprocessing: Preprocessing,
+        batch_size: int,
+        workers: int = 0,
+        ranks: Ranks = ALONE,
     ) -> None:
         if not len(source):
             raise UserError(f"{source.title}: no image to evaluate on; add some")
         self._compiled = False
         self._image_size = preprocessing.image_size
         self.batch_size = min(batch_size, len(source))
+        self.images = len(source)
+        self.ranks = ranks
         self.batches = eval_batches(
-            source, preprocessing.operations(source.encoded), self.batch_size, workers=workers
+            source,
+            preprocessing.operations(source.encoded),
+            self.batch_size,
+            rank=ranks.rank,
+            world=ranks.world,
+            workers=workers,
         )
 
     def run(self, net: nn.Cell) -> Result:
-        """Evaluate; leaves the network in evaluation mode.
+        """Evaluate; leaves the network in evaluation mode. Every rank returns the whole result.
 
         Raises:
             UserError: an image that can't be read, or an output that is not finite.
@@ -81,6 +95,7 @@ class Evaluator:
             metrics.update(logits[: len(labels)], labels)
             bar.update(len(labels))
         bar.close()
+        metrics = Metrics.of(self.ranks.gather(metrics.sums))
         return Result(metrics, metrics.images / (time.perf_counter() - start))
 
     def _filled(self, images: np.ndarray) -> np.ndarray:
@@ -88,18 +103,19 @@ class Evaluator:
         return np.pad(images, ((0, missing), (0, 0), (0, 0), (0, 0))) if missing else images
 
 
-def evaluate_checkpoint(config: Config, checkpoint: str) -> Result:
-    """Evaluate a weight file on the held-out images of a configuration.
+def evaluate_checkpoint(config: Config, checkpoint: str, ranks: Ranks = ALONE) -> Result:
+    """Evaluate a weight file on the held-out images of a configuration, over all ranks.
 
     Raises:
         UserError: weights that don't fit, or data that can't be read.
     """
     source = open_split(config, "val")
     config = resolve_classes(config, source)
+    ranks.require_agreement("evaluation images", source.digest())
     net = build_model(config)
     logger.info("%s", load_weights(net, checkpoint))
     evaluation = config.evaluation
     evaluator = Evaluator(
-        source, build_preprocessing(config), evaluation.batch_size, config.data.workers
+        source, build_preprocessing(config), evaluation.batch_size, config.data.workers, ranks
     )
     return evaluator.run(net)

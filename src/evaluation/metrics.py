@@ -39,6 +39,17 @@ class Metrics:
         self.loss_sum += float((log_sum - logits[np.arange(len(labels)), labels]).sum())
 
     @property
+    def sums(self) -> np.ndarray:
+        """The sums as float64 [4], for `of`."""
+        return np.array([self.images, self.correct1, self.correct5, self.loss_sum])
+
+    @classmethod
+    def of(cls, sums: np.ndarray) -> Metrics:
+        """From the sums of several parts, float64 [parts, 4]."""
+        images, correct1, correct5, loss_sum = sums.sum(axis=0)
+        return cls(int(images), int(correct1), int(correct5), float(loss_sum))
+
+    @property
     def top1(self) -> float:
         """Per cent of the images whose best class is right."""
         return 100 * self.correct1 / self.images

@@ -29,7 +29,7 @@ from src.models.layers import (
     trunc_normal,
 )
 from src.models.registry import register_model
-from src.models.stochastic import Dropout, random_bits
+from src.models.stochastic import Dropout, random_bits, sample_keys
 
 STAGES = 3
 QKV_PROJECTIONS = ("conv", "avg", "linear")
@@ -188,23 +188,23 @@ class CvT(nn.Cell):
             grids.append(size)
         return grids
 
-    def _bits(self, images: Tensor, key: Tensor | None) -> Tensor | None:
+    def _bits(self, images: Tensor, keys: Tensor | None) -> Tensor | None:
         """The random bits [sites, B] of this pass, or None where nothing is random."""
         if not (self.training and self.stochastic):
             return None
-        if key is None:
+        if keys is None:
             key = self.draw_key((), Tensor(0, mstype.int32), Tensor(2**31 - 1, mstype.int32))
-        batch = images.shape[0]
-        return random_bits(key, self.num_sites * batch).reshape((self.num_sites, batch))
+            keys = sample_keys(key, ops.arange(images.shape[0]).astype(mstype.int32))
+        return random_bits(keys, self.num_sites)
 
     def _forward_stages(
-        self, images: Tensor, key: Tensor | None
+        self, images: Tensor, keys: Tensor | None
     ) -> tuple[list[Tensor], Tensor | None]:
         if images.ndim != 4 or images.shape[1] != self.in_channels:
             raise ValueError(f"images must be [B, {self.in_channels}, H, W], not {images.shape}")
         if images.shape[2] < self.min_size or images.shape[3] < self.min_size:
             raise ValueError(f"images {images.shape}: H and W must be {self.min_size} or more")
-        bits = self._bits(images, key)
+        bits = self._bits(images, keys)
         x0, _ = self.stage0(images, bits)
         x1, _ = self.stage1(x0, bits)
         x2, cls = self.stage2(x1, bits)
@@ -216,22 +216,22 @@ class CvT(nn.Cell):
         return maps
 
     def forward_features(
-        self, images: Tensor, key: Tensor | None = None
+        self, images: Tensor, keys: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Images [B, C, H, W] -> the last stage's map [B, C', H', W'], class token [B, C'] or None.
 
         The class token is as it leaves the last block, before the final LayerNorm.
         """
-        maps, cls = self._forward_stages(images, key)
+        maps, cls = self._forward_stages(images, keys)
         return maps[-1], cls
 
-    def construct(self, images: Tensor, key: Tensor | None = None) -> Tensor:
+    def construct(self, images: Tensor, keys: Tensor | None = None) -> Tensor:
         """Images float32 [B, C, H, W] -> logits float32 [B, num_classes].
 
-        key: int32 scalar that determines drop path and dropout in training; without one it is
-        drawn from MindSpore's generator.
+        keys: int32 [B], one for each image, that determine drop path and dropout in training;
+        without them they are drawn from MindSpore's generator.
         """
-        x, cls = self.forward_features(images, key)
+        x, cls = self.forward_features(images, keys)
         feature = self.norm(to_tokens(x)).mean(1) if cls is None else self.norm(cls)  # [B, C']
         if self.num_classes:
             return self.head(feature).astype(mstype.float32)

@@ -1,8 +1,9 @@
 """Randomness inside the network that is a pure function of a key.
 
 The random kernels of a compiled graph keep a state that can neither be saved nor restored, so a
-resumed run would draw other masks. Here every mask follows from an int32 key that the training step
-derives from (seed, step, rank): a counter-based generator made of plain integer operations.
+resumed run would draw other masks. Here every mask follows from an int32 key per image that the
+training step derives from (seed, step, place in the global batch): a counter-based generator made
+of plain integer operations. So it neither depends on how many devices share that batch.
 """
 
 from __future__ import annotations
@@ -38,10 +39,15 @@ def hash_bits(x: Tensor) -> Tensor:
     return ops.bitwise_xor(x, _shift_right(x, 16))
 
 
-def random_bits(key: Tensor, count: int) -> Tensor:
-    """Draw `count` int32 words of random bits from an int32 scalar key."""
-    counter = _times(ops.arange(count).astype(mstype.int32), _GOLDEN_RATIO)
-    return hash_bits(ops.bitwise_xor(counter, hash_bits(key)))
+def sample_keys(key: Tensor, positions: Tensor) -> Tensor:
+    """One int32 key for each of the int32 positions [B], from an int32 scalar key."""
+    return hash_bits(ops.bitwise_xor(_times(positions, _GOLDEN_RATIO), hash_bits(key)))
+
+
+def random_bits(keys: Tensor, sites: int) -> Tensor:
+    """Random bits, int32 [sites, B], from int32 keys [B], one for each image."""
+    counter = _times(ops.arange(sites).astype(mstype.int32), _GOLDEN_RATIO).reshape((-1, 1))
+    return hash_bits(ops.bitwise_xor(counter, hash_bits(keys).reshape((1, -1))))
 
 
 def uniform(bits: Tensor) -> Tensor:

@@ -61,20 +61,26 @@ class AdamW(nn.Cell):
         self.adam = ops.Adam()
         self.map = ops.HyperMap()  # compiles faster than a Python loop
 
-    def construct(self, gradients: tuple[Tensor, ...], lr: Tensor, step: Tensor) -> bool:
+    def construct(
+        self, gradients: tuple[Tensor, ...], lr: Tensor, step: Tensor, active: Tensor
+    ) -> bool:
         """Update the parameters in place.
 
-        gradients: one for each parameter; lr: float32 scalar; step: int32 scalar, 1 in the first.
+        gradients: one for each parameter; lr: float32 scalar; step: int32 scalar, 1 in the first;
+        active: bool scalar, without which nothing moves (the gradients must be zeros then).
         """
         time = step.astype(mstype.float32)
         beta1_power = ops.pow(self.beta1, time)
         beta2_power = ops.pow(self.beta2, time)
         eps = self.eps * ops.sqrt(1.0 - beta2_power)
+        lr = ops.where(active, lr, Tensor(0.0, mstype.float32))
+        beta1 = ops.where(active, self.beta1, Tensor(1.0, mstype.float32))
+        beta2 = ops.where(active, self.beta2, Tensor(1.0, mstype.float32))
         self.map(
             ops.partial(
                 _update,
                 self.adam,
-                (beta1_power, beta2_power, lr, self.beta1, self.beta2, eps),
+                (beta1_power, beta2_power, lr, beta1, beta2, eps),
                 1.0 - lr * self.weight_decay,
             ),
             self.decayed,
@@ -118,13 +124,16 @@ class SGD(nn.Cell):
         self.apply = ops.ApplyMomentum()
         self.map = ops.HyperMap()
 
-    def construct(self, gradients: tuple[Tensor, ...], lr: Tensor, step: Tensor) -> bool:
-        """Update the parameters in place.
-
-        gradients: one for each parameter; lr: float32 scalar; step: not used, as AdamW's.
-        """
+    def construct(
+        self, gradients: tuple[Tensor, ...], lr: Tensor, step: Tensor, active: Tensor
+    ) -> bool:
+        """Update the parameters in place; arguments as AdamW's, `step` is not used."""
+        zero, one = Tensor(0.0, mstype.float32), Tensor(1.0, mstype.float32)
+        lr = ops.where(active, lr, zero)
+        momentum = ops.where(active, self.momentum, one)
+        decay = ops.where(active, self.weight_decay, zero)
         return self.map(
-            ops.partial(_descend, self.apply, lr, self.momentum, self.weight_decay),
+            ops.partial(_descend, self.apply, lr, momentum, decay),
             self.decayed,
             self.parameters,
             self.moments,

@@ -32,26 +32,42 @@ def train(config: Config, output: Path, resume: bool = False, finetune: str | No
     """
     if resume and finetune is not None:
         raise UserError("--resume and --finetune: give one; a resumed run has its weights already")
-    if resume and not (output / "checkpoints" / "last.ckpt").is_file():
-        raise UserError(f"{output}: no checkpoints/last.ckpt to resume from; leave out --resume")
-    if not resume and (output / "checkpoints" / "last.ckpt").exists():
-        raise UserError(f"{output}: holds a run; add --resume to go on, or give another --output")
-    device = setup(config.runtime)
+    device, ranks = setup(config.runtime)
+    if ranks.is_first:
+        _check_folder(output, resume)
     source = open_split(config, "train")
     config = resolve_classes(config, source)
-    if resume:
+    ranks.require_agreement("training images", source.digest())
+    ranks.require_agreement("settings", _flat(config))
+    if resume and ranks.is_first:
         _refuse_changes(load_config(output / "config.yaml"), config, output)
-    trainer = Trainer(config, source, output, finetune)  # first of all: it finds what can't work
+    # First of all, because it finds what can't work.
+    trainer = Trainer(config, source, output, finetune, ranks)
+    if ranks.is_first:
+        _open_folder(config, output)
+    logger.info("device %s, %s mode", device, config.runtime.mode)
+    if ranks.world > 1:
+        logger.info("rank %d of %d", ranks.rank, ranks.world)
+    if resume:
+        trainer.resume()
+    trainer.fit()
+
+
+def _check_folder(output: Path, resume: bool) -> None:
+    there = (output / "checkpoints" / "last.ckpt").is_file()
+    if resume and not there:
+        raise UserError(f"{output}: no checkpoints/last.ckpt to resume from; leave out --resume")
+    if there and not resume:
+        raise UserError(f"{output}: holds a run; add --resume to go on, or give another --output")
+
+
+def _open_folder(config: Config, output: Path) -> None:
     try:
         output.mkdir(parents=True, exist_ok=True)
         log_to(output / "log.txt")
         save_config(config, output / "config.yaml")
     except OSError as error:
         raise UserError(f"{output}: {error.strerror}; give another --output") from None
-    logger.info("device %s, %s mode", device, config.runtime.mode)
-    if resume:
-        trainer.resume()
-    trainer.fit()
 
 
 def _refuse_changes(before: Config, now: Config, output: Path) -> None:

@@ -1,4 +1,8 @@
-"""One optimisation step as one graph; everything that changes in training is a parameter of it."""
+"""One optimisation step as a graph; everything that changes in training is a parameter of it.
+
+No value of it reaches the host and nothing branches: a step whose gradients are not finite runs to
+its end with a learning rate of zero and moments that stand still, so it leaves no trace.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +10,20 @@ import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops, value_and_grad
 from mindspore import dtype as mstype
 
-from src.models.stochastic import hash_bits
+from src.models.stochastic import hash_bits, sample_keys
 from src.training.optimizer import SGD, AdamW
+
+FIRST_DYNAMIC_SCALE, LARGEST_SCALE, GROWTH_STEPS = 2.0**16, 2.0**24, 2000
+STATISTICS = (".moving_mean", ".moving_variance")
 
 _square_sum = ops.MultitypeFuncGraph("square_sum")
 _scale = ops.MultitypeFuncGraph("scale")
 _average = ops.MultitypeFuncGraph("average")
+_copy = ops.MultitypeFuncGraph("copy")
+_restore = ops.MultitypeFuncGraph("restore")
+_all_reduce = ops.MultitypeFuncGraph("all_reduce")
+_all_reduce_statistic = ops.MultitypeFuncGraph("all_reduce_statistic")
+_accumulate = ops.MultitypeFuncGraph("accumulate")
 
 
 @_square_sum.register("Tensor")
@@ -19,9 +31,9 @@ def _square_sum_tensor(gradient):
     return ops.square(gradient).sum()
 
 
-@_scale.register("Tensor", "Tensor")
-def _scale_tensor(factor, gradient):
-    return gradient * factor
+@_scale.register("Tensor", "Tensor", "Tensor")
+def _scale_tensor(finite, factor, gradient):
+    return ops.where(finite, gradient * factor, Tensor(0.0, mstype.float32))
 
 
 @_average.register("Tensor", "Tensor", "Tensor")
@@ -30,19 +42,50 @@ def _average_tensor(decay, average, weight):
     return True
 
 
+@_copy.register("Tensor")
+def _copy_tensor(statistic):
+    return statistic * 1.0
+
+
+@_restore.register("Tensor", "Tensor", "Tensor")
+def _restore_tensor(finite, statistic, before):
+    ops.assign(statistic, ops.where(finite, statistic, before))
+    return True
+
+
+@_all_reduce.register("Function", "Tensor")
+def _all_reduce_tensor(reduce, gradient):
+    return reduce(gradient)
+
+
+@_all_reduce_statistic.register("Function", "Tensor", "Tensor")
+def _all_reduce_statistic_tensor(reduce, share, statistic):
+    ops.assign(statistic, reduce(statistic) * share)
+    return True
+
+
+@_accumulate.register("Tensor", "Tensor", "Tensor")
+def _accumulate_tensor(keep, total, gradient):
+    ops.assign(total, total * keep + gradient)
+    return True
+
+
 class TrainStep(nn.Cell):
-    """Forward, backward, clipping, update and EMA.
+    """Forward, backward, all-reduce, clipping, update and EMA. Call `take` for each batch.
 
     Args:
-        net: images, key -> logits.
-        loss: logits, labels -> scalar.
+        net: images, keys -> logits.
+        loss: logits, labels -> scalar; with mixing also the other labels and the share.
         optimizer: over `net`'s trainable parameters.
         learning_rates: float32 [total steps].
         clip_norm: upper bound of the gradients' global L2 norm; 0 does not clip.
         ema_net: a second network that receives the moving average; None keeps none.
         ema_decay: of the average; it warms up as min(ema_decay, (1 + t) / (10 + t)).
-        loss_scale: factor on the loss during the backward pass (for float16).
+        loss_scale: factor on the loss during the backward pass (for float16); None adapts it.
+        accumulate: batches whose mean gradient makes one step.
+        mixing: whether images and labels are mixed as `src.data.mixing` draws it.
         seed: from which, with the step, the randomness inside the network follows.
+        rank, world: this device among those that share the global batch.
     """
 
     def __init__(
@@ -54,47 +97,179 @@ class TrainStep(nn.Cell):
         clip_norm: float = 0.0,
         ema_net: nn.Cell | None = None,
         ema_decay: float = 0.0,
-        loss_scale: float = 1.0,
+        loss_scale: float | None = 1.0,
+        accumulate: int = 1,
+        mixing: bool = False,
         seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
         super().__init__(auto_prefix=False)  # the parameters keep their names
         self.net = net
         self.loss = loss
         self.optimizer = optimizer
         self.clip_norm = clip_norm
-        self.loss_scale = loss_scale
+        self.accumulate = accumulate
+        self.mixing = mixing
+        self.rank, self.world = rank, world
         self.seed = Tensor(np.uint32(seed % 2**32).astype(np.int32))
         self.learning_rates = Tensor(learning_rates)
-        self.step = Parameter(Tensor(0, mstype.int32), name="step", requires_grad=False)
+        self.step = _state("step", 0, mstype.int32)
+        self.skipped = _state("skipped", 0, mstype.int32)
+        self.dynamic = loss_scale is None
+        self.loss_scale = _state("loss_scale", loss_scale or FIRST_DYNAMIC_SCALE, mstype.float32)
+        self.steady = _state("steady", 0, mstype.int32)  # steps since the scale changed
         self.ema_net = ema_net
         self.ema_decay = ema_decay
         if ema_net is not None:
             self.weights = ParameterTuple(list(net.get_parameters()))
             self.averages = ParameterTuple(list(ema_net.get_parameters()))
+        self.statistics = ParameterTuple(
+            [p for p in net.get_parameters() if p.name.endswith(STATISTICS)]
+        )
+        # Fusion lets Ascend and GPU send all gradients as one message.
+        self.all_reduce = ops.AllReduce().add_prim_attr("fusion", 1) if world > 1 else None
         self.map = ops.HyperMap()  # compiles faster than a Python loop
         self.forward_backward = value_and_grad(self._forward, None, optimizer.parameters)
+        self.parts = _Parts(self) if accumulate > 1 else None
 
-    def _forward(self, images: Tensor, labels: Tensor, key: Tensor) -> Tensor:
-        return self.loss(self.net(images, key), labels) * self.loss_scale
+    def take(
+        self, images: Tensor, labels: Tensor, mix: Tensor | None = None, part: int = 0
+    ) -> tuple[Tensor, Tensor] | None:
+        """Take one batch; every `accumulate`-th completes a step.
 
-    def construct(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """images float32 [B, 3, H, W], labels int32 [B] -> loss before the update, norm."""
+        Args:
+            images: float32 [B, 3, H, W].
+            labels: int32 [B].
+            mix: float32 [6] of `src.data.mixing`, where this step mixes.
+            part: number of the batch within its step, from 0.
+
+        Returns:
+            Loss before the update and gradient norm over all devices and parts, float32 scalars
+            that may be not finite; None where parts are to come.
+        """
+        if self.parts is None:
+            return self(images, labels, mix)
+        self.parts.add(images, labels, mix, Tensor(part, mstype.int32))
+        return self.parts.update() if part == self.accumulate - 1 else None
+
+    def construct(
+        self, images: Tensor, labels: Tensor, mix: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """A whole step of one batch; arguments and result as in `take`."""
+        loss, gradients = self.backward(images, labels, mix, Tensor(0, mstype.int32))
+        return self.update(loss, gradients)
+
+    def _forward(self, images: Tensor, labels: Tensor, mix: Tensor | None, keys: Tensor) -> Tensor:
+        if self.mixing:
+            others = labels[::-1]
+            images = mix_images(images, mix)
+            loss = self.loss(self.net(images, keys), labels, others, mix[0])
+        else:
+            loss = self.loss(self.net(images, keys), labels)
+        return loss * self.loss_scale
+
+    def backward(
+        self, images: Tensor, labels: Tensor, mix: Tensor | None, part: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Scaled loss and gradients of one batch on this device."""
         key = hash_bits(ops.bitwise_xor(hash_bits(self.seed), self.step))
-        loss, gradients = self.forward_backward(images, labels, key)
-        loss = loss / self.loss_scale
-        norm = ops.sqrt(ops.addn(self.map(_square_sum, gradients))) / self.loss_scale
-        if self.clip_norm > 0.0 or self.loss_scale != 1.0:
-            factor = Tensor(1.0 / self.loss_scale, mstype.float32)
-            if self.clip_norm > 0.0:  # as torch.nn.utils.clip_grad_norm_
-                factor = factor * ops.clamp(self.clip_norm / (norm + 1e-6), max=1.0)
-            gradients = self.map(ops.partial(_scale, factor), gradients)
+        place = ops.arange(images.shape[0]).astype(mstype.int32) + part * images.shape[0]
+        keys = sample_keys(key, place * self.world + self.rank)
+        before = self.map(_copy, self.statistics)
+        loss, gradients = self.forward_backward(images, labels, mix, keys)
+        before, loss = ops.depend(before, loss), loss
+        self.map(ops.partial(_restore, ops.isfinite(loss)), self.statistics, before)
+        if self.world > 1:
+            share = Tensor(1.0 / self.world, mstype.float32)
+            self.map(ops.partial(_all_reduce_statistic, self.all_reduce, share), self.statistics)
+        return loss, gradients
+
+    def update(self, loss: Tensor, gradients: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """Update everything from the scaled sums over the parts."""
+        if self.world > 1:
+            loss = self.all_reduce(loss)
+            gradients = self.map(ops.partial(_all_reduce, self.all_reduce), gradients)
+        factor = 1.0 / (self.loss_scale * (self.accumulate * self.world))
+        loss = loss * factor
+        norm = ops.sqrt(ops.addn(self.map(_square_sum, gradients))) * factor
+        finite = ops.logical_and(ops.isfinite(loss), ops.isfinite(norm))
+        if self.clip_norm > 0.0:  # as torch.nn.utils.clip_grad_norm_
+            factor = factor * ops.clamp(self.clip_norm / (norm + 1e-6), max=1.0)
+        gradients = self.map(ops.partial(_scale, finite, factor), gradients)
         lr = ops.gather(self.learning_rates, self.step, 0)
-        loss = ops.depend(loss, self.optimizer(gradients, lr, self.step + 1))
+        time = self.step - self.skipped + 1
+        done = self.optimizer(gradients, lr, time, finite)
+        loss = ops.depend(loss, done)
         if self.ema_net is not None:
-            time = self.step.astype(mstype.float32)
-            decay = ops.minimum(
-                (1.0 + time) / (10.0 + time), Tensor(self.ema_decay, mstype.float32)
-            )
-            self.map(ops.partial(_average, decay), self.averages, self.weights)
+            self._update_average(finite)
+        if self.dynamic:
+            self._update_scale(finite)
+        ops.assign_add(self.skipped, 1 - finite.astype(mstype.int32))
         ops.assign_add(self.step, Tensor(1, mstype.int32))
         return loss, norm
+
+    def _update_average(self, finite: Tensor) -> None:
+        time = (self.step - self.skipped).astype(mstype.float32)
+        decay = ops.minimum((1.0 + time) / (10.0 + time), Tensor(self.ema_decay, mstype.float32))
+        decay = ops.where(finite, decay, Tensor(1.0, mstype.float32))
+        self.map(ops.partial(_average, decay), self.averages, self.weights)
+
+    def _update_scale(self, finite: Tensor) -> None:
+        """Halve the scale at an overflow, double it after a long steady time."""
+        scale, steady = self.loss_scale, self.steady + 1
+        grown = ops.where(steady >= GROWTH_STEPS, ops.clamp(scale * 2.0, max=LARGEST_SCALE), scale)
+        steady = ops.where(steady >= GROWTH_STEPS, Tensor(0, mstype.int32), steady)
+        ops.assign(self.steady, ops.where(finite, steady, Tensor(0, mstype.int32)))
+        ops.assign(self.loss_scale, ops.where(finite, grown, ops.clamp(scale / 2.0, min=1.0)))
+
+
+def mix_images(images: Tensor, mix: Tensor) -> Tensor:
+    """images float32 [B, 3, H, W], mix float32 [6] -> each image mixed with the batch's reverse."""
+    rows = ops.arange(images.shape[2]).astype(mstype.float32).reshape((-1, 1))
+    columns = ops.arange(images.shape[3]).astype(mstype.float32).reshape((1, -1))
+    inside_rows = ops.logical_and(rows >= mix[2], rows < mix[3])
+    inside_columns = ops.logical_and(columns >= mix[4], columns < mix[5])
+    inside = ops.logical_and(inside_rows, inside_columns).astype(mstype.float32)  # [H, W]
+    share = mix[1] * (1.0 - inside)
+    return images * share + images[::-1] * (1.0 - share)
+
+
+class _Parts:
+    """The two graphs of a step in parts: one adds up gradients, the other updates from the sums."""
+
+    def __init__(self, step: TrainStep) -> None:
+        sums = ParameterTuple(step.optimizer.parameters).clone("gradient_sum", init="zeros")
+        loss_sum = Parameter(Tensor(0.0, mstype.float32), name="loss_sum", requires_grad=False)
+        self.add = _Add(step, sums, loss_sum)
+        self.update = _Update(step, sums, loss_sum)
+
+
+class _Add(nn.Cell):
+    def __init__(self, step: TrainStep, sums: ParameterTuple, loss_sum: Parameter) -> None:
+        super().__init__(auto_prefix=False)
+        self.step = step
+        self.sums, self.loss_sum = sums, loss_sum
+        self.map = ops.HyperMap()
+
+    def construct(self, images: Tensor, labels: Tensor, mix: Tensor | None, part: Tensor) -> bool:
+        """Arguments as in `TrainStep.take`."""
+        loss, gradients = self.step.backward(images, labels, mix, part)
+        keep = (part > 0).astype(mstype.float32)
+        ops.assign(self.loss_sum, self.loss_sum * keep + loss)
+        return self.map(ops.partial(_accumulate, keep), self.sums, gradients)
+
+
+class _Update(nn.Cell):
+    def __init__(self, step: TrainStep, sums: ParameterTuple, loss_sum: Parameter) -> None:
+        super().__init__(auto_prefix=False)
+        self.step = step
+        self.sums, self.loss_sum = sums, loss_sum
+
+    def construct(self) -> tuple[Tensor, Tensor]:
+        """Loss and gradient norm of the step."""
+        return self.step.update(self.loss_sum, self.sums)
+
+
+def _state(name: str, value: float, dtype: mstype) -> Parameter:
+    return Parameter(Tensor(value, dtype), name=name, requires_grad=False)

@@ -13,31 +13,23 @@ import time
 from pathlib import Path
 
 import numpy as np
-from mindspore import Tensor, nn, ops
+from mindspore import Tensor
 
-from src.command_line import load_config, run_config_of
 from src.config import Config
 from src.data import Source, train_batches
 from src.errors import UserError
 from src.evaluation.evaluator import Evaluator
-from src.recipe import (
-    build_augmentation,
-    build_model,
-    build_preprocessing,
-    open_split,
-)
+from src.ranks import ALONE, Ranks
+from src.recipe import build_augmentation, build_mixing, build_preprocessing, image_size, open_split
 from src.reporting.figures import write_text
 from src.reporting.plots import plot_curves
 from src.reporting.progress import progress_bar
-from src.training.freeze import freeze
-from src.training.loss import LabelSmoothingCrossEntropy
-from src.training.optimizer import SGD, AdamW
-from src.training.schedule import learning_rates
-from src.training.train_step import TrainStep
-from src.weights import load_state, load_weights, save_checkpoint
+from src.training.build import build_step, global_batch
+from src.weights import load_state, save_checkpoint
 
 logger = logging.getLogger("cvt")
 LOG_SECONDS = 60.0  # between two lines within an epoch
+MOST_SKIPPED = 20  # overflows in a row: more than halve the first dynamic scale down to 1
 SHOWN = {"train_loss": 4, "loss": 4, "top1": 2, "top5": 2}  # figures of an epoch, decimals
 
 
@@ -49,80 +41,39 @@ class Trainer:
         source: the training images.
         output: the run's folder.
         finetune: a weight file to start from; a head for other classes starts anew.
+        ranks: those that share every batch; the first one writes the run's files.
     """
 
     def __init__(
-        self, config: Config, source: Source, output: Path, finetune: str | None = None
+        self,
+        config: Config,
+        source: Source,
+        output: Path,
+        finetune: str | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.config = config
         self.source = source
         self.output = output
-        self.finetune = finetune
-        self.load_report = self.new_head = None
+        self.ranks = ranks
         self.augmentation = build_augmentation(config, self.source.encoded)
+        self.mixing = build_mixing(config)
         self.evaluator = Evaluator(
             open_split(config, "val"),
             build_preprocessing(config),
             config.evaluation.batch_size,
             config.data.workers,
+            ranks,
         )
-        self.steps_per_epoch = len(self._batches(0))
-        self.learning_rates = learning_rates(
-            peak=config.optimizer.lr,
-            warmup_start=config.optimizer.warmup_lr,
-            minimum=config.optimizer.min_lr,
-            epochs=config.training.epochs,
-            warmup_epochs=config.optimizer.warmup_epochs,
-            steps_per_epoch=self.steps_per_epoch,
-            per=config.optimizer.schedule_per,
-        )
-        self.step = self._build_step()
+        self.accumulate = config.training.accumulate
+        self.steps_per_epoch = len(self._batches(0)) // self.accumulate
+        self.global_batch = global_batch(config, ranks)
+        self.built = build_step(config, ranks, self.steps_per_epoch, finetune)
+        self.step, self.learning_rates = self.built.step, self.built.learning_rates
         self.rows: list[dict] = []
+        self.done = 0  # epochs
         self.best_top1 = -1.0
         self.compiled = False
-
-    def _build_step(self) -> TrainStep:
-        config = self.config
-        net = build_model(config)
-        self.parameters = sum(p.size for p in net.trainable_params())
-        if self.finetune is not None:
-            self._start_from(net, self.finetune)
-        self.frozen = freeze(net, config.training.freeze)
-        ema_net = None
-        if config.training.ema_decay > 0:
-            ema_net = build_model(config)
-            for average, weight in zip(ema_net.get_parameters(), net.get_parameters()):
-                average.set_data(weight.copy())
-            ema_net.update_parameters_name("ema.")
-            ema_net.set_train(False)
-        keys, weights = config.optimizer, net.trainable_params()
-        if keys.name == "sgd":
-            optimizer = SGD(weights, keys.momentum, keys.weight_decay)
-        else:
-            optimizer = AdamW(weights, keys.betas, keys.eps, keys.weight_decay)
-        return TrainStep(
-            net,
-            LabelSmoothingCrossEntropy(config.training.label_smoothing),
-            optimizer,
-            self.learning_rates,
-            clip_norm=config.optimizer.clip_norm,
-            ema_net=ema_net,
-            ema_decay=config.training.ema_decay,
-            loss_scale=config.training.loss_scale,
-            seed=config.runtime.seed,
-        )
-
-    def _start_from(self, net: nn.Cell, file: str) -> None:
-        """Load weights; the head stays new where it can't fit or is known to name other classes."""
-        fresh = {p.name: p.value().copy() for p in net.get_parameters() if p.name[:5] == "head."}
-        self.load_report = load_weights(net, file, new_head=True)
-        run = run_config_of(file)
-        names = load_config(run).data.class_names if run else None
-        if names is not None and names != self.config.data.class_names:
-            for parameter in net.get_parameters():
-                if parameter.name in fresh:
-                    ops.assign(parameter, fresh[parameter.name])
-            self.new_head = f"the head starts anew: that run's classes were {', '.join(names)}"
 
     @property
     def evaluated_net(self):
@@ -136,12 +87,28 @@ class Trainer:
             self.config.training.batch_size,
             seed=self.config.runtime.seed,
             epoch=epoch,
+            rank=self.ranks.rank,
+            world=self.ranks.world,
             workers=self.config.data.workers,
+            multiple=self.accumulate,
         )
 
     def resume(self) -> None:
         """Take up the run in the output folder where its last checkpoint stands."""
+        if self.ranks.is_first:
+            self._load_state()
+        self.ranks.broadcast(self.step.get_parameters())
+        self.best_top1 = float(self.ranks.gather([self.best_top1])[0, 0])
+        self.done = int(self.step.step.asnumpy()) // self.steps_per_epoch
+        logger.info("resumed behind epoch %d", self.done)
+
+    def _load_state(self) -> None:
         extra = load_state(self.step, self.output / "checkpoints" / "last.ckpt")
+        if extra["world"] != self.ranks.world:
+            raise UserError(
+                f"{self.output}: was trained on {extra['world']} devices, not {self.ranks.world}; "
+                "resume on as many"
+            )
         self.best_top1 = extra["best_top1"]
         done = int(self.step.step.asnumpy()) // self.steps_per_epoch
         file = self.output / "metrics.jsonl"
@@ -152,13 +119,12 @@ class Trainer:
             raise UserError(f"{file}: missing or damaged ({error}); can't resume") from None
         if len(self.rows) != done:
             raise UserError(f"{file}: has {len(self.rows)} epochs, last.ckpt {done}; can't resume")
-        logger.info("resumed behind epoch %d", done)
 
     def fit(self) -> None:
         """Train to the last epoch."""
         self._announce()
         epochs = self.config.training.epochs
-        for epoch in range(len(self.rows), epochs):
+        for epoch in range(self.done, epochs):
             start = time.perf_counter()
             loss, speed = self._train_epoch(epoch)
             step = (epoch + 1) * self.steps_per_epoch
@@ -188,69 +154,88 @@ class Trainer:
         return {"loss": metrics.loss, "top1": metrics.top1, "top5": metrics.top5}
 
     def _announce(self) -> None:
-        batch = self.config.training.batch_size
         logger.info(
             "%s: %s parameters, %d classes; %d training images, %d held out; %d steps an epoch",
             self.config.model.name,
-            f"{self.parameters:,}",
+            f"{self.built.parameters:,}",
             self.config.model.num_classes,
             len(self.source),
-            len(self.evaluator.batches.indices),
+            self.evaluator.images,
             self.steps_per_epoch,
         )
-        if self.load_report is not None:
-            logger.info("%s", self.load_report)
-        if self.new_head is not None:
-            logger.info("%s", self.new_head)
-        if self.frozen:
-            trained = sum(p.size for p in self.step.optimizer.parameters)
-            logger.info("%s of the parameters are trained, the rest is frozen", f"{trained:,}")
-        left_out = len(self.source) - self.steps_per_epoch * batch
+        for note in self.built.notes:
+            logger.info("%s", note)
+        left_out = len(self.source) - self.steps_per_epoch * self.global_batch
         if left_out:
             logger.info(
-                "%d images do not fill a batch of %d: each epoch leaves out others", left_out, batch
-            )
-        if not self.rows:
+                "%d images do not fill a step of %d: each epoch leaves out others",
+                left_out, self.global_batch,
+            )  # fmt: skip
+        if not self.done:
             logger.info("compiling the step; this takes seconds for cvt_nano, a minute for cvt_21")
 
     def _train_epoch(self, epoch: int) -> tuple[float, float]:
         """Mean loss and img/s (without compiling) of one epoch."""
         self.step.set_train(True)
-        for cell in self.frozen:
+        for cell in self.built.frozen:
             cell.set_train(False)
         if self.step.ema_net is not None:
             self.step.ema_net.set_train(False)
-        batch_size = self.config.training.batch_size
-        bar = progress_bar(self.steps_per_epoch * batch_size, f"epoch {epoch + 1}")
-        losses: list[Tensor] = []
+        bar = progress_bar(self.steps_per_epoch * self.global_batch, f"epoch {epoch + 1}")
+        results: list[tuple[Tensor, Tensor]] = []
         start, timed, told = time.perf_counter(), 0, time.perf_counter()
-        for images, labels in self._batches(epoch).iterate():
-            loss, _ = self.step(images, labels)
-            losses.append(loss)
-            bar.update(batch_size)
-            timed += batch_size
+        for position, (images, labels) in enumerate(self._batches(epoch).iterate()):
+            mix = self._mix(epoch, position)
+            result = self.step.take(images, labels, mix, position % self.accumulate)
+            if result is None:
+                continue
+            results.append(result)
+            bar.update(self.global_batch)
+            timed += self.global_batch
             if not self.compiled:
-                loss.asnumpy()
+                result[0].asnumpy()
                 self.compiled, start, timed = True, time.perf_counter(), 0
             if time.perf_counter() - told > LOG_SECONDS:
                 told = time.perf_counter()
-                self._tell_step(epoch, len(losses), float(loss.asnumpy()), timed / (told - start))
-        values = [float(loss.asnumpy()) for loss in losses]
+                self._tell_step(epoch, results, timed / (told - start))
+        losses = self._finite_losses(epoch, results)
         bar.close()
-        for position, value in enumerate(values):
-            self._require_finite(value, epoch * self.steps_per_epoch + position)
-        return float(np.mean(values)), timed / max(time.perf_counter() - start, 1e-9)
+        return float(np.mean(losses)), timed / max(time.perf_counter() - start, 1e-9)
 
-    def _require_finite(self, loss: float, step: int) -> None:
-        if not math.isfinite(loss):
-            raise UserError(
-                f"step {step + 1}: the loss is not finite (learning rate "
-                f"{self.learning_rates[step]:.2e}); lower optimizer.lr, or set optimizer.clip_norm"
-            )
+    def _mix(self, epoch: int, position: int) -> Tensor | None:
+        """The mixing of a batch, another one on each rank."""
+        if not self.mixing:
+            return None
+        key = (self.config.runtime.seed, epoch, position, self.ranks.rank)
+        return Tensor(self.mixing.draw(image_size(self.config.model), *key))
 
-    def _tell_step(self, epoch: int, done: int, loss: float, speed: float) -> None:
-        self._require_finite(loss, epoch * self.steps_per_epoch + done - 1)
-        left = (self.steps_per_epoch - done) * self.config.training.batch_size / max(speed, 1e-9)
+    def _finite_losses(self, epoch: int, results: list[tuple[Tensor, Tensor]]) -> list[float]:
+        """The losses of an epoch's steps so far that were not skipped.
+
+        Raises:
+            UserError: loss or gradients not finite; with a dynamic loss scale, where smaller scales
+                have not helped.
+        """
+        losses, skipped = [], 0
+        for position, (loss, norm) in enumerate(results):
+            loss, norm = float(loss.asnumpy()), float(norm.asnumpy())
+            if math.isfinite(loss) and math.isfinite(norm):
+                losses.append(loss)
+                skipped = 0
+                continue
+            skipped += 1
+            if not self.step.dynamic or skipped > MOST_SKIPPED:
+                step = epoch * self.steps_per_epoch + position
+                raise UserError(
+                    f"step {step + 1}: the loss is {loss}, the gradients' norm {norm} (learning "
+                    f"rate {self.learning_rates[step]:.2e}); the weights are as before it. Lower "
+                    "optimizer.lr, or set optimizer.clip_norm"
+                )
+        return losses or [math.nan]
+
+    def _tell_step(self, epoch: int, results: list[tuple[Tensor, Tensor]], speed: float) -> None:
+        loss, done = self._finite_losses(epoch, results)[-1], len(results)
+        left = (self.steps_per_epoch - done) * self.global_batch / max(speed, 1e-9)
         logger.info(
             "epoch %d  step %d/%d  loss %.4f  %.0f img/s  %.0f s left in it",
             epoch + 1, done, self.steps_per_epoch, loss, speed, left,
@@ -259,14 +244,19 @@ class Trainer:
     def _keep(self, row: dict) -> None:
         """Write an epoch down: figures first, the state last, so that no resume lacks a row."""
         self.rows.append(row)
+        better = row["top1"] is not None and row["top1"] > self.best_top1
+        if better:
+            self.best_top1 = row["top1"]
+        if not self.ranks.is_first:
+            return
         text = "".join(json.dumps(each) + "\n" for each in self.rows)
         write_text(text, self.output / "metrics.jsonl")
         plot_curves(self.rows, self.output / "curves.png")
         checkpoints = self.output / "checkpoints"
         checkpoints.mkdir(exist_ok=True)
-        if row["top1"] is not None and row["top1"] > self.best_top1:
-            self.best_top1 = row["top1"]
+        if better:
             weights = {p.name.removeprefix("ema."): p for p in self.evaluated_net.get_parameters()}
             save_checkpoint(weights, checkpoints / "best.ckpt")
+        extra = {"best_top1": self.best_top1, "world": self.ranks.world}
         state = {parameter.name: parameter for parameter in self.step.get_parameters()}
-        save_checkpoint(state, checkpoints / "last.ckpt", best_top1=self.best_top1)
+        save_checkpoint(state, checkpoints / "last.ckpt", **extra)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from src.models import create_model
-from src.models.stochastic import Dropout, DropPath, random_bits, uniform
+from src.models.stochastic import Dropout, DropPath, random_bits, sample_keys, uniform
 from tests.conftest import TINY
 
 
@@ -16,9 +16,13 @@ def numpy_hash(x):
     return x ^ (x >> 16)
 
 
-def numpy_bits(key, count):
-    counter = np.arange(count, dtype=np.uint32) * np.uint32(0x9E3779B9)
-    return numpy_hash(counter ^ numpy_hash([key]))
+def numpy_bits(keys, sites):
+    counter = np.arange(sites, dtype=np.uint32) * np.uint32(0x9E3779B9)
+    return numpy_hash(counter[:, None] ^ numpy_hash(keys)[None])
+
+
+def keys_of(key, count):
+    return sample_keys(ms.Tensor(key, ms.int32), ms.ops.arange(count).astype(ms.int32))
 
 
 @pytest.fixture(autouse=True)
@@ -28,23 +32,27 @@ def pynative_mode(graph_mode):
 
 @pytest.mark.parametrize("key", [0, 1, -5, 2**31 - 1])
 def test_bits_equal_the_same_arithmetic_in_numpy(key):
-    bits = random_bits(ms.Tensor(key, ms.int32), 1000).asnumpy()
-    assert np.array_equal(bits.view(np.uint32), numpy_bits(key, 1000))
+    keys = keys_of(key, 50)
+    counter = np.arange(50, dtype=np.uint32) * np.uint32(0x9E3779B9)
+    expected = numpy_hash(counter ^ numpy_hash([key]))
+    assert np.array_equal(keys.asnumpy().view(np.uint32), expected)
+    bits = random_bits(keys, 20).asnumpy()
+    assert np.array_equal(bits.view(np.uint32), numpy_bits(expected.view(np.int32), 20))
 
 
-def test_uniform_is_uniform():
-    numbers = uniform(random_bits(ms.Tensor(7, ms.int32), 100_000)).asnumpy()
+def test_uniform_is_uniform_over_images_sites_and_keys():
+    numbers = uniform(random_bits(keys_of(7, 2000), 50)).asnumpy()
     assert numbers.min() >= 0 and numbers.max() < 1
     counts = np.histogram(numbers, 50, (0, 1))[0]
     assert ((counts - 2000) ** 2 / 2000).sum() < 90  # chi-square, 49 degrees: 99.97 %
-    assert abs(np.corrcoef(numbers[:-1], numbers[1:])[0, 1]) < 0.01
-    other = uniform(random_bits(ms.Tensor(8, ms.int32), 100_000)).asnumpy()
-    assert abs(np.corrcoef(numbers, other)[0, 1]) < 0.01
+    other = uniform(random_bits(keys_of(8, 2000), 50)).asnumpy()
+    for a, b in ((numbers[:-1], numbers[1:]), (numbers[:, :-1], numbers[:, 1:]), (numbers, other)):
+        assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 0.015
 
 
 def test_drop_path_drops_whole_samples_and_keeps_the_mean():
     x = ms.Tensor(np.ones((4000, 2, 3), np.float32))
-    bits = random_bits(ms.Tensor(3, ms.int32), 2 * 4000).reshape((2, 4000))
+    bits = random_bits(keys_of(3, 4000), 2)
     out = DropPath(0.25, site=1).set_train()(x, bits).asnumpy()
     per_sample = out.reshape(4000, -1)
     assert (per_sample == per_sample[:, :1]).all()
@@ -56,7 +64,7 @@ def test_drop_path_drops_whole_samples_and_keeps_the_mean():
 
 def test_dropout_drops_single_elements_and_keeps_the_mean():
     x = ms.Tensor(np.ones((16, 50, 20), np.float32))
-    bits = random_bits(ms.Tensor(3, ms.int32), 16).reshape((1, 16))
+    bits = random_bits(keys_of(3, 16), 1)
     out = Dropout(0.4, site=0).set_train()(x, bits).asnumpy()
     assert set(np.unique(out)) == {0.0, np.float32(1 / 0.6)}
     assert abs(out.mean() - 1) < 0.03
@@ -66,7 +74,7 @@ def test_dropout_drops_single_elements_and_keeps_the_mean():
 @pytest.mark.parametrize("kind", [DropPath, Dropout])
 def test_nothing_drops_without_bits_or_outside_training(kind):
     x = ms.Tensor(np.ones((4, 2, 3), np.float32))
-    bits = random_bits(ms.Tensor(3, ms.int32), 4).reshape((1, 4))
+    bits = random_bits(keys_of(3, 4), 1)
     assert (kind(0.9, 0).set_train()(x, None).asnumpy() == 1).all()
     assert (kind(0.9, 0).set_train(False)(x, bits).asnumpy() == 1).all(), "a frozen part"
     assert (kind(0.9, 0).set_train()(x, bits).asnumpy() != 1).any()
@@ -86,9 +94,9 @@ def test_the_key_alone_decides_the_pass(rates):
     net = create_model("cvt_nano", **TINY, **rates)
     images = ms.Tensor(np.random.default_rng(0).standard_normal((4, 3, 32, 32)), ms.float32)
     net.set_train(True)
-    first, second, third = (net(images, ms.Tensor(k, ms.int32)).asnumpy() for k in (1, 2, 1))
+    first, second, third = (net(images, keys_of(k, 4)).asnumpy() for k in (1, 2, 1))
     assert np.array_equal(first, third)
     assert not np.array_equal(first, second)
     assert not np.array_equal(net(images).asnumpy(), net(images).asnumpy())
     net.set_train(False)
-    assert np.array_equal(net(images).asnumpy(), net(images, ms.Tensor(1, ms.int32)).asnumpy())
+    assert np.array_equal(net(images).asnumpy(), net(images, keys_of(1, 4)).asnumpy())

@@ -28,7 +28,7 @@ def test_updates_equal_the_definition():
             root = np.sqrt(v[n] / (1 - beta2**t)) + eps
             values[n] = values[n] - lr * m[n] / (1 - beta1**t) / root
         tensors = tuple(ms.Tensor(g, ms.float32) for g in gradients.values())
-        optimizer(tensors, ms.Tensor(lr, ms.float32), ms.Tensor(t, ms.int32))
+        optimizer(tensors, ms.Tensor(lr, ms.float32), ms.Tensor(t, ms.int32), ms.Tensor(True))
     for parameter in parameters:
         np.testing.assert_allclose(
             parameter.asnumpy(), values[parameter.name], rtol=2e-5, atol=1e-6
@@ -63,6 +63,6 @@ def test_momentum_descent_equals_the_definition():
             velocity[n] = 0.7 * velocity[n] + g + decay * values[n]
             values[n] = values[n] - lr * velocity[n]
         tensors = tuple(ms.Tensor(g, ms.float32) for g in gradients.values())
-        optimizer(tensors, ms.Tensor(lr, ms.float32), ms.Tensor(t, ms.int32))
+        optimizer(tensors, ms.Tensor(lr, ms.float32), ms.Tensor(t, ms.int32), ms.Tensor(True))
     for parameter in parameters:
         np.testing.assert_allclose(parameter.asnumpy(), values[parameter.name], rtol=1e-5)

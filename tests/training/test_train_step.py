@@ -8,8 +8,8 @@ import pytest
 
 from src.models import create_model
 from src.training.loss import LabelSmoothingCrossEntropy
-from src.training.optimizer import AdamW
-from src.training.train_step import TrainStep
+from src.training.optimizer import SGD, AdamW
+from src.training.train_step import GROWTH_STEPS, TrainStep, mix_images
 from tests.conftest import TINY
 from tests.golden import official
 
@@ -148,3 +148,107 @@ def test_the_learning_rate_is_that_of_the_step(pynative_mode):
         moved.append(not np.array_equal(before, net.head.weight.asnumpy()))
     assert moved == [True, False, True]
     assert int(step.step.asnumpy()) == 3
+
+
+def everything(step):
+    return {p.name: p.asnumpy().copy() for p in step.get_parameters()}
+
+
+@pytest.mark.parametrize("kind", [AdamW, SGD])
+def test_a_step_that_is_not_finite_leaves_no_trace(kind):
+    """Not in weights, moments, running statistics or average; the scale halves, and it counts."""
+    net, ema_net = (create_model("cvt_nano", **TINY) for _ in range(2))
+    copy_into(ema_net, weights(net)).update_parameters_name("ema.")
+    start = weights(net)
+    options = {"clip_norm": 1.0, "loss_scale": None, "ema_decay": 0.9}
+    loss, rates = LabelSmoothingCrossEntropy(0.1), np.full(50, 1e-2, np.float32)
+
+    def make(net, **more):
+        optimizer = kind(net.trainable_params(), weight_decay=0.1)
+        return TrainStep(net, loss, optimizer, rates, **options, **more).set_train(True)
+
+    step = make(net, ema_net=ema_net.set_train(False))
+    first, bad, last = batches(3, image=32)
+    bad[0][1, 0, 5, 5] = float("inf")
+    step(*first)
+    before = everything(step)
+    found = [float(x.asnumpy()) for x in step(*bad)]
+    assert not np.isfinite(found).all()
+    after = everything(step)
+    changed = {name for name in before if not np.array_equal(before[name], after[name])}
+    assert changed == {"step", "skipped", "loss_scale", "steady"}
+    assert (after["step"], after["skipped"], after["steady"]) == (2, 1, 0)
+    assert (before["loss_scale"], after["loss_scale"]) == (2**16, 2**15)
+    assert np.isfinite([float(x.asnumpy()) for x in step(*last)]).all()
+
+    other = make(copy_into(create_model("cvt_nano", **TINY), start))
+    for batch in (first, last):
+        other(*batch)
+    for name, value in weights(other.net).items():  # the bias correction did not count it either
+        np.testing.assert_allclose(value, weights(net)[name], rtol=1e-4, atol=1e-6)
+
+
+def test_the_dynamic_scale_grows_after_a_steady_time(pynative_mode):
+    step = tiny_step(loss_scale=None)
+    step.steady.set_data(ms.Tensor(GROWTH_STEPS - 1, ms.int32))
+    step(*next(batches(1, image=32)))
+    assert float(step.loss_scale.asnumpy()) == 2**17 and int(step.steady.asnumpy()) == 0
+    step(*next(batches(1, image=32)))
+    assert float(step.loss_scale.asnumpy()) == 2**17 and int(step.steady.asnumpy()) == 1
+
+
+def test_accumulated_parts_equal_the_large_batch():
+    """Drop path and clipping on; BatchNorm, whose statistics are each part's, in inference."""
+    options = {**TINY, "drop_path_rate": 0.5}
+    start = weights(create_model("cvt_nano", **options))
+    found = {}
+    for parts in (1, 3):
+        net = copy_into(create_model("cvt_nano", **options), start)
+        step = tiny_step(net, accumulate=parts, clip_norm=0.5, seed=3)
+        for _, cell in net.cells_and_names():
+            if isinstance(cell, ms.nn.BatchNorm2d):
+                cell.set_train(False)
+        results = []
+        for images, labels in batches(2, size=6, image=32):
+            size = 6 // parts
+            for part in range(parts):
+                own = slice(part * size, (part + 1) * size)
+                result = step.take(images[own], labels[own], part=part)
+                assert (result is None) == (part < parts - 1)
+            results += [float(x.asnumpy()) for x in result]
+        moments = np.concatenate([m.asnumpy().ravel() for m in step.optimizer.moment1])
+        found[parts] = (results, moments)
+        assert not any("sum" in p.name for p in step.get_parameters()), "nothing to save"
+    np.testing.assert_allclose(found[3][0], found[1][0], rtol=1e-5)
+    np.testing.assert_allclose(found[3][1], found[1][1], rtol=1e-3, atol=1e-7)
+
+
+def test_mixed_images_and_their_loss_equal_numpy(pynative_mode):
+    """Cutmix with a box, against the images and the soft targets written out."""
+    rng = np.random.default_rng(0)
+    images = rng.standard_normal((5, 3, 16, 20)).astype(np.float32)
+    for mix in ([0.8, 1, 2, 10, 3, 11], [0.3, 0.3, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0]):
+        share = np.full((16, 20), mix[1])
+        share[mix[2] : mix[3], mix[4] : mix[5]] = 0
+        expected = images * share + images[::-1] * (1 - share)
+        found = mix_images(ms.Tensor(images), ms.Tensor(mix, ms.float32)).asnumpy()
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+
+    class Seen(ms.nn.Cell):
+        def __init__(self):
+            super().__init__()
+            self.weight = ms.Parameter(ms.Tensor(np.ones((), np.float32)), name="seen.weight")
+
+        def construct(self, images, keys):
+            return images.reshape((5, -1))[:, :7] * self.weight
+
+    net, labels = Seen(), rng.integers(0, 7, 5).astype(np.int32)
+    step = TrainStep(net, LabelSmoothingCrossEntropy(0.1), AdamW(net.trainable_params()),
+                     np.ones(9, np.float32), mixing=True).set_train(True)  # fmt: skip
+    mix = [0.3, 0.3, 0, 0, 0, 0]
+    loss, _ = step.take(ms.Tensor(images), ms.Tensor(labels), ms.Tensor(mix, ms.float32))
+    logits = (0.3 * images + 0.7 * images[::-1]).reshape(5, -1)[:, :7].astype(np.float64)
+    hard = 0.3 * np.eye(7)[labels] + 0.7 * np.eye(7)[labels[::-1]]
+    soft = 0.9 * hard + 0.1 / 7
+    expected = -(soft * (logits - np.log(np.exp(logits).sum(1, keepdims=True)))).sum(1).mean()
+    assert float(loss.asnumpy()) == pytest.approx(expected, rel=1e-5)

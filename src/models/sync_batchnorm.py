@@ -1,0 +1,55 @@
+"""BatchNorm over the batches of all devices.
+
+Own operations and not `nn.SyncBatchNorm`, which only Ascend has: so it runs, and is tested against
+one large batch, on every backend.
+"""
+
+from __future__ import annotations
+
+from mindspore import Tensor, nn, ops
+from mindspore import dtype as mstype
+
+from src.models.layers import BatchNorm2d
+
+
+class SyncBatchNorm2d(BatchNorm2d):
+    """BatchNorm2d whose statistics are those of `world` devices' batches of one size."""
+
+    def __init__(self, dim: int, world: int) -> None:
+        super().__init__(dim)
+        self.world = world
+        self.all_reduce = ops.AllReduce()
+
+    def _mean(self, x: Tensor) -> Tensor:
+        """x [B, C, H, W] -> [1, C, 1, 1], over all devices."""
+        return self.all_reduce(x.mean((0, 2, 3), keep_dims=True)) / self.world
+
+    def construct(self, x: Tensor) -> Tensor:
+        """x [B, C, H, W] -> float32 [B, C, H, W]."""
+        if not self.training:
+            return super().construct(x)
+        x = x.astype(mstype.float32)
+        mean = self._mean(x)
+        centred = x - mean
+        variance = self._mean(ops.square(centred))
+        count = self.world * x.shape[0] * x.shape[2] * x.shape[3]
+        self._follow(self.moving_mean, mean)
+        self._follow(self.moving_variance, variance * (count / max(count - 1, 1)))  # unbiased
+        scale = self.gamma.reshape((1, -1, 1, 1)) * ops.rsqrt(variance + self.eps)
+        return centred * scale + self.beta.reshape((1, -1, 1, 1))
+
+    def _follow(self, statistic: Tensor, value: Tensor) -> None:
+        value = ops.stop_gradient(value).reshape((-1,))
+        ops.assign(statistic, statistic + self.momentum * (value - statistic))
+
+
+def synchronise_batchnorm(net: nn.Cell, world: int) -> nn.Cell:
+    """Let every BatchNorm2d of a network share statistics; parameters and their names stay."""
+    for _, parent in list(net.cells_and_names()):
+        for name, cell in parent.name_cells().items():
+            if type(cell) is BatchNorm2d:
+                shared = SyncBatchNorm2d(cell.num_features, world)
+                for parameter in ("gamma", "beta", "moving_mean", "moving_variance"):
+                    setattr(shared, parameter, getattr(cell, parameter))
+                setattr(parent, name, shared)
+    return net

@@ -1,0 +1,93 @@
+"""The ranks of a distributed job: how one joins it, and what the ranks tell each other.
+
+Values travel as 16-bit pieces in float32, the one type that every backend (HCCL, NCCL, MCCL)
+moves and adds; so they arrive to the last bit whatever their own type.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from mindspore import Parameter, Tensor, communication, ops
+
+from src.errors import UserError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This rank among all; a single process is rank 0 of 1."""
+
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the rank that writes files."""
+        return self.rank == 0
+
+    def gather(self, values: np.ndarray) -> np.ndarray:
+        """Each rank's float64 [n], as float64 [world, n], on every rank."""
+        values = np.asarray(values, np.float64).reshape(-1)
+        if self.world == 1:
+            return values[None]
+        pieces = np.zeros((self.world, values.size * 4), np.float32)
+        pieces[self.rank] = _to_pieces(values)
+        return _from_pieces(ops.AllReduce()(Tensor(pieces)).asnumpy(), np.float64)
+
+    def broadcast(self, parameters: Iterable[Parameter]) -> None:
+        """Give every rank the first one's values."""
+        if self.world == 1:
+            return
+        for parameter in parameters:
+            mine = parameter.asnumpy()
+            (pieces,) = ops.Broadcast(0)((Tensor(_to_pieces(mine)),))
+            values = _from_pieces(pieces.asnumpy(), mine.dtype)[: mine.size].reshape(mine.shape)
+            ops.assign(parameter, Tensor(values))
+
+    def require_agreement(self, what: str, value: object) -> None:
+        """Check that every rank has the same value, by its text's checksum.
+
+        Raises:
+            UserError: a rank has another one.
+        """
+        sums = self.gather(np.array([zlib.crc32(repr(value).encode())]))[:, 0]
+        others = np.flatnonzero(sums != sums[0])
+        if len(others):
+            raise UserError(
+                f"rank {others[0]} has other {what} than rank 0; give every host the same files "
+                "and the same command"
+            )
+
+
+ALONE = Ranks()
+
+
+def _to_pieces(values: np.ndarray) -> np.ndarray:
+    """An array of any type as float32 [n]: its bytes in pairs, each pair a number below 65,536."""
+    content = values.tobytes()
+    return np.frombuffer(content + b"\0" * (len(content) % 2), np.uint16).astype(np.float32)
+
+
+def _from_pieces(pieces: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """What `_to_pieces` was given, flat, one row for each row; the padding may come with it."""
+    return np.ascontiguousarray(pieces.astype(np.uint16)).view(dtype)
+
+
+def is_distributed() -> bool:
+    """Whether a launcher started this process as one of several (msrun, or a rank table)."""
+    return "MS_WORKER_NUM" in os.environ or int(os.environ.get("RANK_SIZE", "1")) > 1
+
+
+def join() -> Ranks:
+    """Join the job that this process was started for; waits for the others.
+
+    msrun's scheduler process stays in here until the job has ended.
+    """
+    if not is_distributed():
+        return ALONE
+    communication.init()
+    return Ranks(communication.get_rank(), communication.get_group_size())
