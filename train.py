@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from src.command_line import parse
+from src.command_line import default_output, parse
 from src.errors import UserError, executable
 from src.runtime import log_to, prepare_environment
 
@@ -30,8 +30,7 @@ def main(argv: list[str]) -> None:
     )
     if arguments.config is None and arguments.output is None:
         raise UserError("--config is missing; give a recipe, as config/digits/cvt_nano.yaml")
-    recipe = Path(arguments.config or "run")
-    output = Path(arguments.output or f"runs/{recipe.resolve().parent.name}_{recipe.stem}")
+    output = Path(arguments.output or default_output(arguments.config))
     prepare_environment()
     log_to()
     from src.training.run import train  # MindSpore takes seconds: arguments are checked by now

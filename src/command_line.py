@@ -60,6 +60,12 @@ def run_config_of(checkpoint: str) -> Path | None:
     )
 
 
+def default_output(recipe: str) -> str:
+    """The folder of a recipe's run where none is given."""
+    path = Path(recipe)
+    return f"runs/{path.resolve().parent.name}_{path.stem}"
+
+
 def parse(
     argv: Sequence[str],
     prog: str,
@@ -83,13 +89,13 @@ def parse(
         UserError: a key, value or file that can't be used.
     """
     usage = f"python {prog} [--config FILE] [--key value ...]"
-    parser = _Parser(prog=prog, usage=usage, description=description)
+    parser = _Parser(prog=prog, usage=usage, description=description, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML recipe; options override its keys")
     add_arguments(parser)
     parser.add_class_arguments(schema, as_group=False)
-    argv, config = _take_option(list(argv), "--config")
+    argv, config = take_option(list(argv), "--config")
     if config is None and config_beside:
-        _, checkpoint = _take_option(argv, f"--{config_beside}")
+        _, checkpoint = take_option(argv, f"--{config_beside}")
         if checkpoint and not Path(checkpoint).exists():
             raise UserError(f"--{config_beside} {checkpoint}: no such file; give a checkpoint")
         config = run_config_of(checkpoint) if checkpoint else None
@@ -113,7 +119,7 @@ def load_config(path: Path) -> Config:
     return config
 
 
-def _take_option(argv: list[str], name: str) -> tuple[list[str], str | None]:
+def take_option(argv: list[str], name: str) -> tuple[list[str], str | None]:
     """Split an option and its last value off a command line."""
     rest, value = [], None
     words = iter(argv)

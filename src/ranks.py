@@ -16,6 +16,8 @@ from mindspore import Parameter, Tensor, communication, ops
 
 from src.errors import UserError
 
+SAME_FILES = "give every host the same files and the same command"
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -48,7 +50,7 @@ class Ranks:
             values = _from_pieces(pieces.asnumpy(), mine.dtype)[: mine.size].reshape(mine.shape)
             ops.assign(parameter, Tensor(values))
 
-    def require_agreement(self, what: str, value: object) -> None:
+    def require_agreement(self, what: str, value: object, remedy: str = SAME_FILES) -> None:
         """Check that every rank has the same value, by its text's checksum.
 
         Raises:
@@ -57,10 +59,7 @@ class Ranks:
         sums = self.gather(np.array([zlib.crc32(repr(value).encode())]))[:, 0]
         others = np.flatnonzero(sums != sums[0])
         if len(others):
-            raise UserError(
-                f"rank {others[0]} has other {what} than rank 0; give every host the same files "
-                "and the same command"
-            )
+            raise UserError(f"rank {others[0]} has other {what} than rank 0; {remedy}")
 
 
 ALONE = Ranks()

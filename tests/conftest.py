@@ -29,10 +29,14 @@ def graph_mode():
     ms.set_context(mode=ms.GRAPH_MODE)
 
 
-def run_command(*words: str, cwd: Path) -> subprocess.CompletedProcess:
-    """Run an executable of the repository as a user would, from another folder."""
+def run_command(*words: str, cwd: Path, module: bool = False) -> subprocess.CompletedProcess:
+    """Run an executable or a module of the repository as a user would, from another folder."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [sys.executable, str(ROOT / words[0]), *words[1:]]
+    if module:
+        environment["PYTHONPATH"] = str(ROOT)
+        name = words[0].removesuffix(".py").replace("/", ".")
+        command = [sys.executable, "-m", name, *words[1:]]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
 
 

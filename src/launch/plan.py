@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from src.command_line import default_output, parse
+from src.command_line import default_output, parse, take_option
 from src.errors import UserError
 from src.launch.rank_table import ranks_of_this_host, read_rank_table
 
@@ -95,21 +95,21 @@ def _train_command(config: str, data: str, target: str, keys: list[str]) -> list
     """train.py with its arguments, the run's folder last; everything absolute and checked."""
     file = next((p for p in (Path(config), ROOT / config) if p.is_file()), None)
     if file is None:
-        raise UserError(f"CONFIG {config}: no such file; give a recipe such as config/digits/*.yaml")
+        raise UserError(f"CONFIG {config}: no such file; give a recipe, as config/digits/*.yaml")
     words = ["--config", str(file.resolve())]
     if data != "-":
         if not Path(data).expanduser().exists():
             raise UserError(f"DATA {data}: no such folder; give the data's, or - for the config's")
         words += ["--data.path", str(Path(data).expanduser().resolve())]
+    keys, output = take_option(keys, "--output")
     words += ["--runtime.device", target, *keys]
 
     def add_arguments(parser) -> None:
-        parser.add_argument("--output", type=str)
         parser.add_argument("--resume", action="store_true")
         parser.add_argument("--finetune", type=str)
 
-    _, parsed = parse(words, "train.py", "", add_arguments)  # finds unknown keys now, and once
-    output = Path(parsed.output or default_output(str(file)))
+    parse(words, "train.py", "", add_arguments)  # finds unknown keys now, and once
+    output = Path(output or default_output(str(file)))
     return [str(ROOT / "train.py"), *words, "--output", str(output.resolve())]
 
 
@@ -130,8 +130,8 @@ def _plan_by_msrun(
     if local > len(visible) or local < 1:
         what = "cores" if target == "CPU" else f"{target} devices"
         raise UserError(
-            f"DEVICE_NUM {local}: {len(visible)} {what} are visible on this host; ask for fewer, or "
-            "choose another DEVICE_TARGET (Ascend, GPU, CPU)"
+            f"DEVICE_NUM {local}: {len(visible)} {what} are visible on this host; ask for fewer, "
+            "or choose another DEVICE_TARGET (Ascend, GPU, CPU)"
         )
     first = node_rank * local
     ranks = {

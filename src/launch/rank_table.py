@@ -1,7 +1,7 @@
 """HCCL rank tables, by which clusters older than msrun start: written, read and checked.
 
-    python -m src.launch.rank_table write TABLE HOST=DEVICE_IP,DEVICE_IP,... [HOST=...]
-    python -m src.launch.rank_table check TABLE
+python -m src.launch.rank_table write TABLE HOST=DEVICE_IP,DEVICE_IP,... [HOST=...]
+python -m src.launch.rank_table check TABLE
 """
 
 from __future__ import annotations
@@ -94,9 +94,7 @@ def write_rank_table(path: str, hosts: dict[str, list[str]]) -> None:
     for host, addresses in hosts.items():
         devices = []
         for number, address in enumerate(addresses):
-            devices.append(
-                {"device_id": str(number), "device_ip": address, "rank_id": str(rank)}
-            )
+            devices.append({"device_id": str(number), "device_ip": address, "rank_id": str(rank)})
             rank += 1
         servers.append({"server_id": host, "device": devices, "host_nic_ip": "reserve"})
     table = {

@@ -11,6 +11,8 @@ from mindspore import dtype as mstype
 
 from src.models.layers import BatchNorm2d
 
+PARTS = ("gamma", "beta", "moving_mean", "moving_variance")
+
 
 class SyncBatchNorm2d(BatchNorm2d):
     """BatchNorm2d whose statistics are those of `world` devices' batches of one size."""
@@ -49,7 +51,10 @@ def synchronise_batchnorm(net: nn.Cell, world: int) -> nn.Cell:
         for name, cell in parent.name_cells().items():
             if type(cell) is BatchNorm2d:
                 shared = SyncBatchNorm2d(cell.num_features, world)
-                for parameter in ("gamma", "beta", "moving_mean", "moving_variance"):
-                    setattr(shared, parameter, getattr(cell, parameter))
-                setattr(parent, name, shared)
+                names = {part: getattr(cell, part).name for part in PARTS}
+                for part in PARTS:
+                    setattr(shared, part, getattr(cell, part))
+                setattr(parent, name, shared)  # renames them
+                for part in PARTS:
+                    getattr(shared, part).name = names[part]
     return net

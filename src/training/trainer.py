@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -241,8 +242,20 @@ class Trainer:
             epoch + 1, done, self.steps_per_epoch, loss, speed, left,
         )  # fmt: skip
 
+    def _require_equal_ranks(self) -> None:
+        """Notice ranks that have drifted apart before anything of it is saved."""
+        number = 0
+        if self.ranks.world > 1:
+            for parameter in self.step.get_parameters():
+                number = zlib.crc32(parameter.asnumpy(), number)
+            remedy = (
+                "their weights have drifted apart, which is a fault of a device or of MindSpore"
+            )
+            self.ranks.require_agreement("weights", number, remedy)
+
     def _keep(self, row: dict) -> None:
         """Write an epoch down: figures first, the state last, so that no resume lacks a row."""
+        self._require_equal_ranks()
         self.rows.append(row)
         better = row["top1"] is not None and row["top1"] > self.best_top1
         if better:

@@ -1,0 +1,138 @@
+"""Real jobs of two ranks on this host's CPU, through the users' script."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+
+from tests.conftest import ROOT, TINY_KEYS
+
+TRAIN = ["bash", str(ROOT / "scripts/run_distribute_train.sh"), "config/digits/cvt_nano.yaml", "-"]
+NO_CHANCE = ["--augment.padding=0", "--data.train_images=64", "--data.workers=1"]
+
+pytestmark = pytest.mark.skipif(
+    len(os.sched_getaffinity(0)) < 2 if hasattr(os, "sched_getaffinity") else True,
+    reason="two CPU ranks need two cores",
+)
+
+
+def environment(free_port):
+    return {**os.environ, "DEVICE_TARGET": "CPU", "PYTHON": sys.executable,
+            "MASTER_PORT": str(free_port)}  # fmt: skip
+
+
+def losses(folder):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["train_loss"] for line in lines]
+
+
+def test_two_ranks_equal_one_with_the_double_batch(tmp_path, free_port):
+    """Twenty steps with drop path, clipping, accumulation and EMA; one step is one epoch here.
+
+    BatchNorm's statistics, local to a rank by default, are shared (training.sync_batchnorm).
+    """
+    keys = [
+        *TINY_KEYS[:2], *NO_CHANCE, "--model.drop_path_rate=0.3", "--training.epochs=20",
+        "--evaluation.every=20", "--evaluation.batch_size=300", "--training.ema_decay=0.9",
+    ]  # fmt: skip
+    two = subprocess.run(
+        [*TRAIN, "2", "--output", "two", *keys, "--training.batch_size=32",
+         "--training.sync_batchnorm=true"],
+        cwd=tmp_path, env=environment(free_port), capture_output=True, text=True,
+    )  # fmt: skip
+    assert two.returncode == 0, two.stdout + two.stderr
+    one = subprocess.run(
+        ["bash", str(ROOT / "scripts/run_standalone_train.sh"), "config/digits/cvt_nano.yaml", "-",
+         "--output", "one", *keys, "--training.batch_size=64"],
+        cwd=tmp_path, env=environment(free_port), capture_output=True, text=True,
+    )  # fmt: skip
+    assert one.returncode == 0, one.stdout + one.stderr
+    assert len(losses(tmp_path / "one")) == 20
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-5)
+    figures = [json.loads((tmp_path / run / "metrics.jsonl").read_text().splitlines()[-1])
+               for run in ("one", "two")]  # fmt: skip
+    assert figures[0]["loss"] == pytest.approx(figures[1]["loss"], rel=1e-4)
+    (logs,) = (tmp_path / "two" / "ranks").iterdir()
+    assert sorted(p.name for p in logs.iterdir()) == [
+        "msrun.log", "scheduler.log", "worker_0.log", "worker_1.log"
+    ]  # fmt: skip
+    assert "rank 1 of 2" in (logs / "worker_1.log").read_text()
+    assert "epoch 20/20" in two.stdout, "the first rank's words reach the console"
+
+
+def test_a_killed_rank_ends_the_job(tmp_path, free_port):
+    """In time, with the reason, and with nothing left running; its sibling is waiting for it."""
+    command = [*TRAIN, "2", "--output", "run", *TINY_KEYS[:2], *NO_CHANCE,
+               "--training.batch_size=16", "--training.epochs=5000"]  # fmt: skip
+    with open(tmp_path / "out", "w") as out:
+        job = subprocess.Popen(
+            command, cwd=tmp_path, env=environment(free_port), stdout=out, stderr=out
+        )
+    deadline = time.time() + 120
+    while time.time() < deadline and "epoch 2/" not in (tmp_path / "out").read_text():
+        assert job.poll() is None, (tmp_path / "out").read_text()
+        time.sleep(0.2)
+    processes = psutil.Process(job.pid).children(recursive=True)
+    ranks = {p.environ().get("MS_NODE_ID"): p for p in processes if "train.py" in str(p.cmdline())}
+    ranks["1"].kill()
+    start = time.time()
+    code = job.wait(timeout=60)
+    assert code == 128 + 9 and time.time() - start < 60
+    said = (tmp_path / "out").read_text()
+    assert f"rank 1 (process {ranks['1'].pid}) ended by SIGKILL" in said
+    assert "worker_1.log" in said
+    _, alive = psutil.wait_procs(processes, timeout=5)
+    assert not alive
+
+
+def test_a_users_error_in_the_ranks_is_told_once_and_quickly(tmp_path, free_port):
+    """Here a batch larger than the data; the scheduler alone would wait ten minutes."""
+    start = time.time()
+    done = subprocess.run(
+        [*TRAIN, "2", "--output", "run", "--data.train_images=30"],
+        cwd=tmp_path, env=environment(free_port), capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 2 and time.time() - start < 60
+    assert "train.py: error: digits (train): 30 images are not one batch of 64" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_evaluation_counts_every_image_once_on_any_number_of_ranks(trained, tmp_path, free_port):
+    """1,003 images, batches of 64, on one, two and three ranks."""
+    rng = np.random.default_rng(0)
+    for number in range(1003):
+        folder = tmp_path / "data" / "val" / str(number % 10)
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number:04}.png")
+    found = []
+    for world in (1, 2, 3):
+        command = [
+            str(ROOT / "eval.py"), f"--ckpt={trained / 'checkpoints/best.ckpt'}", "--runtime.mode",
+            "pynative", "--data.source=imagefolder", f"--data.path={tmp_path / 'data'}",
+            "--data.workers=1", "--evaluation.batch_size=64", f"--json={tmp_path}/{world}.json",
+        ]  # fmt: skip
+        start = [sys.executable]
+        if world > 1:
+            start += ["-m", "mindspore.parallel.cluster.run", "--join=True",
+                      f"--worker_num={world}", f"--local_worker_num={world}",
+                      f"--master_port={free_port + world}",
+                      f"--log_dir={tmp_path}/logs{world}"]  # fmt: skip
+        path = f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"
+        done = subprocess.run(
+            start + command, cwd=tmp_path, env={**os.environ, "PATH": path}, capture_output=True,
+            text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        found.append(json.loads((tmp_path / f"{world}.json").read_text()))
+    for figures in found:
+        assert figures["images"] == 1003
+        assert (figures["top1"], figures["top5"]) == (found[0]["top1"], found[0]["top5"])
+        assert figures["loss"] == pytest.approx(found[0]["loss"], rel=1e-6)
