@@ -122,6 +122,14 @@ class AugmentConfig:
         ratio: narrowest and widest aspect ratio of that crop.
         padding: pixels of zeros around the image for pad.
         hflip: probability of a horizontal flip.
+        rand_augment: RandAugment in timm's notation, as rand-m9-mstd0.5-inc1; its parts are m
+            (magnitude 0..10), mstd (its deviation), n (operations an image, 2), p (probability of
+            each, 0.5) and inc1 (the set of operations, the only one there is).
+        color_jitter: brightness, contrast and saturation times factors in 1 -+ this. The official
+            configs say 0.4, but timm leaves it out beside RandAugment; here both are done.
+        erasing_prob: probability that a rectangle becomes noise (random erasing, pixel mode).
+        repeats: how often in a row an image comes, differently augmented; an epoch stays as long,
+            so it sees the fewer images (repeated augmentation).
     """
 
     crop: Literal["random_resized", "pad"] = "random_resized"
@@ -129,6 +137,10 @@ class AugmentConfig:
     ratio: tuple[PositiveFloat, PositiveFloat] = (0.75, 1.3333333333333333)
     padding: NonNegativeInt = 4
     hflip: ClosedUnitInterval = 0.5
+    rand_augment: Optional[str] = None
+    color_jitter: ClosedUnitInterval = 0.0
+    erasing_prob: ClosedUnitInterval = 0.0
+    repeats: PositiveInt = 1
 
 
 @dataclass

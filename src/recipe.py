@@ -106,12 +106,14 @@ def build_preprocessing(config: Config) -> Preprocessing:
 
 
 def build_augmentation(config: Config, encoded: bool) -> list:
-    """Operations on a training image."""
+    """Operations on a training image; `augment.repeats` is the loader's."""
+    keys = dataclasses.asdict(config.augment)
+    del keys["repeats"]
     return train_operations(
         image_size(config.model),
         config.data.mean,
         config.data.std,
         encoded=encoded,
         interpolation=config.data.interpolation,
-        **dataclasses.asdict(config.augment),
+        **keys,
     )

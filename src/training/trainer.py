@@ -137,6 +137,7 @@ class Trainer:
             seed=self.config.runtime.seed,
             epoch=epoch,
             workers=self.config.data.workers,
+            repeats=self.config.augment.repeats,
         )
 
     def resume(self) -> None:
