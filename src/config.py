@@ -125,11 +125,11 @@ class AugmentConfig:
         rand_augment: RandAugment in timm's notation, as rand-m9-mstd0.5-inc1; its parts are m
             (magnitude 0..10), mstd (its deviation), n (operations an image, 2), p (probability of
             each, 0.5) and inc1 (the set of operations, the only one there is).
-        color_jitter: brightness, contrast and saturation times factors in 1 -+ this. The official
-            configs say 0.4, but timm leaves it out beside RandAugment; here both are done.
+        color_jitter: brightness, contrast and saturation times factors up to this far from 1. The
+            official configs say 0.4, but timm skips it beside RandAugment; here both are done.
         erasing_prob: probability that a rectangle becomes noise (random erasing, pixel mode).
-        repeats: how often in a row an image comes, differently augmented; an epoch stays as long,
-            so it sees the fewer images (repeated augmentation).
+        repeats: how often an image comes in a row, each time augmented anew; an epoch stays as
+            long and has the fewer different images (repeated augmentation).
     """
 
     crop: Literal["random_resized", "pad"] = "random_resized"
