@@ -1,4 +1,4 @@
-"""Image operations of training: crop, flip, colours, erasing."""
+"""Image operations of training: crop, flip, RandAugment, colour jitter, erasing."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ def train_operations(
             side, and a random crop of `image_size` from that, the habit on CIFAR.
         hflip: probability of a horizontal flip; 0 leaves the operation out.
         rand_augment: specification for `RandAugment`.
-        color_jitter: for `ColorJitter`; 0 leaves it out.
+        color_jitter: brightness, contrast and saturation are multiplied by factors uniform in
+            1 - this to 1 + this; 0 leaves it out.
         erasing_prob: for `RandomErasing`; 0 leaves it out.
         interpolation: as in `Preprocessing`; RandAugment rotates and shears with it too.
 
@@ -64,7 +65,7 @@ def train_operations(
         filtering = vision.Inter.BICUBIC if bicubic else filtering
         operations.append(RandAugment(rand_augment, fill, filtering))
     if color_jitter > 0:
-        operations.append(ColorJitter(color_jitter))
+        operations.append(vision.RandomColorAdjust(color_jitter, color_jitter, color_jitter))
     operations += to_network(mean, std)
     if erasing_prob > 0:
         operations.append(RandomErasing(erasing_prob))
@@ -96,40 +97,17 @@ def _crop(
     raise UserError(f"crop {crop!r} is unknown; choose random_resized or pad")
 
 
-class ColorJitter(Keyed):
-    """Brightness, contrast and saturation times factors in [1 - strength, 1 + strength].
-
-    In random order, as torchvision's ColorJitter. Python for the reason that `keyed` tells: drawn
-    from the same numbers, `vision.RandomColorAdjust` would follow the crop. COST.
-
-    Args:
-        strength: 0..1.
-    """
-
-    stream = 2
-
-    def __init__(self, strength: float):
-        self._strength = strength
-
-    def change(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """uint8 [H, W, 3] to the same."""
-        adjust = (vision.AdjustBrightness, vision.AdjustContrast, vision.AdjustSaturation)
-        for kind in rng.permutation(len(adjust)):
-            factor = rng.uniform(1 - self._strength, 1 + self._strength)
-            image = adjust[kind](factor)(image)
-        return image
-
-
 class RandomErasing(Keyed):
     """With some probability, put normal noise in place of a rectangle (Zhong et al., 2017).
 
     timm/data/random_erasing.py, mode "pixel", one rectangle: 2 % to a third of the area, aspect
     log-uniform in 0.3..1/0.3; it works on the normalised image, so the noise is N(0, 1).
 
-    Python, as `vision.RandomErasing` is too, but draws from Python's global generators. COST.
+    Python, as `vision.RandomErasing` is too, but that draws from Python's global generators. Cost
+    at 224 px: 0.4 ms where it erases, 0.01 ms elsewhere, and the way through Python for all.
     """
 
-    stream = 3
+    stream = 2
 
     def __init__(self, probability: float):
         self._probability = probability

@@ -53,8 +53,9 @@ class RandAugment(Keyed):
 
     Python, as MindSpore's random operations are not independent (see `keyed`) and
     `vision.RandAugment` has another table of strengths and no deviation. What it applies are
-    MindSpore's C++ operations, at a fifth to four fifths of Pillow's time. They hold Python's
-    lock: COST.
+    MindSpore's C++ operations, all but AutoContrast in a tenth to a half of Pillow's time; called
+    from Python they hold its lock. Cost: 0.53 ms an image at 224 px, 1.5 ms at 384, so a process
+    (one device) gets 1,800 and 650 img/s at most.
 
     Args:
         spec: timm's string, as "rand-m9-mstd0.5-inc1"; the keys are m, n, p, mstd and inc.
@@ -94,7 +95,7 @@ class RandAugment(Keyed):
             return np.asarray(ImageOps.equalize(Image.fromarray(image)))
         if name == "SolarizeIncreasing":
             return vision.Solarize((argument, 255))(image) if argument < 256 else image
-        if name == "SolarizeAdd":  # no C++ operation; COST at 224 px
+        if name == "SolarizeAdd":  # no C++ operation; 0.03 ms at 224 px
             return image + np.uint8(argument) * (image < 128)
         return self._move(image, name, argument)
 

@@ -175,7 +175,7 @@ def keyed_epoch(source, number, **keywords):
     """All that has a key, and nothing of MindSpore's own random operations."""
     operations = train_operations(
         (8, 8), MEAN, STD, encoded=False, crop="pad", padding=0, hflip=0.0,
-        rand_augment="rand-m9-mstd0.5-inc1", color_jitter=0.4, erasing_prob=0.5,
+        rand_augment="rand-m9-mstd0.5-p0.9-inc1", erasing_prob=0.9,
     )  # fmt: skip
     return train_batches(source, operations, 16, seed=3, epoch=number, **keywords)
 
@@ -198,7 +198,7 @@ def test_keyed_operations_differ_between_images_epochs_and_ranks(source):
         for images, _ in collect(keyed_epoch(same, number, rank=rank, world=2))
         for image in images
     ]
-    assert len(set(seen)) == len(seen) == 128
+    assert len(seen) == 128 and len(set(seen)) > 120  # a few are not changed at all
 
 
 def test_pipelines_beside_do_not_disturb(source):
