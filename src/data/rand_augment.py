@@ -53,8 +53,8 @@ class RandAugment(Keyed):
 
     Python, as MindSpore's random operations are not independent (see `keyed`) and
     `vision.RandAugment` has another table of strengths and no deviation. What it applies are
-    MindSpore's C++ operations, all but AutoContrast in a tenth to a half of Pillow's time; called
-    from Python they hold its lock. Cost: 0.53 ms an image at 224 px, 1.5 ms at 384, so a process
+    MindSpore's C++ operations, most in a tenth to a half of Pillow's time; called from Python they
+    hold its lock. Cost: 0.53 ms an image at 224 px, 1.5 ms at 384, so a process
     (one device) gets 1,800 and 650 img/s at most.
 
     Args:
