@@ -122,6 +122,14 @@ class AugmentConfig:
         ratio: narrowest and widest aspect ratio of that crop.
         padding: pixels of zeros around the image for pad.
         hflip: probability of a horizontal flip.
+        rand_augment: RandAugment in timm's notation, as rand-m9-mstd0.5-inc1; its parts are m
+            (magnitude 0..10), mstd (its deviation), n (operations an image, 2), p (probability of
+            each, 0.5) and inc1 (the set of operations, the only one there is).
+        color_jitter: brightness, contrast and saturation times factors up to this far from 1. The
+            official configs say 0.4, but timm skips it beside RandAugment; here both are done.
+        erasing_prob: probability that a rectangle becomes noise (random erasing, pixel mode).
+        repeats: how often an image comes in a row, each time augmented anew; an epoch stays as
+            long and has the fewer different images (repeated augmentation).
         mixup: alpha of the Beta distribution of mixup's share; 0 leaves mixup out.
         cutmix: alpha of the Beta distribution of cutmix's share; 0 leaves cutmix out.
         mixup_prob: probability that a batch is mixed.
@@ -133,6 +141,10 @@ class AugmentConfig:
     ratio: tuple[PositiveFloat, PositiveFloat] = (0.75, 1.3333333333333333)
     padding: NonNegativeInt = 4
     hflip: ClosedUnitInterval = 0.5
+    rand_augment: Optional[str] = None
+    color_jitter: ClosedUnitInterval = 0.0
+    erasing_prob: ClosedUnitInterval = 0.0
+    repeats: PositiveInt = 1
     mixup: NonNegativeFloat = 0.0
     cutmix: NonNegativeFloat = 0.0
     mixup_prob: ClosedUnitInterval = 1.0

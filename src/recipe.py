@@ -109,8 +109,9 @@ def build_preprocessing(config: Config) -> Preprocessing:
 
 
 def build_augmentation(config: Config, encoded: bool) -> list:
-    """Operations on a training image."""
-    keys = {k: v for k, v in dataclasses.asdict(config.augment).items() if k not in MIXING_KEYS}
+    """Operations on a training image; mixing and `augment.repeats` are of the whole epoch."""
+    others = (*MIXING_KEYS, "repeats")
+    keys = {k: v for k, v in dataclasses.asdict(config.augment).items() if k not in others}
     return train_operations(
         image_size(config.model),
         config.data.mean,

@@ -6,10 +6,16 @@ import mindspore as ms
 import numpy as np
 import pytest
 
-from src.config import Config, DataConfig, ModelConfig, RuntimeConfig
+from src.config import AugmentConfig, Config, DataConfig, ModelConfig, RuntimeConfig
 from src.data import open_source
 from src.errors import UserError
-from src.recipe import build_model, build_preprocessing, open_split, resolve_classes
+from src.recipe import (
+    build_augmentation,
+    build_model,
+    build_preprocessing,
+    open_split,
+    resolve_classes,
+)
 from tests.conftest import TINY
 
 
@@ -75,6 +81,16 @@ def test_evaluation_resizes_as_configured(size, ratio, resize):
     preprocessing = build_preprocessing(config(model={"image_size": size}, data=data))
     assert preprocessing.resize == resize
     assert preprocessing.image_size == ((size, size) if isinstance(size, int) else tuple(size))
+
+
+def test_augmentation_follows_the_keys():
+    keys = {"rand_augment": "rand-m9-mstd0.5-inc1", "color_jitter": 0.2, "erasing_prob": 0.25}
+    augment = AugmentConfig(crop="pad", padding=2, hflip=0.0, repeats=3, **keys)
+    operations = build_augmentation(config(augment=augment), encoded=True)
+    assert [type(operation).__name__ for operation in operations] == (
+        ["Decode", "Resize", "RandomCrop", "RandAugment", "RandomColorAdjust"]
+        + ["Normalize", "HWC2CHW", "RandomErasing"]
+    )
 
 
 def test_a_crop_larger_than_the_image_is_refused():

@@ -1,10 +1,14 @@
-"""Images in, batches out: `sources` (data sets), `transforms` (operations), `loader` (batches)."""
+"""Images in, batches out.
 
+`sources` are data sets, `transforms` and `augment` the operations, `loader` makes batches.
+"""
+
+from src.data.augment import train_operations
 from src.data.loader import Batches, epoch_indices, eval_batches, find_broken, train_batches
 from src.data.mixing import Mixing
 from src.data.sources import SOURCES, ArraySource, FileSource, Source, open_source
 from src.data.subset import balanced, only_classes
-from src.data.transforms import Preprocessing, train_operations
+from src.data.transforms import Preprocessing
 
 __all__ = [
     "SOURCES",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import logging
 import os
 import random
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import mindspore.dataset as ds
 import numpy as np
 
+from src.data.keyed import Keyed
 from src.data.sources import Source
 from src.data.transforms import decode, is_cut_off, remove_dumps
 from src.errors import UserError
@@ -21,13 +23,17 @@ _log = logging.getLogger("cvt")
 
 
 def epoch_indices(
-    count: int, *, seed: int, epoch: int, rank: int = 0, world: int = 1
+    count: int, *, seed: int, epoch: int, rank: int = 0, world: int = 1, repeats: int = 1
 ) -> np.ndarray:
     """This rank's share of the epoch's permutation of `range(count)`, int64 [about count / world].
 
     The permutation is the same on every rank, so over the ranks each sample comes once an epoch.
+    With `repeats`, each comes so often in a row, dealt out to the ranks one by one, and the epoch
+    ends when it is as long as without: 1 / repeats of the samples are in it (repeated augmentation,
+    Hoffer et al., 2020; DeiT's samplers.py).
     """
-    return np.random.default_rng([seed, epoch]).permutation(count)[rank::world]
+    order = np.random.default_rng([seed, epoch]).permutation(count)
+    return np.repeat(order, repeats)[:count][rank::world]
 
 
 def train_batches(
@@ -41,6 +47,7 @@ def train_batches(
     world: int = 1,
     workers: int = 0,
     skip_batches: int = 0,
+    repeats: int = 1,
     multiple: int = 1,
 ) -> Batches:
     """The batches of one epoch, shuffled, all of `batch_size`, as many on each rank.
@@ -50,11 +57,13 @@ def train_batches(
     repeat a run on a machine with another number of cores, set `workers` (to no more than it has).
 
     Args:
-        operations: from `train_operations`; random ones must be MindSpore's C++ operations.
+        operations: from `train_operations`; random ones must be MindSpore's C++ operations, or
+            `Keyed`, which do not depend on the number of workers.
         seed, epoch: set the order and, with the rank, the augmentation's random numbers.
         workers: threads for `operations`; 0 takes one per core, eight at most.
         skip_batches: leave out the epoch's first batches, to go on after an interruption. The rest
             is the same to the last bit, because the skipped ones are computed and thrown away.
+        repeats: as in `epoch_indices`.
         multiple: the number of batches is one of this, for steps of several batches.
 
     Raises:
@@ -72,7 +81,9 @@ def train_batches(
             f"{source.title}: cannot go on after batch {skip_batches} of {batches} an epoch; "
             "resume with the batch size, devices and data of the interrupted run"
         )
-    share = epoch_indices(len(source), seed=seed, epoch=epoch, rank=rank, world=world)
+    share = epoch_indices(
+        len(source), seed=seed, epoch=epoch, rank=rank, world=world, repeats=repeats
+    )
     return Batches(
         source,
         operations,
@@ -138,17 +149,26 @@ class Batches:
         return self.iterate()
 
     def pipeline(self) -> ds.Dataset:
-        """The MindSpore pipeline with columns "image" and "label"; it knows nothing of the seed."""
+        """The MindSpore pipeline with columns "image" and "label".
+
+        It knows the seed of `Keyed` operations only, not that of MindSpore's own.
+        """
+        keyed = any(isinstance(operation, Keyed) for operation in self._operations)
         # One reading thread: two are slower, they hand Python's lock to and fro (digits: 770 img/s,
         # not 17,000; flower photos: 520, not 850). Storage that takes 5 ms a file caps it at 190.
         dataset = ds.GeneratorDataset(
-            _Selection(self.source, self.indices),
-            ["image", "label"],
+            _Selection(self.source, self.indices, self._seed if keyed else None),
+            ["image", "label", "key"] if keyed else ["image", "label"],
             shuffle=False,
             num_parallel_workers=1,
             python_multiprocessing=False,
         )
-        dataset = dataset.map(self._operations, "image", num_parallel_workers=self._workers)
+        for takes_key, group in itertools.groupby(
+            self._operations, lambda operation: isinstance(operation, Keyed)
+        ):
+            columns = ["image", "key"] if takes_key else ["image"]
+            dataset = dataset.map(list(group), columns, num_parallel_workers=self._workers)
+        dataset = dataset.project(["image", "label"])
         return dataset.batch(self.batch_size).skip(self._skip)
 
     def iterate(self, *, output_numpy: bool = False) -> Iterator[tuple]:
@@ -189,21 +209,27 @@ class Batches:
 
 
 class _Selection:
-    """`source[indices[k]]` for k = 0, 1, ..., the random access that GeneratorDataset wants."""
+    """`source[indices[k]]` for k = 0, 1, ..., the random access that GeneratorDataset wants.
 
-    def __init__(self, source: Source, indices: np.ndarray):
+    An item is image and label, and with a seed the key for `Keyed` operations, uint64 [2]: seed, k.
+    """
+
+    def __init__(self, source: Source, indices: np.ndarray, seed: int | None):
         self._source = source
         self._indices = indices
+        self._seed = seed
 
     def __len__(self) -> int:
         return len(self._indices)
 
-    def __getitem__(self, position: int) -> tuple[np.ndarray, np.int32]:
+    def __getitem__(self, position: int) -> tuple:
         index = int(self._indices[position])
         item = self._source[index]
         if self._source.encoded and is_cut_off(item[0]):
             raise UserError(f"{self._source.describe(index)}: cut off")
-        return item
+        if self._seed is None:
+            return item
+        return (*item, np.array([self._seed, position], np.uint64))
 
 
 @contextlib.contextmanager

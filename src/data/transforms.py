@@ -1,4 +1,4 @@
-"""Image operations: what training, evaluation and deployment do between a file and the network.
+"""Image operations: what evaluation and deployment do between a file and the network.
 
 The work is done by `mindspore.dataset.vision`'s C++ operations. `PILCUBIC` and `Decode` give the
 pixels that Pillow gives, which the official evaluation is built on; the tests compare them.
@@ -28,7 +28,8 @@ _INTERPOLATIONS = {
 }
 
 
-def _interpolation(name: str) -> vision.Inter:
+def find_interpolation(name: str) -> vision.Inter:
+    """MindSpore's filter of that name. Raises UserError on an unknown one."""
     if name not in _INTERPOLATIONS:
         raise UserError(
             f"interpolation {name!r} is unknown; choose one of {', '.join(_INTERPOLATIONS)}"
@@ -53,7 +54,7 @@ class _CenterCrop:
         return np.ascontiguousarray(image[top : top + crop_h, left : left + crop_w])
 
 
-def _to_network(mean: Sequence[float], std: Sequence[float]) -> list:
+def to_network(mean: Sequence[float], std: Sequence[float]) -> list:
     """uint8 [H, W, 3] -> float32 [3, H, W], normalised; mean and std in units of 0..1."""
     return [
         vision.Normalize([255 * value for value in mean], [255 * value for value in std]),
@@ -94,7 +95,7 @@ class Preprocessing:
             raise UserError(
                 f"mean {self.mean} and std {self.std} must have three values, std above 0"
             )
-        _interpolation(self.interpolation)
+        find_interpolation(self.interpolation)
         resize = self._resized()
         if len(resize) != 2 or any(have < need for have, need in zip(resize, self.image_size)):
             raise UserError(
@@ -116,10 +117,10 @@ class Preprocessing:
         """
         size = self.resize if isinstance(self.resize, int) else list(self._resized())
         operations = [vision.Decode()] if encoded else []
-        operations.append(vision.Resize(size, _interpolation(self.interpolation)))
+        operations.append(vision.Resize(size, find_interpolation(self.interpolation)))
         if isinstance(self.resize, int) or self.resize not in (None, self.image_size):
             operations.append(_CenterCrop(self.image_size))
-        return operations + _to_network(self.mean, self.std)
+        return operations + to_network(self.mean, self.std)
 
     def __call__(self, image: np.ndarray | bytes) -> np.ndarray:
         """Run the same operations on one image.
@@ -219,49 +220,3 @@ def is_cut_off(content: np.ndarray) -> bool:
             if marker == 0xDA:  # compressed data follow, in which the end marker cannot occur
                 return data.rfind(b"\xff\xd9", position) < 0
     return True
-
-
-def train_operations(
-    image_size: tuple[int, int],
-    mean: Sequence[float],
-    std: Sequence[float],
-    *,
-    encoded: bool,
-    crop: str = "random_resized",
-    scale: tuple[float, float] = (0.08, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
-    padding: int = 4,
-    hflip: float = 0.5,
-    interpolation: str = "bicubic",
-) -> list[Callable]:
-    """Operations from one item of a source to an augmented network input, float32 [3, H, W].
-
-    Args:
-        image_size: (H, W) of the network's input.
-        mean, std: per RGB channel, in units of 0..1.
-        encoded: the item is the bytes of a file, not pixels.
-        crop: "random_resized": a part of the image of random area (`scale`, as a share) and aspect
-            (`ratio`), resized; "pad": the whole image resized, `padding` black pixels added on each
-            side, and a random crop of `image_size` from that, the habit on CIFAR.
-        hflip: probability of a horizontal flip; 0 leaves the operation out.
-        interpolation: as in `Preprocessing`.
-    """
-    if scale[0] > scale[1] or scale[1] > 1 or ratio[0] > ratio[1]:
-        raise UserError(
-            f"augment.scale {list(scale)}, augment.ratio {list(ratio)}: each is a smallest and a "
-            "largest value, and no crop exceeds the image (scale 1)"
-        )
-    size, filtering = list(image_size), _interpolation(interpolation)
-    if crop == "random_resized":
-        # Decodes only the part of a JPEG that is kept.
-        cropping = vision.RandomCropDecodeResize if encoded else vision.RandomResizedCrop
-        operations = [cropping(size, scale, ratio, filtering)]
-    elif crop == "pad":
-        operations = [vision.Decode()] if encoded else []
-        # Resizing to the size that an image has already costs nothing (measured).
-        operations += [vision.Resize(size, filtering), vision.RandomCrop(size, padding)]
-    else:
-        raise UserError(f"crop {crop!r} is unknown; choose random_resized or pad")
-    if hflip > 0:
-        operations.append(vision.RandomHorizontalFlip(hflip))
-    return operations + _to_network(mean, std)

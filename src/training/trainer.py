@@ -91,6 +91,7 @@ class Trainer:
             rank=self.ranks.rank,
             world=self.ranks.world,
             workers=self.config.data.workers,
+            repeats=self.config.augment.repeats,
             multiple=self.accumulate,
         )
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from src.data.augment import train_operations
 from src.data.loader import (
     choose_workers,
     epoch_indices,
@@ -16,7 +17,7 @@ from src.data.loader import (
     train_batches,
 )
 from src.data.sources import ArraySource, FileSource, Source
-from src.data.transforms import Preprocessing, train_operations
+from src.data.transforms import Preprocessing
 from src.errors import UserError
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
@@ -95,6 +96,32 @@ def test_ranks_train_on_equally_many_full_batches():
     assert len(set(seen)) == len(seen) == 68
 
 
+@pytest.mark.parametrize("count, world, repeats", [(101, 3, 3), (64, 2, 2), (30, 1, 4), (5, 4, 3)])
+def test_repeated_augmentation_as_in_deits_sampler(count, world, repeats):
+    """DeiT's samplers.py, RASampler.__iter__, with an epoch of all images instead of whole 256s."""
+    order = epoch_indices(count, seed=1, epoch=4).tolist()
+    repeated = [index for index in order for _ in range(repeats)]
+    for rank in range(world):
+        reference = []
+        for position, index in enumerate(repeated):
+            if position % world == rank and len(reference) * world + rank < count:
+                reference.append(index)
+        share = epoch_indices(count, seed=1, epoch=4, rank=rank, world=world, repeats=repeats)
+        assert share.tolist() == reference
+
+
+def test_a_repeated_image_is_augmented_differently():
+    """On two ranks and three times in a row, so rank 0 has the first and third of each image."""
+    source, got = numbered(24), []
+    for rank in (0, 1):
+        batches = train_batches(
+            source, augment(), 12, seed=0, epoch=0, rank=rank, world=2, repeats=3
+        )
+        got += [pair for images, labels in collect(batches) for pair in zip(labels, images)]
+    assert sorted(np.bincount([label for label, _ in got], minlength=24)) == [0] * 16 + [3] * 8
+    assert len({image.tobytes() for _, image in got}) == 24
+
+
 def test_too_few_images_for_a_batch():
     with pytest.raises(UserError, match="numbered: 7 images are not one batch of 4 on each of 2"):
         train_batches(numbered(7), augment(), 4, seed=0, epoch=0, world=2)
@@ -142,6 +169,36 @@ def test_skipping_gives_the_rest_to_the_last_bit(source, skip, workers):
     assert len(whole) == 13
     rest = epoch(source, 2, workers=workers, skip_batches=skip)
     assert len(rest) == 13 - skip and equal(collect(rest), whole[skip:])
+
+
+def keyed_epoch(source, number, **keywords):
+    """All that has a key, and nothing of MindSpore's own random operations."""
+    operations = train_operations(
+        (8, 8), MEAN, STD, encoded=False, crop="pad", padding=0, hflip=0.0,
+        rand_augment="rand-m9-mstd0.5-p0.9-inc1", erasing_prob=0.9,
+    )  # fmt: skip
+    return train_batches(source, operations, 16, seed=3, epoch=number, **keywords)
+
+
+def test_keyed_operations_repeat_to_the_last_bit_with_any_number_of_workers(source):
+    whole = collect(keyed_epoch(source, 2, workers=1))
+    assert all(images.shape == (16, 3, 8, 8) and labels.shape == (16,) for images, labels in whole)
+    assert equal(collect(keyed_epoch(source, 2, workers=1)), whole)
+    if os.cpu_count() > 1:
+        assert equal(collect(keyed_epoch(source, 2, workers=2)), whole)
+    assert equal(collect(keyed_epoch(source, 2, skip_batches=5)), whole[5:])
+
+
+def test_keyed_operations_differ_between_images_epochs_and_ranks(source):
+    same = ArraySource(np.tile(source[0][0], (64, 1, 1, 1)), np.arange(64), ["x"], "same")
+    seen = [
+        image.tobytes()
+        for number in (0, 1)
+        for rank in (0, 1)
+        for images, _ in collect(keyed_epoch(same, number, rank=rank, world=2))
+        for image in images
+    ]
+    assert len(seen) == 128 and len(set(seen)) > 120  # a few are not changed at all
 
 
 def test_pipelines_beside_do_not_disturb(source):

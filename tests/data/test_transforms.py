@@ -7,29 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from src.data.transforms import Preprocessing, is_cut_off, train_operations
+from src.data.transforms import Preprocessing, is_cut_off
 from src.errors import UserError
-
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-def photo(height, width, seed=0):
-    """Smooth colours with grain, uint8 [H, W, 3]."""
-    rng = np.random.default_rng(seed)
-    colours = Image.fromarray(rng.integers(0, 256, (9, 7, 3), dtype=np.uint8))
-    smooth = np.asarray(colours.resize((width, height), Image.BICUBIC), np.int32)
-    return (smooth + rng.integers(-20, 21, smooth.shape)).clip(0, 255).astype(np.uint8)
-
-
-def file_of(image, kind="JPEG", mode="RGB"):
-    buffer = io.BytesIO()
-    Image.fromarray(image).convert(mode).save(buffer, kind)
-    return buffer.getvalue()
-
-
-def normalised(pixels):
-    scaled = (np.asarray(pixels, np.float64) / 255 - MEAN) / STD
-    return scaled.transpose(2, 0, 1)
+from tests.data.images import MEAN, STD, file_of, normalised, photo
 
 
 def torchvision_eval(image, short, crop):
@@ -164,86 +144,3 @@ def test_a_cut_off_jpeg_is_seen_at_any_length(options):
 def test_other_formats_are_left_to_the_decoder():
     for kind in ("PNG", "BMP", "TIFF"):
         assert not is_cut_off(np.frombuffer(file_of(photo(20, 30), kind), np.uint8)[:200])
-
-
-# Training. The first channel holds the row, the second the column, so a crop shows its place.
-
-PLAIN = {"mean": (0, 0, 0), "std": (1 / 255,) * 3}  # leaves 0..255 as they are
-
-
-def grid(height, width):
-    rows, columns = np.mgrid[:height, :width]
-    return np.stack([rows + 1, columns + 1, 0 * rows], -1).astype(np.uint8)
-
-
-def run(operations, image):
-    for operation in operations:
-        image = operation(image)
-    return image
-
-
-def test_pad_crop_reaches_every_offset_and_flips_half():
-    operations = train_operations(
-        (12, 10), **PLAIN, encoded=False, crop="pad", padding=2, hflip=0.5
-    )
-    offsets, flips, times = set(), 0, 800
-    for _ in range(times):
-        rows, columns, _ = run(operations, grid(12, 10)).round().astype(int)
-        flipped = columns[6, 4] > columns[6, 5]
-        flips += flipped
-        columns = columns[:, ::-1] if flipped else columns
-        offsets.add((rows[6, 5] - 7, columns[6, 5] - 6))
-    assert offsets == {(y, x) for y in range(-2, 3) for x in range(-2, 3)}
-    assert abs(flips / times - 0.5) < 0.09  # five standard deviations
-
-
-def test_no_flip_when_it_is_zero():
-    operations = train_operations((12, 10), **PLAIN, encoded=False, crop="pad", padding=0, hflip=0)
-    for _ in range(20):
-        assert np.abs(run(operations, grid(12, 10)).transpose(1, 2, 0) - grid(12, 10)).max() < 1e-3
-
-
-def test_pad_crop_resizes_other_sizes_first():
-    operations = train_operations((32, 24), MEAN, STD, encoded=True, crop="pad", padding=0, hflip=0)
-    content = file_of(photo(80, 70))
-    expected = normalised(Image.open(io.BytesIO(content)).resize((24, 32), Image.BICUBIC))
-    ours = run(operations, np.frombuffer(content, np.uint8))
-    np.testing.assert_allclose(ours, expected, atol=2e-6)
-
-
-@pytest.mark.parametrize("encoded", [False, True])
-def test_random_resized_crop_takes_areas_and_aspects_in_range(encoded):
-    """Estimated from the slopes of the row and column ramps in the output."""
-    operations = train_operations(
-        (40, 40), **PLAIN, encoded=encoded, scale=(0.25, 0.5), ratio=(0.8, 1.25), hflip=0
-    )
-    image = grid(200, 200)
-    item = np.frombuffer(file_of(image, "PNG"), np.uint8) if encoded else image
-    areas, aspects = [], []
-    for _ in range(200):
-        rows, columns, _ = run(operations, item)
-        height = (rows[30, 20] - rows[10, 20]) * 2
-        width = (columns[20, 30] - columns[20, 10]) * 2
-        areas.append(height * width / 200**2)
-        aspects.append(width / height)
-    assert 0.22 < min(areas) < 0.28 and 0.46 < max(areas) < 0.53
-    assert 0.75 < min(aspects) < 0.87 and 1.15 < max(aspects) < 1.32
-    assert abs(np.mean(areas) - 0.375) < 0.03
-
-
-def test_full_crop_is_pillows_bicubic_resize():
-    content = file_of(photo(120, 180))
-    full = {"scale": (1.0, 1.0), "ratio": (1.5, 1.5), "hflip": 0}
-    expected = normalised(Image.open(io.BytesIO(content)).resize((48, 32), Image.BICUBIC))
-    pixels = np.asarray(Image.open(io.BytesIO(content)))
-    for encoded, item in ((True, np.frombuffer(content, np.uint8)), (False, pixels)):
-        ours = run(train_operations((32, 48), MEAN, STD, encoded=encoded, **full), item)
-        assert ours.dtype == np.float32
-        np.testing.assert_allclose(ours, expected, atol=2e-6)
-
-
-def test_unknown_choices_are_refused():
-    with pytest.raises(UserError, match="crop 'centre'"):
-        train_operations((8, 8), MEAN, STD, encoded=False, crop="centre")
-    with pytest.raises(UserError, match="interpolation 'area'"):
-        train_operations((8, 8), MEAN, STD, encoded=False, interpolation="area")

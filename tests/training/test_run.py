@@ -104,6 +104,14 @@ def test_a_resumed_run_equals_one_that_went_through(trained, few_digits, tmp_pat
     assert rows[0] == rows[1] and len(rows[0]) == 2
 
 
+def test_repeated_augmentation_reaches_the_batches(trained, few_digits, tmp_path):
+    config = small(trained, augment__repeats=2)
+    trainer = Trainer(config, recipe.open_split(config, "train"), tmp_path)
+    indices = trainer._batches(0).indices
+    assert len(indices) == 100 and len(set(indices)) == 50
+    assert np.array_equal(indices[::2], indices[1::2])
+
+
 def test_fine_tuning_starts_from_the_weights_with_a_new_head(trained, few_digits, tmp_path):
     """Three of the classes, all but the head frozen, evaluated behind the last epoch only."""
     config = small(
