@@ -28,9 +28,10 @@ class SyncBatchNorm2d(BatchNorm2d):
 
     def construct(self, x: Tensor) -> Tensor:
         """x [B, C, H, W] -> float32 [B, C, H, W]."""
-        if not self.training:
-            return super().construct(x)
         x = x.astype(mstype.float32)
+        if not self.training:
+            moving = (self.moving_mean, self.moving_variance)
+            return self.bn_infer(x, self.gamma, self.beta, *moving)[0]
         mean = self._mean(x)
         centred = x - mean
         variance = self._mean(ops.square(centred))

@@ -33,13 +33,13 @@ def losses(folder):
 
 
 def test_two_ranks_equal_one_with_the_double_batch(tmp_path, free_port):
-    """Twenty steps with drop path, clipping, accumulation and EMA; one step is one epoch here.
+    """Twenty steps with drop path and clipping; one step is one epoch here.
 
     BatchNorm's statistics, local to a rank by default, are shared (training.sync_batchnorm).
     """
     keys = [
         *TINY_KEYS[:2], *NO_CHANCE, "--model.drop_path_rate=0.3", "--training.epochs=20",
-        "--evaluation.every=20", "--evaluation.batch_size=300", "--training.ema_decay=0.9",
+        "--evaluation.every=20", "--evaluation.batch_size=300",
     ]  # fmt: skip
     two = subprocess.run(
         [*TRAIN, "2", "--output", "two", *keys, "--training.batch_size=32",
