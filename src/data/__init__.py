@@ -1,7 +1,8 @@
 """Images in, batches out: `sources` (data sets), `transforms` (operations), `loader` (batches)."""
 
+from src.data.base import ArraySource, FileSource, Source
 from src.data.loader import Batches, epoch_indices, eval_batches, find_broken, train_batches
-from src.data.sources import SOURCES, ArraySource, FileSource, Source, open_source
+from src.data.sources import SOURCES, open_source
 from src.data.subset import balanced, only_classes
 from src.data.transforms import Preprocessing, train_operations
 

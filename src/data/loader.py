@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import mindspore.dataset as ds
 import numpy as np
 
-from src.data.sources import Source
+from src.data.base import Source
 from src.data.transforms import decode, is_cut_off, remove_dumps
 from src.errors import UserError
 

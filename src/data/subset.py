@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from src.data.sources import Source
+from src.data.base import Source
 from src.errors import UserError
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from src.data.base import ArraySource, FileSource, Source
 from src.data.loader import (
     choose_workers,
     epoch_indices,
@@ -15,7 +16,6 @@ from src.data.loader import (
     find_broken,
     train_batches,
 )
-from src.data.sources import ArraySource, FileSource, Source
 from src.data.transforms import Preprocessing, train_operations
 from src.errors import UserError
 
