@@ -201,6 +201,15 @@ def test_broken_images_are_refused_and_all_named(broken, tmp_path, caplog):
         open_source("mindrecord", str(tmp_path / "out"), "train")
 
 
+def test_a_finished_set_that_is_begun_anew_is_unfinished_again(folder, tmp_path):
+    convert(folder, tmp_path / "out", EIGHT)
+    (folder / "train/33/6.jpg").write_text("x")
+    forced = Options(images_per_shard=8, force=True)
+    refused("33/6.jpg: not a readable image; replace", folder, tmp_path / "out", forced)
+    with pytest.raises(UserError, match="unfinished"):
+        open_source("mindrecord", str(tmp_path / "out"), "train")
+
+
 def test_broken_images_are_skipped_if_told(broken, tmp_path):
     done = convert(broken, tmp_path / "out", Options(8, skip_broken=True))
     assert (done["train"].images, done["val"].images) == (19, 8)
