@@ -71,7 +71,7 @@ def parse(
     prog: str,
     description: str,
     add_arguments: Callable[[ArgumentParser], Any],
-    schema: type = Config,
+    schema: type | None = Config,
     config_beside: str | None = None,
 ) -> tuple[Any, Namespace]:
     """Read a command line into a filled schema and the command's own arguments.
@@ -81,15 +81,19 @@ def parse(
         prog, description: for --help.
         add_arguments: adds the command's own arguments to the parser.
         schema: the dataclass of keys that the command takes; only a whole Config is filled from
-            the recipe.
+            the recipe. None for a command without keys, which takes no --config either.
         config_beside: name of the argument that holds a checkpoint or a run's folder; the run's
             config.yaml stands in where --config is missing.
 
     Raises:
         UserError: a key, value or file that can't be used.
     """
-    usage = f"python {prog} [--config FILE] [--key value ...]"
+    words = "[--config FILE] [--key value ...]" if schema else "[--option ...]"
+    usage = f"python {prog} {words}"
     parser = _Parser(prog=prog, usage=usage, description=description, allow_abbrev=False)
+    if schema is None:
+        add_arguments(parser)
+        return None, parser.parse_args(list(argv))
     parser.add_argument("--config", action="config", help="YAML recipe; options override its keys")
     add_arguments(parser)
     parser.add_class_arguments(schema, as_group=False)

@@ -83,8 +83,8 @@ class DataConfig:
     Args:
         source: digits comes with the installation; the others need a path.
         path: the data set's folder.
-        train_folder: folder of the training classes (imagefolder).
-        val_folder: folder of the evaluation classes (imagefolder).
+        train_folder: folder of the training images (imagefolder, mindrecord).
+        val_folder: folder of the evaluation images (imagefolder, mindrecord).
         class_names: names in the order of the labels; null takes the data's own. A run writes
             them into its config.yaml, so that a checkpoint always knows its classes.
         classes: use only the classes of these names, labelled in this order.
@@ -98,7 +98,9 @@ class DataConfig:
         workers: threads that prepare images; 0 takes one per core, eight at most.
     """
 
-    source: Literal["digits", "imagefolder", "cifar10", "cifar100", "mnist"] = "imagefolder"
+    source: Literal["digits", "imagefolder", "mindrecord", "cifar10", "cifar100", "mnist"] = (
+        "imagefolder"
+    )
     path: Optional[str] = None
     train_folder: str = "train"
     val_folder: str = "val"

@@ -29,8 +29,7 @@ def test_files_and_options_that_are_named_exist(page):
         assert (ROOT / name).is_file(), name
     for name in re.findall(r"\]\(([\w./-]+\.md)\)", text):
         assert (page.parent / name).is_file(), name
-    known = "".join((ROOT / f"{name}.py").read_text() for name in
-                    ("train", "eval", "export", "infer", "convert", "benchmark"))  # fmt: skip
+    known = "".join(path.read_text() for path in ROOT.glob("*.py"))
     schema = (ROOT / "src/config.py").read_text()
     for option in re.findall(r"python \w+\.py[^\n`]*?--([\w.]+)", text) + re.findall(
         r"`--([\w.]+)", text

@@ -4,9 +4,10 @@
 """
 
 from src.data.augment import train_operations
+from src.data.base import ArraySource, FileSource, Source
 from src.data.loader import Batches, epoch_indices, eval_batches, find_broken, train_batches
 from src.data.mixing import Mixing
-from src.data.sources import SOURCES, ArraySource, FileSource, Source, open_source
+from src.data.sources import SOURCES, open_source
 from src.data.subset import balanced, only_classes
 from src.data.transforms import Preprocessing
 

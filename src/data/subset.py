@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import mindspore.dataset as ds
 import numpy as np
 
-from src.data.sources import Source
+from src.data.base import Source
 from src.errors import UserError
 
 
@@ -30,6 +31,10 @@ class Subset(Source):
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.int32]:
         return self._source[int(self._indices[index])][0], self.labels[index]
+
+    def image_dataset(self, indices: np.ndarray, workers: int) -> ds.Dataset | None:
+        """As the whole source reads them."""
+        return self._source.image_dataset(self._indices[indices], workers)
 
     def describe(self, index: int) -> str:
         """The item as the whole source names it."""

