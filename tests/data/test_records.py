@@ -8,12 +8,13 @@ import pytest
 from PIL import Image
 
 from src.data import balanced, only_classes
+from src.data.augment import train_operations
 from src.data.loader import eval_batches, find_broken, train_batches
 from src.data.record_writer import Options, convert
 from src.data.records import verify
 from src.data.shards import database
 from src.data.sources import open_source
-from src.data.transforms import Preprocessing, train_operations
+from src.data.transforms import Preprocessing
 from src.errors import UserError
 from tests.data.test_loader import collect, equal
 
