@@ -18,13 +18,25 @@ def main(argv: list[str]) -> None:
             "--output", type=str, help="folder of the run; default: runs/ and the recipe's name"
         )
         parser.add_argument(
-            "--resume", action="store_true", help="go on with the run in the output folder"
+            "--resume",
+            nargs="?",
+            const=True,
+            default=False,
+            metavar="STATE",
+            help="go on with the run in the output folder, from its newest state or from this one",
+        )
+        parser.add_argument(
+            "--accept_changes", action="store_true", help="resume under other settings too"
         )
         parser.add_argument(
             "--finetune", type=str, help="weights to start from; a head for other classes is new"
         )
 
-    beside = "output" if "--resume" in argv else None  # a run knows its settings
+    state = _state_to_resume(argv)
+    # A run knows its settings.
+    beside = "output" if state is not None else None
+    if state and not any(word.split("=")[0] == "--output" for word in argv):
+        argv = [*argv, "--output", str(Path(state).resolve().parent.parent)]
     config, arguments = parse(
         argv, "train.py", "Train a network.", add_arguments, config_beside=beside
     )
@@ -35,7 +47,18 @@ def main(argv: list[str]) -> None:
     log_to()
     from src.training.run import train  # MindSpore takes seconds: arguments are checked by now
 
-    train(config, output, arguments.resume, arguments.finetune)
+    resume = Path(state) if state else state is not None
+    train(config, output, resume, arguments.finetune, arguments.accept_changes)
+
+
+def _state_to_resume(argv: list[str]) -> str | None:
+    """The file behind --resume, "" where none is named, None without --resume."""
+    for word, following in zip(argv, [*argv[1:], "--"]):
+        if word == "--resume":
+            return "" if following.startswith("--") else following
+        if word.startswith("--resume="):
+            return word.partition("=")[2]
+    return None
 
 
 if __name__ == "__main__":

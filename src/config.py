@@ -200,6 +200,10 @@ class TrainingConfig:
         ema_decay: exponential moving average of the weights, evaluated and kept as best; 0 is off.
         loss_scale: factor on the loss that keeps float16 gradients from underflow; dynamic starts
             at 65,536, halves at an overflow, whose step is skipped, and doubles after 2,000 steps.
+        non_finite: what to do where loss or gradients are not finite: stop the run, or skip the
+            step; either way the weights stay as before it.
+        save_every: steps from one saved state to the next; 0 saves behind each epoch only.
+        keep: saved states that are kept, the newest ones; the best weights are kept besides.
         sync_batchnorm: BatchNorm's statistics are those of all devices' batches.
         freeze: parts of the network that stay as they are, by the beginning of their names
             ([stage0, stage1.patch_embed]); backbone is everything but the head. Their BatchNorms
@@ -212,6 +216,9 @@ class TrainingConfig:
     label_smoothing: Share = 0.1
     ema_decay: Share = 0.0
     loss_scale: Union[PositiveFloat, Literal["dynamic"]] = 1.0
+    non_finite: Literal["stop", "skip"] = "stop"
+    save_every: NonNegativeInt = 0
+    keep: PositiveInt = 2
     sync_batchnorm: bool = False
     freeze: list[str] = field(default_factory=list)
 

@@ -40,6 +40,17 @@ class Ranks:
         pieces[self.rank] = _to_pieces(values)
         return _from_pieces(ops.AllReduce()(Tensor(pieces)).asnumpy(), np.float64)
 
+    def share(self, text: str) -> str:
+        """The first rank's text."""
+        if self.world == 1:
+            return text
+        content = np.frombuffer(text.encode(), np.uint8) if self.is_first else np.zeros(0, np.uint8)
+        length = int(self.gather([len(content)])[0, 0])
+        padded = np.zeros(-(-length // 8) * 8, np.uint8)
+        padded[: len(content)] = content
+        told = self.gather(padded.view(np.float64))[0]
+        return told.tobytes()[:length].decode()
+
     def broadcast(self, parameters: Iterable[Parameter]) -> None:
         """Give every rank the first one's values."""
         if self.world == 1:

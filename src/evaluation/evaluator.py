@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,8 +78,12 @@ class Evaluator:
             workers=workers,
         )
 
-    def run(self, net: nn.Cell) -> Result:
+    def run(self, net: nn.Cell, stop: Callable[[], bool] = lambda: False) -> Result | None:
         """Evaluate; leaves the network in evaluation mode. Every rank returns the whole result.
+
+        Args:
+            net: images -> logits.
+            stop: asked behind every batch; True gives the evaluation up, with None on every rank.
 
         Raises:
             UserError: an image that can't be read, or an output that is not finite.
@@ -94,8 +99,12 @@ class Evaluator:
             logits = net(Tensor(self._filled(images))).asnumpy()
             metrics.update(logits[: len(labels)], labels)
             bar.update(len(labels))
+            if stop():
+                break
         bar.close()
         metrics = Metrics.of(self.ranks.gather(metrics.sums))
+        if metrics.images < self.images:
+            return None
         return Result(metrics, metrics.images / (time.perf_counter() - start))
 
     def _filled(self, images: np.ndarray) -> np.ndarray:

@@ -11,7 +11,8 @@ from src.command_line import load_config, run_config_of
 from src.config import Config
 from src.models.sync_batchnorm import synchronise_batchnorm
 from src.ranks import Ranks
-from src.recipe import build_mixing, build_model
+from src.recipe import build_model
+from src.training.feed import Feed
 from src.training.freeze import freeze
 from src.training.loss import LabelSmoothingCrossEntropy
 from src.training.optimizer import SGD, AdamW
@@ -39,12 +40,7 @@ class Built:
     notes: list[str] = field(default_factory=list)
 
 
-def global_batch(config: Config, ranks: Ranks) -> int:
-    """Images of one step over all devices and accumulated parts."""
-    return config.training.batch_size * config.training.accumulate * ranks.world
-
-
-def build_step(config: Config, ranks: Ranks, steps_per_epoch: int, finetune: str | None) -> Built:
+def build_step(config: Config, ranks: Ranks, feed: Feed, finetune: str | None) -> Built:
     """The training step, with rank 0's weights on every rank; classes must be resolved.
 
     Raises:
@@ -66,7 +62,7 @@ def build_step(config: Config, ranks: Ranks, steps_per_epoch: int, finetune: str
             average.set_data(weight.copy())
         ema_net.update_parameters_name("ema.")
         ema_net.set_train(False)
-    rates = _learning_rates(config, ranks, steps_per_epoch, notes)
+    rates = _learning_rates(config, feed, notes)
     keys, weights = config.optimizer, net.trainable_params()
     if keys.name == "sgd":
         optimizer = SGD(weights, keys.momentum, keys.weight_decay)
@@ -83,7 +79,7 @@ def build_step(config: Config, ranks: Ranks, steps_per_epoch: int, finetune: str
         ema_decay=config.training.ema_decay,
         loss_scale=None if scale == "dynamic" else scale,
         accumulate=config.training.accumulate,
-        mixing=bool(build_mixing(config)),
+        mixing=bool(feed.mixing),
         seed=config.runtime.seed,
         rank=ranks.rank,
         world=ranks.world,
@@ -94,15 +90,13 @@ def build_step(config: Config, ranks: Ranks, steps_per_epoch: int, finetune: str
     return Built(step, rates, frozen, parameters, notes)
 
 
-def _learning_rates(
-    config: Config, ranks: Ranks, steps_per_epoch: int, notes: list[str]
-) -> np.ndarray:
-    keys, images = config.optimizer, global_batch(config, ranks)
+def _learning_rates(config: Config, feed: Feed, notes: list[str]) -> np.ndarray:
+    keys, images = config.optimizer, feed.images_per_step
     peak = keys.lr * images / (keys.lr_batch_size or images)
     if keys.lr_batch_size is not None:
         notes.append(
             f"learning rate {peak:.3e}: {keys.lr:.3e} for {keys.lr_batch_size} images, here "
-            f"{images} a step ({ranks.world} devices x {config.training.batch_size} images x "
+            f"{images} a step ({feed.ranks.world} devices x {config.training.batch_size} images x "
             f"{config.training.accumulate} accumulated)"
         )
     return learning_rates(
@@ -111,7 +105,7 @@ def _learning_rates(
         minimum=keys.min_lr,
         epochs=config.training.epochs,
         warmup_epochs=keys.warmup_epochs,
-        steps_per_epoch=steps_per_epoch,
+        steps_per_epoch=feed.steps_per_epoch,
         per=keys.schedule_per,
     )
 

@@ -6,9 +6,11 @@ An own loop and not `mindspore.train.Model`, because each epoch is a pipeline of
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import math
+import signal
 import time
 import zlib
 from pathlib import Path
@@ -17,16 +19,29 @@ import numpy as np
 from mindspore import Tensor
 
 from src.config import Config
-from src.data import Source, train_batches
+from src.data import Source
+from src.data.loader import choose_workers
 from src.errors import UserError
 from src.evaluation.evaluator import Evaluator
 from src.ranks import ALONE, Ranks
-from src.recipe import build_augmentation, build_mixing, build_preprocessing, image_size, open_split
+from src.recipe import build_preprocessing, open_split
 from src.reporting.figures import write_text
 from src.reporting.plots import plot_curves
 from src.reporting.progress import progress_bar
-from src.training.build import build_step, global_batch
-from src.weights import load_state, save_checkpoint
+from src.training.build import build_step
+from src.training.feed import Feed
+from src.training.interruption import Interruption
+from src.training.state import (
+    BEST,
+    Progress,
+    flat,
+    load_newest,
+    load_progress,
+    refuse_changes,
+    require_finite,
+    save_state,
+)
+from src.weights import save_checkpoint
 
 logger = logging.getLogger("cvt")
 LOG_SECONDS = 60.0  # between two lines within an epoch
@@ -57,8 +72,7 @@ class Trainer:
         self.source = source
         self.output = output
         self.ranks = ranks
-        self.augmentation = build_augmentation(config, self.source.encoded)
-        self.mixing = build_mixing(config)
+        self.feed = Feed(config, source, ranks)
         self.evaluator = Evaluator(
             open_split(config, "val"),
             build_preprocessing(config),
@@ -66,14 +80,17 @@ class Trainer:
             config.data.workers,
             ranks,
         )
-        self.accumulate = config.training.accumulate
-        self.steps_per_epoch = len(self._batches(0)) // self.accumulate
-        self.global_batch = global_batch(config, ranks)
-        self.built = build_step(config, ranks, self.steps_per_epoch, finetune)
+        self.steps_per_epoch = self.feed.steps_per_epoch
+        self.built = build_step(config, ranks, self.feed, finetune)
         self.step, self.learning_rates = self.built.step, self.built.learning_rates
-        self.rows: list[dict] = []
-        self.done = 0  # epochs
-        self.best_top1 = -1.0
+        self.progress = Progress(
+            settings=flat(config),
+            data=source.digest(),
+            world=ranks.world,
+            workers=choose_workers(config.data.workers),
+        )
+        self.interruption = Interruption(ranks)
+        self.skipped = 0  # steps in a row
         self.compiled = False
 
     @property
@@ -81,79 +98,99 @@ class Trainer:
         """The network whose accuracy counts: the moving average where there is one."""
         return self.step.net if self.step.ema_net is None else self.step.ema_net
 
-    def _batches(self, epoch: int):
-        return train_batches(
-            self.source,
-            self.augmentation,
-            self.config.training.batch_size,
-            seed=self.config.runtime.seed,
-            epoch=epoch,
-            rank=self.ranks.rank,
-            world=self.ranks.world,
-            workers=self.config.data.workers,
-            repeats=self.config.augment.repeats,
-            multiple=self.accumulate,
-        )
+    def resume(self, state: Path | None, accept_changes: bool = False) -> None:
+        """Take up the run in the output folder.
 
-    def resume(self) -> None:
-        """Take up the run in the output folder where its last checkpoint stands."""
+        Args:
+            state: from which to go on; None takes the newest whole one of the folder.
+            accept_changes: go on under other settings, which a warning names.
+        """
         if self.ranks.is_first:
-            self._load_state()
-        self.ranks.broadcast(self.step.get_parameters())
-        self.best_top1 = float(self.ranks.gather([self.best_top1])[0, 0])
-        self.done = int(self.step.step.asnumpy()) // self.steps_per_epoch
-        logger.info("resumed behind epoch %d", self.done)
-
-    def _load_state(self) -> None:
-        extra = load_state(self.step, self.output / "checkpoints" / "last.ckpt")
-        if extra["world"] != self.ranks.world:
-            raise UserError(
-                f"{self.output}: was trained on {extra['world']} devices, not {self.ranks.world}; "
-                "resume on as many"
+            checkpoints = self.output / "checkpoints"
+            found = (
+                load_newest(self.step, checkpoints)
+                if state is None
+                else load_progress(self.step, state)
             )
-        self.best_top1 = extra["best_top1"]
-        done = int(self.step.step.asnumpy()) // self.steps_per_epoch
+            refuse_changes(found, self.progress, self.output, accept_changes)
+            now = self.progress
+            self.progress = dataclasses.replace(
+                found, settings=now.settings, data=now.data, workers=now.workers
+            )
+        self.ranks.broadcast(self.step.get_parameters())
+        text = json.dumps(dataclasses.asdict(self.progress))
+        self.progress = Progress(**json.loads(self.ranks.share(text)))
+        self._compare_figures()
+        logger.info(
+            "resumed behind epoch %d, step %d of the next", self.progress.epoch,
+            self.progress.position,
+        )  # fmt: skip
+
+    def _compare_figures(self) -> None:
+        """Notice a metrics.jsonl that the state does not bear out; it is written anew."""
         file = self.output / "metrics.jsonl"
+        if not self.ranks.is_first or not self.progress.rows:
+            return
         try:
-            rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-            self.rows = [row for row in rows if row["epoch"] <= done]
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"{file}: missing or damaged ({error}); can't resume") from None
-        if len(self.rows) != done:
-            raise UserError(f"{file}: has {len(self.rows)} epochs, last.ckpt {done}; can't resume")
+            there = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
+            there = ""
+        if not there.startswith(self._figures()):
+            logger.warning("%s: missing or damaged; written anew from the state", file)
+            write_text(self._figures(), file)
 
     def fit(self) -> None:
-        """Train to the last epoch."""
-        self._announce()
-        epochs = self.config.training.epochs
-        for epoch in range(self.done, epochs):
-            start = time.perf_counter()
-            loss, speed = self._train_epoch(epoch)
-            step = (epoch + 1) * self.steps_per_epoch
-            row = {
-                "epoch": epoch + 1,
-                "step": step,
-                "lr": float(self.learning_rates[step - 1]),
-                "train_loss": loss,
-                **self._held_out(epoch),
-                "images_per_second": speed,
-                "seconds": time.perf_counter() - start,
-            }
-            self._keep(row)
-            figures = [f"{k} {row[k]:.{n}f}" for k, n in SHOWN.items() if row[k] is not None]
-            logger.info(
-                "epoch %d/%d  %s  lr %.2e  %.0f img/s  %.1f s",
-                epoch + 1, epochs, "  ".join(figures), row["lr"], speed, row["seconds"],
-            )  # fmt: skip
-        logger.info("best top1 %.2f; everything lies in %s", self.best_top1, self.output)
+        """Train to the last epoch.
 
-    def _held_out(self, epoch: int) -> dict[str, float | None]:
+        Raises:
+            SystemExit: 128 + the signal that asked to stop; the state is saved.
+        """
+        self._announce()
+        progress, epochs = self.progress, self.config.training.epochs
+        with self.interruption:
+            while progress.epoch < epochs:
+                start = time.perf_counter()
+                speed = self._train_epoch()
+                step = (progress.epoch + 1) * self.steps_per_epoch
+                row = {
+                    "epoch": progress.epoch + 1,
+                    "step": step,
+                    "lr": float(self.learning_rates[step - 1]),
+                    "train_loss": float(np.mean(progress.losses)) if progress.losses else None,
+                    **self._held_out(),
+                    "images_per_second": speed,
+                    "seconds": time.perf_counter() - start,
+                }
+                self._finish_epoch(row)
+                figures = [f"{k} {row[k]:.{n}f}" for k, n in SHOWN.items() if row[k] is not None]
+                logger.info(
+                    "epoch %d/%d  %s  lr %.2e  %.0f img/s  %.1f s", row["epoch"], epochs,
+                    "  ".join(figures), row["lr"], speed, row["seconds"],
+                )  # fmt: skip
+        best = progress.best_top1
+        logger.info("best top1 %.2f; everything lies in %s", best, self.output)
+
+    def _held_out(self) -> dict[str, float | None]:
         """Loss and accuracy behind an epoch; nulls where it is not evaluated."""
-        last = epoch + 1 == self.config.training.epochs
-        if not last and (epoch + 1) % self.config.evaluation.every:
+        number = self.progress.epoch + 1
+        if number < self.config.training.epochs and number % self.config.evaluation.every:
             return {"loss": None, "top1": None, "top5": None}
-        metrics = self.evaluator.run(self.evaluated_net).metrics
+        result = self.evaluator.run(self.evaluated_net, lambda: bool(self.interruption.signal))
+        if self.interruption.agreed() or result is None:
+            self._stop()
+        metrics = result.metrics
         return {"loss": metrics.loss, "top1": metrics.top1, "top5": metrics.top5}
+
+    def _stop(self) -> None:
+        """Save, wait until that is done, and leave."""
+        self._save()
+        self.ranks.gather([0])
+        logger.warning(
+            "stopped by %s, saved at epoch %d, step %d of it; go on with --resume",
+            signal.Signals(self.interruption.signal).name, self.progress.epoch + 1,
+            self.progress.position,
+        )  # fmt: skip
+        raise SystemExit(128 + self.interruption.signal)
 
     def _announce(self) -> None:
         logger.info(
@@ -167,80 +204,105 @@ class Trainer:
         )
         for note in self.built.notes:
             logger.info("%s", note)
-        left_out = len(self.source) - self.steps_per_epoch * self.global_batch
+        left_out = len(self.source) - self.steps_per_epoch * self.feed.images_per_step
         if left_out:
             logger.info(
                 "%d images do not fill a step of %d: each epoch leaves out others",
-                left_out, self.global_batch,
+                left_out, self.feed.images_per_step,
             )  # fmt: skip
-        if not self.done:
+        if not self.compiled:
             logger.info("compiling the step; this takes seconds for cvt_nano, a minute for cvt_21")
 
-    def _train_epoch(self, epoch: int) -> tuple[float, float]:
-        """Mean loss and img/s (without compiling) of one epoch."""
+    def _train_epoch(self) -> float:
+        """Train the rest of an epoch; returns img/s, without compiling."""
+        progress, accumulate = self.progress, self.feed.accumulate
+        self._set_modes()
+        size = self.feed.images_per_step
+        bar = progress_bar(self.steps_per_epoch * size, f"epoch {progress.epoch + 1}")
+        bar.update(progress.position * size)
+        first = progress.position * accumulate
+        pending: list[tuple[Tensor, Tensor]] = []
+        start, timed, told = time.perf_counter(), 0, time.perf_counter()
+        batches = self.feed.batches(progress.epoch, progress.position).iterate()
+        for number, (images, labels) in enumerate(batches, first):
+            mix = self.feed.mix(progress.epoch, number)
+            result = self.step.take(images, labels, mix, number % accumulate)
+            if result is None:
+                continue
+            pending.append(result)
+            bar.update(size)
+            timed += size
+            done = progress.position + len(pending)
+            if not self.compiled:
+                result[0].asnumpy()
+                self.compiled, start, timed = True, time.perf_counter(), 0
+            if self.interruption.after_step():
+                self._take_down(pending)
+                self._stop()
+            if time.perf_counter() - told > LOG_SECONDS:
+                self._take_down(pending)
+                self._tell_step(timed / (time.perf_counter() - start))
+                told = time.perf_counter()
+            every = self.config.training.save_every
+            if every and (progress.epoch * self.steps_per_epoch + done) % every == 0:
+                self._take_down(pending)
+                self._save()
+        self._take_down(pending)
+        bar.close()
+        return timed / max(time.perf_counter() - start, 1e-9)
+
+    def _set_modes(self) -> None:
         self.step.set_train(True)
         for cell in self.built.frozen:
             cell.set_train(False)
         if self.step.ema_net is not None:
             self.step.ema_net.set_train(False)
-        bar = progress_bar(self.steps_per_epoch * self.global_batch, f"epoch {epoch + 1}")
-        results: list[tuple[Tensor, Tensor]] = []
-        start, timed, told = time.perf_counter(), 0, time.perf_counter()
-        for position, (images, labels) in enumerate(self._batches(epoch).iterate()):
-            mix = self._mix(epoch, position)
-            result = self.step.take(images, labels, mix, position % self.accumulate)
-            if result is None:
-                continue
-            results.append(result)
-            bar.update(self.global_batch)
-            timed += self.global_batch
-            if not self.compiled:
-                result[0].asnumpy()
-                self.compiled, start, timed = True, time.perf_counter(), 0
-            if time.perf_counter() - told > LOG_SECONDS:
-                told = time.perf_counter()
-                self._tell_step(epoch, results, timed / (told - start))
-        losses = self._finite_losses(epoch, results)
-        bar.close()
-        return float(np.mean(losses)), timed / max(time.perf_counter() - start, 1e-9)
 
-    def _mix(self, epoch: int, position: int) -> Tensor | None:
-        """The mixing of a batch, another one on each rank."""
-        if not self.mixing:
-            return None
-        key = (self.config.runtime.seed, epoch, position, self.ranks.rank)
-        return Tensor(self.mixing.draw(image_size(self.config.model), *key))
-
-    def _finite_losses(self, epoch: int, results: list[tuple[Tensor, Tensor]]) -> list[float]:
-        """The losses of an epoch's steps so far that were not skipped.
+    def _take_down(self, pending: list[tuple[Tensor, Tensor]]) -> None:
+        """Note the losses of the steps since the last time, and empty the list.
 
         Raises:
-            UserError: loss or gradients not finite; with a dynamic loss scale, where smaller scales
-                have not helped.
+            UserError: loss or gradients not finite, where that is not to be skipped.
         """
-        losses, skipped = [], 0
-        for position, (loss, norm) in enumerate(results):
-            loss, norm = float(loss.asnumpy()), float(norm.asnumpy())
+        progress = self.progress
+        for loss, norm in ((float(a.asnumpy()), float(b.asnumpy())) for a, b in pending):
+            progress.position += 1
             if math.isfinite(loss) and math.isfinite(norm):
-                losses.append(loss)
-                skipped = 0
-                continue
-            skipped += 1
-            if not self.step.dynamic or skipped > MOST_SKIPPED:
-                step = epoch * self.steps_per_epoch + position
-                raise UserError(
-                    f"step {step + 1}: the loss is {loss}, the gradients' norm {norm} (learning "
-                    f"rate {self.learning_rates[step]:.2e}); the weights are as before it. Lower "
-                    "optimizer.lr, or set optimizer.clip_norm"
-                )
-        return losses or [math.nan]
+                progress.losses.append(loss)
+                self.skipped = 0
+            else:
+                self.skipped += 1
+                self._refuse_or_skip(loss, norm)
+        pending.clear()
 
-    def _tell_step(self, epoch: int, results: list[tuple[Tensor, Tensor]], speed: float) -> None:
-        loss, done = self._finite_losses(epoch, results)[-1], len(results)
-        left = (self.steps_per_epoch - done) * self.global_batch / max(speed, 1e-9)
+    def _refuse_or_skip(self, loss: float, norm: float) -> None:
+        """A step whose loss or gradients were not finite; it has left the weights alone."""
+        progress = self.progress
+        step = progress.epoch * self.steps_per_epoch + progress.position - 1
+        files = self.feed.describe(progress.epoch, progress.position - 1)
+        what = (
+            f"step {step + 1}: the loss is {loss}, the gradients' norm {norm} (learning rate "
+            f"{self.learning_rates[step]:.2e}; {files}); the weights are as "
+            "before it"
+        )
+        if self.skipped > MOST_SKIPPED:
+            raise UserError(f"{what}, and {self.skipped} steps in a row were so")
+        if self.step.dynamic:
+            return  # an overflow, which halves the scale
+        if self.config.training.non_finite == "stop":
+            raise UserError(
+                f"{what}. Lower optimizer.lr, set optimizer.clip_norm, or "
+                "training.non_finite to skip"
+            )
+        logger.warning("%s: skipped", what)
+
+    def _tell_step(self, speed: float) -> None:
+        done = self.progress.position
+        left = (self.steps_per_epoch - done) * self.feed.images_per_step / max(speed, 1e-9)
         logger.info(
             "epoch %d  step %d/%d  loss %.4f  %.0f img/s  %.0f s left in it",
-            epoch + 1, done, self.steps_per_epoch, loss, speed, left,
+            self.progress.epoch + 1, done, self.steps_per_epoch,
+            self.progress.losses[-1] if self.progress.losses else math.nan, speed, left,
         )  # fmt: skip
 
     def _require_equal_ranks(self) -> None:
@@ -254,23 +316,29 @@ class Trainer:
             )
             self.ranks.require_agreement("weights", number, remedy)
 
-    def _keep(self, row: dict) -> None:
-        """Write an epoch down: figures first, the state last, so that no resume lacks a row."""
+    def _finish_epoch(self, row: dict) -> None:
+        """Close an epoch: the best weights, the state with its figures, then the figures' files."""
+        progress = self.progress
+        progress.rows.append(row)
+        progress.epoch, progress.position, progress.losses = row["epoch"], 0, []
+        better = row["top1"] is not None and row["top1"] > progress.best_top1
+        if better:
+            progress.best_top1 = row["top1"]
+            if self.ranks.is_first:
+                net = self.evaluated_net
+                weights = {p.name.removeprefix("ema."): p for p in net.get_parameters()}
+                require_finite(weights, self.output / "checkpoints" / BEST)
+                save_checkpoint(weights, self.output / "checkpoints" / BEST)
+        self._save()
+        if self.ranks.is_first:
+            write_text(self._figures(), self.output / "metrics.jsonl")
+            plot_curves(progress.rows, self.output / "curves.png")
+
+    def _save(self) -> None:
         self._require_equal_ranks()
-        self.rows.append(row)
-        better = row["top1"] is not None and row["top1"] > self.best_top1
-        if better:
-            self.best_top1 = row["top1"]
-        if not self.ranks.is_first:
-            return
-        text = "".join(json.dumps(each) + "\n" for each in self.rows)
-        write_text(text, self.output / "metrics.jsonl")
-        plot_curves(self.rows, self.output / "curves.png")
-        checkpoints = self.output / "checkpoints"
-        checkpoints.mkdir(exist_ok=True)
-        if better:
-            weights = {p.name.removeprefix("ema."): p for p in self.evaluated_net.get_parameters()}
-            save_checkpoint(weights, checkpoints / "best.ckpt")
-        extra = {"best_top1": self.best_top1, "world": self.ranks.world}
-        state = {parameter.name: parameter for parameter in self.step.get_parameters()}
-        save_checkpoint(state, checkpoints / "last.ckpt", **extra)
+        if self.ranks.is_first:
+            checkpoints = self.output / "checkpoints"
+            save_state(self.step, self.progress, checkpoints, self.config.training.keep)
+
+    def _figures(self) -> str:
+        return "".join(json.dumps(row) + "\n" for row in self.progress.rows)

@@ -1,0 +1,193 @@
+"""The saved states of a run: everything that it needs to go on as if it had never stopped.
+
+A state is one checkpoint: the training step's parameters (weights, average, moments, step, loss
+scale) and, as JSON in it, the `Progress`. Every random draw follows from (seed, epoch, step), so no
+generator has a state to save. States are named by their step; `last.ckpt` is the newest one, under
+the name that people look for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from src.config import Config
+from src.errors import UserError
+from src.training.train_step import TrainStep
+from src.weights import load_state, save_checkpoint
+
+logger = logging.getLogger("cvt")
+LAST, BEST = "last.ckpt", "best.ckpt"
+
+
+@dataclass
+class Progress:
+    """Where a run stands, and what it must find again.
+
+    Args:
+        epoch: finished epochs.
+        position: steps done of the next one.
+        losses: of those steps, without skipped ones.
+        rows: what metrics.jsonl holds, one for each finished epoch.
+        best_top1: the best so far, in per cent.
+        settings: every key of the configuration.
+        data: checksum of the training images' names and labels.
+        world: devices.
+        workers: threads that prepare images.
+    """
+
+    epoch: int = 0
+    position: int = 0
+    losses: list[float] = field(default_factory=list)
+    rows: list[dict] = field(default_factory=list)
+    best_top1: float = -1.0
+    settings: dict = field(default_factory=dict)
+    data: int = 0
+    world: int = 1
+    workers: int = 1
+
+
+def has_state(checkpoints: Path) -> bool:
+    """Whether there is a state to go on from."""
+    return bool(_states(checkpoints))
+
+
+def save_state(step: TrainStep, progress: Progress, checkpoints: Path, keep: int) -> None:
+    """Write a state, make it the last one, and drop all but the `keep` newest.
+
+    Raises:
+        UserError: it can't be written; the earlier ones are as they were.
+    """
+    state = {parameter.name: parameter for parameter in step.get_parameters()}
+    path = checkpoints / f"step-{int(step.step.asnumpy()):08}.ckpt"
+    require_finite(state, path)
+    text = json.dumps(dataclasses.asdict(progress))
+    save_checkpoint(state, path, progress=text)
+    _name_last(path)
+    for old in _states(checkpoints)[keep:]:
+        old.unlink(missing_ok=True)
+
+
+def require_finite(state: dict, path: Path) -> None:
+    """Refuse to save what training could not go on from.
+
+    Raises:
+        UserError: a value is NaN or infinite.
+    """
+    for name, parameter in state.items():
+        if not np.isfinite(parameter.asnumpy()).all():
+            raise UserError(f"{path}: not saved, {name} is not finite; lower optimizer.lr")
+
+
+def _name_last(path: Path) -> None:
+    """Give a state the name last.ckpt too, without copying it where the file system can."""
+    aside = path.with_name(f".{LAST}.partial")
+    try:
+        aside.unlink(missing_ok=True)
+        try:
+            os.link(path, aside)
+        except OSError:
+            shutil.copyfile(path, aside)
+        os.replace(aside, path.with_name(LAST))
+    except OSError as error:
+        raise UserError(f"{path.with_name(LAST)}: {error.strerror}") from None
+
+
+def load_newest(step: TrainStep, checkpoints: Path) -> Progress:
+    """Load the newest state that is whole; a damaged one is named and passed over.
+
+    Raises:
+        UserError: no state, or none of them whole.
+    """
+    faults = []
+    for path in _states(checkpoints):
+        try:
+            progress = load_progress(step, path)
+        except UserError as error:
+            logger.warning("%s", error)
+            faults.append(path.name)
+            continue
+        if faults:
+            logger.warning("going back to %s, the newest state that is whole", path.name)
+        return progress
+    raise UserError(
+        f"{checkpoints}: no state to resume from"
+        + (f", {', '.join(faults)} can't be used" if faults else "; leave out --resume")
+    )
+
+
+def load_progress(step: TrainStep, path: Path) -> Progress:
+    """Load one state.
+
+    Raises:
+        UserError: no state of this recipe, or a damaged one.
+    """
+    extra = load_state(step, path)
+    try:
+        return Progress(**json.loads(extra["progress"]))
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{path}: no state of a run, only weights; give --finetune") from None
+
+
+def _states(checkpoints: Path) -> list[Path]:
+    """The states, newest first."""
+    states = sorted(checkpoints.glob("step-*.ckpt"), reverse=True)
+    last = checkpoints / LAST
+    if last.is_file() and not any(os.path.samefile(last, state) for state in states):
+        states.append(last)
+    return states
+
+
+# Keys that may change between the parts of a run, because they don't change what is computed.
+FREE_TO_CHANGE = (
+    "runtime.device", "runtime.device_id", "data.path", "evaluation.batch_size",
+    "training.save_every", "training.keep",
+)  # fmt: skip
+
+
+def flat(config: Config) -> dict:
+    """Every key of a configuration by its dotted name, as JSON gives values back."""
+    groups = json.loads(json.dumps(dataclasses.asdict(config)))
+    return {
+        f"{group}.{key}": value for group, keys in groups.items() for key, value in keys.items()
+    }
+
+
+def refuse_changes(before: Progress, now: Progress, output: Path, accept: bool) -> None:
+    """Compare what a state was made under with what a run would go on under.
+
+    Raises:
+        UserError: something that changes what is computed, unless `accept`.
+    """
+    if before.world != now.world:
+        raise UserError(
+            f"{output}: was trained on {before.world} devices, not {now.world}; resume on as many"
+        )
+    old, new = before.settings, now.settings
+    changed = [
+        f"{key} {old.get(key)}, not {new.get(key)}"
+        for key in {**old, **new}
+        if old.get(key) != new.get(key) and key not in FREE_TO_CHANGE
+    ]
+    if before.data != now.data:
+        changed.append(f"other training images or labels than {new['data.path'] or 'these'} has")
+    if changed and not accept:
+        raise UserError(
+            f"{output}: was trained with {'; '.join(changed)}. Resume with the settings in its "
+            "config.yaml, or add --accept_changes"
+        )
+    for change in changed:
+        logger.warning("was trained with %s", change)
+    if before.workers != now.workers:
+        logger.warning(
+            "%d data workers until here, %d from now on: crops and flips differ from those of an "
+            "uninterrupted run; set data.workers to %d", before.workers, now.workers,
+            before.workers,
+        )  # fmt: skip
