@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import hashlib
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -142,11 +144,13 @@ def take_option(argv: list[str], name: str) -> tuple[list[str], str | None]:
 def _check_mapping(path: Path, schema: type) -> None:
     """Refuse what the parser takes in silence: a file or a group that is no mapping."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content = yaml.safe_load(text)
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}; give a YAML file") from None
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"--config {path}: no valid YAML: {' '.join(str(error).split())}") from None
+    _check_guard(path, text)
     if not isinstance(content, dict):
         raise UserError(
             f"--config {path}: expected keys and values, found {type(content).__name__}"
@@ -162,7 +166,29 @@ def save_config(config: Config, path: Path) -> None:
     """Write every key of a resolved configuration as YAML that `parse` reads back."""
     plain = dataclasses.asdict(config, dict_factory=_plain)
     text = yaml.dump(plain, Dumper=_Quoting, sort_keys=False, allow_unicode=True)
-    path.write_text(text, encoding="utf-8")
+    aside = path.with_name(f".{path.name}.partial")
+    aside.write_text(_guarded(_GUARD + text), encoding="utf-8")
+    os.replace(aside, path)
+
+
+def _guarded(text: str) -> str:
+    return f"{text}{_SUM}{hashlib.sha256(text.encode()).hexdigest()}\n"
+
+
+def _check_guard(path: Path, text: str) -> None:
+    """Refuse a file of a run that is not as the run wrote it; a recipe has no such lines."""
+    lines = text.splitlines(keepends=True) or [""]
+    if lines[0] != _GUARD and not lines[-1].startswith(_SUM):
+        return
+    if _guarded("".join(lines[:-1])) != text or lines[0] != _GUARD:
+        raise UserError(
+            f"--config {path}: damaged, or changed since the run wrote it; restore it, or remove "
+            "its first and last line if the change is yours"
+        )
+
+
+_GUARD = "# Written by train.py. The last line is a checksum; to change a key, remove both lines.\n"
+_SUM = "# sha256 "
 
 
 class _Quoting(yaml.SafeDumper):

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -25,7 +26,9 @@ def recipe(tmp_path, text):
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_recipe_is_valid_and_says_how_to_run_it(path):
     load_config(path)
-    assert f"--config config/{path.parent.name}/{path.name}" in path.read_text()
+    name = f"config/{path.parent.name}/{path.name}"
+    text = path.read_text()
+    assert f"--config {name}" in text or f"scripts/run_distribute_train.sh {name}" in text
 
 
 def test_options_override_the_recipe_in_any_order(tmp_path):
@@ -36,6 +39,25 @@ def test_options_override_the_recipe_in_any_order(tmp_path):
         assert config.model.image_size == [192, 256]
         assert config.training == Config().training
         assert arguments.output == "there"
+
+
+def test_a_saved_configuration_notices_every_flipped_bit(tmp_path):
+    file = tmp_path / "config.yaml"
+    save_config(Config(), file)
+    whole = file.read_bytes()
+    rng = np.random.default_rng(0)
+    for place in rng.choice(len(whole) * 8, 60, replace=False):
+        damaged = bytearray(whole)
+        damaged[place // 8] ^= 1 << place % 8
+        file.write_bytes(bytes(damaged))
+        with pytest.raises(UserError, match="config.yaml"):
+            load_config(file)
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="config.yaml"):
+        load_config(file)
+    lines = whole.decode().splitlines(keepends=True)
+    file.write_text("".join(lines[1:-1]).replace("0.05", "0.06"))  # as the message advises
+    assert load_config(file).optimizer.weight_decay == 0.06
 
 
 def test_a_saved_configuration_reads_back_equal(tmp_path):

@@ -136,6 +136,21 @@ def load_progress(step: TrainStep, path: Path) -> Progress:
         raise UserError(f"{path}: no state of a run, only weights; give --finetune") from None
 
 
+def figures_of(progress: Progress) -> str:
+    """The content of metrics.jsonl."""
+    return "".join(json.dumps(row) + "\n" for row in progress.rows)
+
+
+def has_figures(file: Path, progress: Progress) -> bool:
+    """Whether a metrics.jsonl is what the state bears out."""
+    try:
+        return file.read_text(encoding="utf-8") == figures_of(progress)
+    except FileNotFoundError:
+        return not progress.rows
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
 def _states(checkpoints: Path) -> list[Path]:
     """The states, newest first."""
     states = sorted(checkpoints.glob("step-*.ckpt"), reverse=True)

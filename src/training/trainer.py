@@ -34,7 +34,9 @@ from src.training.interruption import Interruption
 from src.training.state import (
     BEST,
     Progress,
+    figures_of,
     flat,
+    has_figures,
     load_newest,
     load_progress,
     refuse_changes,
@@ -129,15 +131,11 @@ class Trainer:
     def _compare_figures(self) -> None:
         """Notice a metrics.jsonl that the state does not bear out; it is written anew."""
         file = self.output / "metrics.jsonl"
-        if not self.ranks.is_first or not self.progress.rows:
-            return
-        try:
-            there = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError):
-            there = ""
-        if not there.startswith(self._figures()):
-            logger.warning("%s: missing or damaged; written anew from the state", file)
-            write_text(self._figures(), file)
+        if self.ranks.is_first and not has_figures(file, self.progress):
+            logger.warning(
+                "%s: not what the state holds (damaged, or interrupted); written anew from it", file
+            )
+            write_text(figures_of(self.progress), file)
 
     def fit(self) -> None:
         """Train to the last epoch.
@@ -331,7 +329,7 @@ class Trainer:
                 save_checkpoint(weights, self.output / "checkpoints" / BEST)
         self._save()
         if self.ranks.is_first:
-            write_text(self._figures(), self.output / "metrics.jsonl")
+            write_text(figures_of(progress), self.output / "metrics.jsonl")
             plot_curves(progress.rows, self.output / "curves.png")
 
     def _save(self) -> None:
@@ -339,6 +337,3 @@ class Trainer:
         if self.ranks.is_first:
             checkpoints = self.output / "checkpoints"
             save_state(self.step, self.progress, checkpoints, self.config.training.keep)
-
-    def _figures(self) -> str:
-        return "".join(json.dumps(row) + "\n" for row in self.progress.rows)

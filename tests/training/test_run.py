@@ -176,7 +176,7 @@ def test_damaged_figures_are_written_anew_from_the_state(trained, tmp_path, caps
         figures.unlink() if text is None else figures.write_text(text)
         train(load_config(trained / "config.yaml"), tmp_path / "run", resume=True)
         assert figures.read_text() == whole
-        assert "metrics.jsonl: missing or damaged" in capsys.readouterr().out
+        assert "metrics.jsonl: not what the state holds" in capsys.readouterr().out
 
 
 def test_a_run_without_a_checkpoint_starts_anew(trained, few_digits, tmp_path):

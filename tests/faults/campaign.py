@@ -1,0 +1,239 @@
+"""The fault campaign: runs that are killed, stopped and damaged at random, and must lose nothing.
+
+    python -m tests.faults.campaign OUTPUT [--seed 0] [--kills 50] [--stops 20] [--rank_kills 10]
+        [--flips 500] [--truncations 100]
+
+Prints a table and writes every single result to OUTPUT/results.jsonl; started again with the same
+OUTPUT it goes on behind what is there. Each number is the number of faults of that kind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[2]
+KINDS = ("kills", "stops", "rank_kills", "flips", "truncations")
+RECIPE = "config/digits/cvt_nano.yaml"
+# Small, with everything random on, and a state every third step, so that many faults hit a save.
+KEYS = [
+    "--model.embed_dims=[8,16,32]", "--model.depths=[1,1,1]", "--model.drop_path_rate=0.2",
+    "--augment.mixup=0.8", "--augment.cutmix=1.0", "--augment.hflip=0.5", "--data.workers=1",
+    "--data.train_images=2000", "--training.epochs=4", "--training.ema_decay=0.9",
+    "--training.save_every=3", "--evaluation.batch_size=500",
+]  # fmt: skip
+TIMING = ("images_per_second", "seconds")
+
+
+def train(folder: Path, ranks: int, *more: str) -> list[str]:
+    """The command of a run on one or two ranks; both take 100 images a step."""
+    keys = [*KEYS, f"--training.batch_size={100 // ranks}", "--output", str(folder), *more]
+    if ranks == 1:
+        return [sys.executable, str(ROOT / "train.py"), "--config", str(ROOT / RECIPE), *keys]
+    script = ROOT / "scripts" / "run_distribute_train.sh"
+    return ["bash", str(script), RECIPE, "-", str(ranks), *keys]
+
+
+def start(folder: Path, ranks: int) -> subprocess.Popen:
+    """Start a run, or go on with it where it has a state."""
+    more = ["--resume"] if any((folder / "checkpoints").glob("step-*.ckpt")) else []
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port = probe.getsockname()[1]
+    environ = {**os.environ, "DEVICE_TARGET": "CPU", "PYTHON": sys.executable}
+    environ["MASTER_PORT"] = str(port)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.parent / f"{folder.name}.out", "a") as out:
+        return subprocess.Popen(
+            train(folder, ranks, *more), env=environ, stdout=out, stderr=out, start_new_session=True
+        )
+
+
+def outcome(folder: Path) -> dict:
+    """What a finished run is judged by: every weight, average and moment, and every figure."""
+    from src.weights.checkpoint import read_checkpoint
+
+    last = read_checkpoint(folder / "checkpoints" / "last.ckpt").tensors
+    best = read_checkpoint(folder / "checkpoints" / "best.ckpt").tensors
+    tensors = {f"last {n}": t.tobytes() for n, t in last.items() if n != "progress"}
+    tensors |= {f"best {n}": t.tobytes() for n, t in best.items()}
+    rows = [json.loads(row) for row in (folder / "metrics.jsonl").read_text().splitlines()]
+    figures = [{k: v for k, v in row.items() if k not in TIMING} for row in rows]
+    return {**tensors, "figures": figures}
+
+
+class Campaign:
+    """Faults of every kind, their results kept in a file."""
+
+    def __init__(self, output: Path, seed: int) -> None:
+        self.output = output
+        self.seed = seed
+        self.file = output / "results.jsonl"
+        output.mkdir(parents=True, exist_ok=True)
+        self.results = []
+        if self.file.exists():
+            self.results = [json.loads(line) for line in self.file.read_text().splitlines()]
+
+    def done(self, kind: str) -> int:
+        """How many faults of a kind there were."""
+        return sum(result["kind"] == kind for result in self.results)
+
+    def note(self, kind: str, good: bool, **more: object) -> None:
+        """Keep a result."""
+        self.results.append({"kind": kind, "good": good, **more})
+        with open(self.file, "a") as file:
+            file.write(json.dumps(self.results[-1]) + "\n")
+
+    def reference(self, ranks: int) -> Path:
+        """The run that nobody disturbs, made once; its time is kept beside it."""
+        folder = self.output / f"reference{ranks}"
+        stamp = self.output / f"reference{ranks}.seconds"
+        if not stamp.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            began = time.time()
+            if start(folder, ranks).wait() != 0:
+                raise SystemExit(f"the undisturbed run failed, see {folder}.out")
+            stamp.write_text(str(time.time() - began))
+        return folder
+
+    def disturb(self, kind: str, count: int, ranks: int, number: int) -> None:
+        """Signals at random moments of as many runs as it takes; each run must end equal."""
+        expected = outcome(self.reference(ranks))
+        seconds = float((self.output / f"reference{ranks}.seconds").read_text())
+        while self.done(kind) < count:
+            turn = self.done(kind)
+            rng = random.Random(f"{self.seed} {kind} {turn}")
+            folder = self.output / f"{kind}{turn}"
+            shutil.rmtree(folder, ignore_errors=True)
+            faults = []
+            while True:
+                job = start(folder, ranks)
+                try:
+                    code = job.wait(rng.uniform(0.2, 1.0) * seconds)
+                except subprocess.TimeoutExpired:
+                    if len(faults) + turn < count:
+                        faults.append(self._strike(job, number, ranks, rng))
+                        continue
+                    code = job.wait()
+                break
+            if code != 0:
+                raise SystemExit(f"a resumed run failed with {code}, see {folder}.out")
+            found = outcome(folder)
+            different = [name for name in expected if found.get(name) != expected[name]]
+            for fault in faults:
+                self.note(kind, not different and fault["good"], different=different[:5], **{
+                    name: value for name, value in fault.items() if name != "good"
+                })  # fmt: skip
+            print(f"{kind}: {self.done(kind)} of {count}, different: {different[:3]}", flush=True)
+            if not different:
+                shutil.rmtree(folder)
+
+    def _strike(self, job: subprocess.Popen, number: int, ranks: int, rng: random.Random) -> dict:
+        """Send the signal; with more ranks to a random one of them."""
+        began = time.time()
+        if ranks == 1:
+            os.kill(job.pid, number)
+        else:
+            import psutil
+
+            family = psutil.Process(job.pid).children(recursive=True)
+            workers = [p for p in family if p.environ().get("MS_ROLE") == "MS_WORKER"]
+            (rng.choice(workers) if workers else job).send_signal(number)
+        code = job.wait()
+        waited = time.time() - began
+        good = waited < 60 if number == signal.SIGKILL else code == 143 and waited <= 10
+        return {"good": good, "code": code, "seconds": round(waited, 2)}
+
+    def damage(self, kind: str, count: int) -> None:
+        """Flip a bit of, or cut, a random file of a run; every reader must name it."""
+        source = self.reference(1)
+        files = sorted((source / "checkpoints").glob("*.ckpt"))
+        files += [source / "config.yaml", source / "metrics.jsonl"]
+        copy = self.output / "damaged"
+        for turn in range(self.done(kind), count):
+            rng = random.Random(f"{self.seed} {kind} {turn}")
+            file = rng.choice(files)
+            shutil.rmtree(copy, ignore_errors=True)
+            shutil.copytree(source, copy)
+            hit = copy / file.relative_to(source)
+            content = bytearray(hit.read_bytes())
+            place = rng.randrange(len(content))
+            if kind == "flips":
+                content[place] ^= 1 << rng.randrange(8)
+            else:
+                del content[place:]
+            hit.unlink()
+            hit.write_bytes(bytes(content))
+            self.note(kind, noticed(hit, copy), file=file.name, place=place)
+        shutil.rmtree(copy, ignore_errors=True)
+
+    def table(self) -> str:
+        """Counts by kind."""
+        lines = ["| fault | as it must be |", "|---|---|"]
+        for kind in KINDS:
+            results = [result for result in self.results if result["kind"] == kind]
+            if results:
+                good = sum(result["good"] for result in results)
+                lines.append(f"| {kind} | {good} of {len(results)} |")
+        waits = [r["seconds"] for r in self.results if r["kind"] == "stops"]
+        if waits:
+            lines.append(f"| seconds from SIGTERM to the end, median, longest | "
+                         f"{np.median(waits):.1f}, {max(waits):.1f} |")  # fmt: skip
+        return "\n".join(lines)
+
+
+def noticed(hit: Path, run: Path) -> bool:
+    """Whether whoever reads this file of a run names it as damaged."""
+    from src.command_line import load_config
+    from src.errors import UserError
+    from src.training.state import Progress, has_figures
+    from src.weights.checkpoint import read_checkpoint
+
+    if hit.name == "metrics.jsonl":
+        whole = read_checkpoint(run / "checkpoints" / "last.ckpt").tensors
+        return not has_figures(hit, Progress(**json.loads(whole["progress"].item())))
+    try:
+        load_config(hit) if hit.name == "config.yaml" else read_checkpoint(hit)
+    except UserError as error:
+        return hit.name in str(error)
+    return False
+
+
+def main() -> None:
+    """Run what is asked for and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    for kind, count in zip(KINDS, (50, 20, 10, 500, 100)):
+        parser.add_argument(f"--{kind}", type=int, default=count)
+    arguments = parser.parse_args()
+    sys.path.insert(0, str(ROOT))
+    from src.runtime import prepare_environment
+
+    prepare_environment()
+    campaign = Campaign(arguments.output.resolve(), arguments.seed)
+    for kind in ("flips", "truncations"):
+        if getattr(arguments, kind):
+            campaign.damage(kind, getattr(arguments, kind))
+    for kind, ranks, number in (
+        ("kills", 1, signal.SIGKILL), ("stops", 1, signal.SIGTERM), ("rank_kills", 2, signal.SIGKILL)
+    ):  # fmt: skip
+        if getattr(arguments, kind):
+            campaign.disturb(kind, getattr(arguments, kind), ranks, number)
+    print(campaign.table())
+    sys.exit(0 if all(result["good"] for result in campaign.results) else 1)
+
+
+if __name__ == "__main__":
+    main()
