@@ -227,7 +227,8 @@ def main() -> None:
         if getattr(arguments, kind):
             campaign.damage(kind, getattr(arguments, kind))
     for kind, ranks, number in (
-        ("kills", 1, signal.SIGKILL), ("stops", 1, signal.SIGTERM), ("rank_kills", 2, signal.SIGKILL)
+        ("kills", 1, signal.SIGKILL), ("stops", 1, signal.SIGTERM),
+        ("rank_kills", 2, signal.SIGKILL),
     ):  # fmt: skip
         if getattr(arguments, kind):
             campaign.disturb(kind, getattr(arguments, kind), ranks, number)
