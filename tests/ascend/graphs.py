@@ -7,6 +7,8 @@ A process of its own compiles each, because what MindSpore dumps is settled when
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
 import os
 import re
 import subprocess
@@ -86,28 +88,98 @@ GRAPHS: dict[str, Callable[[], None]] = {
 
 
 @dataclass
+class Node:
+    """A call in a graph: primitive, arguments, its output's type, whether of the backward pass."""
+
+    primitive: str
+    arguments: list[str]
+    output: str = ""
+    backward: bool = False
+
+
+@dataclass
 class Graph:
-    """What a graph is made of.
+    """What a graph is made of: its calls by their number in the dump."""
 
-    Args:
-        primitives: how often each occurs.
-        dynamic: lines of the dump with a dimension or rank that is not known.
-    """
+    nodes: dict[str, Node]
 
-    primitives: Counter
-    dynamic: list[str]
+    @property
+    def primitives(self) -> Counter:
+        """How often each primitive occurs."""
+        return Counter(node.primitive for node in self.nodes.values())
+
+    @property
+    def dynamic(self) -> list[Node]:
+        """Calls whose output has a dimension or a rank that is not known."""
+        unknown = re.compile(r"\((?:[\d\-]+, )*-[12](?:, [\d\-]+)*\)")
+        return [node for node in self.nodes.values() if unknown.search(node.output)]
+
+    def saved_bytes(self) -> int:
+        """Bytes of what the forward pass makes and the backward pass reads, parameters aside.
+
+        A reshape shares the memory of its input.
+        """
+        saved = {}
+        for node in self.nodes.values():
+            if not self._is_backward(node):
+                continue
+            for argument in node.arguments:
+                key = self._storage(argument)
+                source = self.nodes.get(key.split("[")[0])
+                if source and not self._is_backward(source) and source.primitive not in READS:
+                    saved[key] = _bytes(self.nodes[self._through(argument)].output)
+        return sum(saved.values())
+
+    def _is_backward(self, node: Node) -> bool:
+        if node.primitive in ("TupleGetItem", "Reshape") and node.arguments[0] in self.nodes:
+            return self._is_backward(self.nodes[node.arguments[0]])
+        return node.backward
+
+    def _through(self, name: str) -> str:
+        """The call behind reshapes."""
+        while name in self.nodes and self.nodes[name].primitive == "Reshape":
+            name = self.nodes[name].arguments[0]
+        return name
+
+    def _storage(self, name: str) -> str:
+        """What the memory of a value is named: a call, and which output of it."""
+        name = self._through(name)
+        node = self.nodes.get(name)
+        if node and node.primitive == "TupleGetItem":
+            return f"{node.arguments[0]}[{node.arguments[1]}]"
+        return name
+
+
+READS = ("Load", "TensorMove", "MakeTuple", "UpdateState")  # parameters, and no values at all
+_CALL = re.compile(r"  (?:%(\d+)\([^)]*\) = )?(?:PrimFunc_)?(\w+)\((.*?)(?:\) |\)$|$)")
+_ARGUMENT = re.compile(r"%(\w+)|I64\((\d+)\)")
+_WIDTHS = {"Float32": 4, "Int32": 4, "Float16": 2, "BFloat16": 2, "Bool": 1}
+
+
+def _bytes(output: str) -> int:
+    kind, shape = re.match(r"<(?:Ref\[)?Tensor\[(\w+)\]\]?, \(([\d, ]*)\)", output).groups()
+    return _WIDTHS[kind] * math.prod(int(n) for n in shape.split(",") if n.strip())
 
 
 def read_graph(text: str) -> Graph:
     """Read MindSpore's dump of a graph."""
-    calls = re.findall(r"^  (?:%\d+\([^)]*\) = )?(?:PrimFunc_)?(\w+)\(", text, re.M)
-    shapes = re.findall(r"^      : .*$", text, re.M)
-    dynamic = [line for line in shapes if re.search(r"\((?:[\d\-]+, )*-[12](?:, [\d\-]+)*\)", line)]
-    return Graph(Counter(calls), dynamic)
+    nodes: dict[str, Node] = {}
+    node = None
+    for line in text.splitlines():
+        call = _CALL.match(line)
+        if call:
+            arguments = [first or second for first, second in _ARGUMENT.findall(call[3])]
+            node = nodes[call[1] or call[2]] = Node(call[2], arguments)
+        elif node and not node.output and line.startswith("      : "):
+            node.output = line.partition(") -> (")[2] or line
+        elif node and line.startswith("      # Fullname with scope: (Gradients/"):
+            node.backward = True
+    return Graph(nodes)
 
 
+@functools.cache
 def compile_graph(name: str) -> Graph:
-    """Compile one of `GRAPHS` for the CPU and read the graph that the front end made.
+    """Compile one of `GRAPHS` for the CPU, once, and read the graph that the front end made.
 
     The CPU's back end and its kernels come after that, so what is read holds for any device, as
     far as the front end does not look at the device.
