@@ -1,7 +1,8 @@
-"""Measure a network: python benchmark.py --mode complexity --model.name cvt_13."""
+"""Figures of a network: python benchmark.py --mode complexity|scaling --model.name cvt_13."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -22,14 +23,16 @@ def main(argv: list[str]) -> None:
             "--mode",
             choices=list(MODES),
             required=True,
-            help="complexity: parameters and multiply-accumulates (MACs) for an image, by stage",
+            help="complexity: parameters and multiply-accumulates (MACs) for an image, by stage; "
+            "scaling: estimates of a training step's memory and of its all-reduce",
         )
         parser.add_argument("--json", type=str, help="also write the figures to this file")
 
     description = (
         f"Measure a network. model.num_classes null means {IMAGENET_CLASSES} here. MACs are those "
         "of convolutions, Linears and both attention products; norms, softmax, activations, biases "
-        "and pooling are not counted. The paper's FLOPs are these MACs."
+        "and pooling are not counted. The paper's FLOPs are these MACs. Scaling is arithmetic, as "
+        "src/training/estimate.py tells; nothing runs."
     )
     config, arguments = parse(argv, "benchmark.py", description, add_arguments)
     config.model.num_classes = config.model.num_classes or IMAGENET_CLASSES
@@ -65,7 +68,44 @@ def measure_complexity(config: Config) -> dict:
     return {**model, **counted.to_dict()}
 
 
-MODES = {"complexity": measure_complexity}
+def estimate_scaling(config: Config) -> dict:
+    """Print what a training step holds on a card, and the all-reduce of its gradients."""
+    from src.models.attention import use_flash_attention
+    from src.models.complexity import uninitialised
+    from src.recipe import build_model, image_size, without_flash_attention
+    from src.training.estimate import ASCEND_910, all_reduce_seconds, step_memory
+
+    with uninitialised():
+        net = build_model(without_flash_attention(config))
+    runtime, batch = config.runtime, config.training.batch_size
+    if runtime.flash_attention:
+        use_flash_attention(net)
+    size = image_size(config.model)
+    memory = step_memory(
+        net, size, batch, runtime.precision, config.optimizer.name, config.training.ema_decay > 0
+    )
+    held = {**dataclasses.asdict(memory), "total": memory.total}
+    times = {n: all_reduce_seconds(memory.gradients, n, ASCEND_910) for n in CARDS}
+    print(
+        f"{config.model.name}, image {size[0]} x {size[1]}, {batch} images a card, "
+        f"{runtime.precision}, {config.optimizer.name}"
+    )
+    print("\n".join(f"{name:<12}{count / 1e9:>10.3f} GB" for name, count in held.items()))
+    print(f"all-reduce of {memory.gradients / 1e6:.1f} MB ({ASCEND_910.name}), nothing overlapped:")
+    print("\n".join(f"{n:>5} cards{1e3 * t:>10.2f} ms" for n, t in times.items()))
+    return {
+        "model": config.model.name,
+        "image_size": list(size),
+        "batch_size": batch,
+        "precision": runtime.precision,
+        "optimizer": config.optimizer.name,
+        "bytes": held,
+        "all_reduce_seconds": {str(n): t for n, t in times.items()},
+    }
+
+
+MODES = {"complexity": measure_complexity, "scaling": estimate_scaling}
+CARDS = (8, 16, 32, 64, 128, 256, 512, 1024)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,8 @@ class RuntimeConfig:
         mode: graph compiles the whole step; pynative runs operator by operator, for debugging.
         precision: dtype of Linears, convolutions and attention products; norms, softmax and loss
             stay in float32.
+        flash_attention: compute attention in Ascend's fused kernel, which never holds the scores;
+            Atlas A2 or later, in float16 or bfloat16. Export and prediction do without it.
         seed: of the initial weights, data order, augmentation, drop path and dropout.
     """
 
@@ -36,6 +38,7 @@ class RuntimeConfig:
     device_id: NonNegativeInt = 0
     mode: Literal["graph", "pynative"] = "graph"
     precision: Literal["float32", "float16", "bfloat16"] = "float32"
+    flash_attention: bool = False
     seed: NonNegativeInt = 0
 
 

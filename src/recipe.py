@@ -8,7 +8,7 @@ from pathlib import Path
 from mindspore import dtype as mstype
 from mindspore import nn
 
-from src.config import Config, ModelConfig
+from src.config import Config, ModelConfig, RuntimeConfig
 from src.data import (
     Mixing,
     Preprocessing,
@@ -20,6 +20,8 @@ from src.data import (
 )
 from src.errors import UserError
 from src.models import create_model
+from src.models.attention import use_flash_attention
+from src.runtime import current_device
 
 MIXING_KEYS = ("mixup", "cutmix", "mixup_prob", "mixup_switch_prob")  # as Mixing's fields
 
@@ -40,14 +42,15 @@ def image_size(config: ModelConfig) -> tuple[int, int]:
 
 
 def build_model(config: Config) -> nn.Cell:
-    """The network at the configured precision, freshly initialised; classes must be resolved.
+    """The network as configured, freshly initialised; classes must be resolved.
 
     Raises:
         UserError: keys that make no network.
     """
     arguments = {k: v for k, v in dataclasses.asdict(config.model).items() if v is not None}
     name, classes = arguments.pop("name"), arguments.pop("num_classes")
-    return set_precision(create_model(name, classes, **arguments), config.runtime.precision)
+    net = set_precision(create_model(name, classes, **arguments), config.runtime.precision)
+    return set_attention(net, config.runtime)
 
 
 def set_precision(net: nn.Cell, precision: str) -> nn.Cell:
@@ -60,6 +63,33 @@ def set_precision(net: nn.Cell, precision: str) -> nn.Cell:
             if isinstance(cell, (nn.Dense, nn.Conv2d)):
                 cell.to_float(getattr(mstype, precision))
     return net
+
+
+def set_attention(net: nn.Cell, runtime: RuntimeConfig) -> nn.Cell:
+    """Let attention compute in Ascend's fused kernel where the configuration asks for it.
+
+    Raises:
+        UserError: a device, a precision or a network that the kernel does not work with.
+    """
+    if not runtime.flash_attention:
+        return net
+    device = current_device()
+    if device != "Ascend":
+        raise UserError(
+            f"runtime.flash_attention: is a kernel of Ascend's, this runs on {device}; leave it out"
+        )
+    if runtime.precision == "float32":
+        raise UserError(
+            "runtime.flash_attention: the kernel has no float32; set runtime.precision to float16 "
+            "or bfloat16"
+        )
+    return use_flash_attention(net)
+
+
+def without_flash_attention(config: Config) -> Config:
+    """The configuration for what must also run, or be exported to run, off Ascend."""
+    runtime = dataclasses.replace(config.runtime, flash_attention=False)
+    return dataclasses.replace(config, runtime=runtime)
 
 
 def open_split(config: Config, split: str) -> Source:

@@ -86,6 +86,13 @@ def setup(config: RuntimeConfig) -> tuple[str, Ranks]:
     return device, ranks
 
 
+def current_device() -> str:
+    """The kind of device that graphs run on now: "Ascend", "GPU" or "CPU"."""
+    import mindspore as ms
+
+    return ms.get_context("device_target")
+
+
 def _is_available(kind: str) -> bool:
     from mindspore import device_context
 

@@ -48,6 +48,33 @@ def test_complexity_from_the_command_line(tmp_path):
     assert f"{total['total_macs'] / 1e9:.3f}" in rows[-1]
 
 
+def test_scaling_from_the_command_line(tmp_path):
+    done = run_command(
+        "benchmark.py",
+        "--mode=scaling",
+        "--model.name=cvt_13",
+        "--model.image_size=224",
+        "--training.batch_size=128",
+        "--training.ema_decay=0.9",
+        "--runtime.precision=float16",
+        "--runtime.flash_attention=true",
+        "--json=figures.json",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    held, times = figures["bytes"], figures["all_reduce_seconds"]
+    assert held["gradients"] == 4 * 19_997_480
+    assert held["moments"] == 2 * held["gradients"]
+    assert held["average"] == held["parameters"] > held["gradients"]
+    assert held["total"] == sum(n for name, n in held.items() if name != "total")
+    assert times["8"] == pytest.approx(2 * 7 / 8 * held["gradients"] / 30e9)
+    assert list(times) == ["8", "16", "32", "64", "128", "256", "512", "1024"]
+    title, *rows = done.stdout.splitlines()
+    assert title == "cvt_13, image 224 x 224, 128 images a card, float16, adamw"
+    assert f"{held['total'] / 1e9:.3f} GB" in next(row for row in rows if row.startswith("total"))
+
+
 def test_a_recipe_and_options_reach_the_network(monkeypatch, capsys):
     recipe = f"--config={ROOT / 'config/digits/cvt_nano.yaml'}"
     assert call(monkeypatch, recipe, "--model.depths=[1,1,1]", "--model.num_classes=7") == 0

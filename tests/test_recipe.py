@@ -6,6 +6,7 @@ import mindspore as ms
 import numpy as np
 import pytest
 
+from src import recipe
 from src.config import AugmentConfig, Config, DataConfig, ModelConfig, RuntimeConfig
 from src.data import open_source
 from src.errors import UserError
@@ -96,6 +97,25 @@ def test_augmentation_follows_the_keys():
 def test_a_crop_larger_than_the_image_is_refused():
     with pytest.raises(UserError, match="data.crop_ratio"):
         build_preprocessing(config(data=DataConfig(source="digits", crop_ratio=1.5)))
+
+
+def test_flash_attention_is_chosen_by_one_key(monkeypatch):
+    """Only on Ascend, only in half precision, only with heads that fit; never for deployment."""
+    asked = config(runtime=RuntimeConfig(precision="float16", flash_attention=True))
+    with pytest.raises(UserError, match="runs on (CPU|GPU); leave it out"):
+        build_model(asked)
+    monkeypatch.setattr(recipe, "current_device", lambda: "Ascend")
+    with pytest.raises(UserError, match="the model has 8; "):
+        build_model(asked)
+    sizes = {"model": {"embed_dims": (16, 32, 64)}}
+    full = config(runtime=RuntimeConfig(flash_attention=True), **sizes)
+    with pytest.raises(UserError, match="no float32; set runtime.precision"):
+        build_model(full)
+    asked = config(runtime=asked.runtime, **sizes)
+    for settings, expected in ((asked, True), (recipe.without_flash_attention(asked), False)):
+        net = build_model(settings)
+        blocks = [*net.stage0.blocks, *net.stage1.blocks, *net.stage2.blocks]
+        assert {block.attn.attend.flash for block in blocks} == {expected}
 
 
 def test_float16_computes_in_float16_but_for_norms_softmax_and_output():

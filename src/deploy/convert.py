@@ -14,7 +14,7 @@ from mindspore import Tensor, nn, ops
 
 from src.config import Config, ModelConfig
 from src.errors import UserError
-from src.recipe import build_model, image_size
+from src.recipe import build_model, image_size, without_flash_attention
 from src.weights.checkpoint import save_weights
 from src.weights.load import load_tensors, load_weights, read_weights
 from src.weights.report import LoadReport
@@ -60,7 +60,7 @@ def convert(
         config = dataclasses.replace(
             config, model=dataclasses.replace(config.model, num_classes=classes)
         )
-    net = build_model(config).set_train(False)
+    net = build_model(without_flash_attention(config)).set_train(False)
     load_tensors(net, tensors, report)
     del tensors
     unproven = target.with_name(f".{target.stem}.unproven{target.suffix}")

@@ -14,7 +14,13 @@ from mindspore import Tensor, nn
 from src.config import Config
 from src.data import Preprocessing, eval_batches
 from src.errors import UserError
-from src.recipe import build_model, build_preprocessing, open_split, resolve_classes
+from src.recipe import (
+    build_model,
+    build_preprocessing,
+    open_split,
+    resolve_classes,
+    without_flash_attention,
+)
 from src.reporting.figures import write_json
 from src.weights import load_weights, make_readable, sha256_of
 
@@ -49,7 +55,7 @@ def export(
         _require_ascend(output, device)
     if config.model.num_classes is None:
         config = resolve_classes(config, open_split(config, "val"))
-    net = build_model(config)
+    net = build_model(without_flash_attention(config))
     logger.info("%s", load_weights(net, checkpoint))
     net.set_train(False)
     preprocessing = build_preprocessing(config)

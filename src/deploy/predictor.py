@@ -15,7 +15,7 @@ from PIL import Image
 from src.command_line import load_config, run_config_of
 from src.data import Preprocessing
 from src.errors import UserError
-from src.recipe import build_model, build_preprocessing
+from src.recipe import build_model, build_preprocessing, without_flash_attention
 from src.weights import WEIGHT_SUFFIXES, load_weights
 
 
@@ -147,7 +147,7 @@ def _open_weights(path: Path, config: str | Path | None) -> _Opened:
     settings = load_config(Path(config))
     if settings.model.num_classes is None:
         raise UserError(f"{config}: model.num_classes is not set; give the run's config.yaml")
-    net = build_model(settings)
+    net = build_model(without_flash_attention(settings))
     load_weights(net, path)
     net.set_train(False)
     return net, build_preprocessing(settings), settings.data.class_names or [], None

@@ -12,8 +12,7 @@ from dataclasses import dataclass, replace
 
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor, nn, ops
-from mindspore import dtype as mstype
+from mindspore import Tensor, nn
 
 from src.errors import UserError
 from src.models.cvt import CvT
@@ -149,7 +148,7 @@ def attention_weights(cell: Attention, x: Tensor, height: int, width: int) -> Te
     """
     q, k, _ = cell._project(x, height, width)
     q, k = cell._heads(cell.proj_q(q)), cell._heads(cell.proj_k(k))
-    return ops.softmax(cell.scores(q * cell.scale, k).astype(mstype.float32), -1)
+    return cell.attend.weights(q, k)
 
 
 def _key_positions(cell: Attention, edge: int) -> np.ndarray:

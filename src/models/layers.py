@@ -15,6 +15,7 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 from mindspore.common.initializer import HeUniform, Normal, Uniform, initializer
 
+from src.models.attention import ScaledDotProductAttention
 from src.models.stochastic import Dropout, DropPath
 
 KERNEL_SIZE, PADDING = 3, 1  # of the convolutional projection in every published CvT
@@ -181,7 +182,6 @@ class Attention(nn.Cell):
         dim = stage.dim
         self.num_heads = stage.num_heads
         self.head_dim = dim // stage.num_heads
-        self.scale = dim**-0.5  # the official code scales by the whole dimension, not the head's
         self.has_cls_token = stage.cls_token
         self.qkv_projection = stage.qkv_projection
         if stage.qkv_projection == "conv":
@@ -195,8 +195,8 @@ class Attention(nn.Cell):
         self.proj_v = dense(dim, dim)
         self.proj = dense(dim, dim)
         self.proj_drop = Dropout(stage.drop_rate, next(sites))
-        self.scores = ops.BatchMatMul(transpose_b=True)
-        self.mix = ops.BatchMatMul()
+        # The official code scales by the whole dimension, not the head's.
+        self.attend = ScaledDotProductAttention(stage.num_heads, self.head_dim, scale=dim**-0.5)
 
     def _project(self, x: Tensor, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens [B, T, C] -> q [B, T, C], k and v [B, T', C] before their Linears."""
@@ -224,9 +224,7 @@ class Attention(nn.Cell):
         q = self._heads(self.proj_q(q))
         k = self._heads(self.proj_k(k))
         v = self._heads(self.proj_v(v))
-        scores = self.scores(q * self.scale, k).astype(mstype.float32)  # [B, h, T, T']
-        weights = ops.softmax(scores, -1).astype(v.dtype)
-        x = self.mix(weights, v).transpose((0, 2, 1, 3))  # [B, T, h, C / h]
+        x = self.attend(q, k, v).transpose((0, 2, 1, 3))  # [B, T, h, C / h]
         x = x.reshape((-1, x.shape[1], self.num_heads * self.head_dim))
         return self.proj_drop(self.proj(x), bits)
 

@@ -1,0 +1,223 @@
+"""The graphs of training and evaluation as MindSpore's front end leaves them for a device.
+
+A process of its own compiles each, because what MindSpore dumps is settled when it is imported:
+`python -m tests.ascend.graphs training-adamw`. To audit a further set-up, add a line to GRAPHS.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+# cvt_13's structure (patch embeddings, class token, head) with few channels, two blocks in stage 3.
+SIZES = {"embed_dims": (16, 32, 64), "num_heads": (1, 2, 4), "depths": (1, 1, 2), "num_classes": 9}
+BATCH, IMAGE = 2, 64
+
+
+def _inputs():
+    import mindspore as ms
+    import numpy as np
+
+    images = ms.Tensor(np.zeros((BATCH, 3, IMAGE, IMAGE), np.float32))
+    return images, ms.Tensor(np.zeros(BATCH, np.int32))
+
+
+def _training(optimizer: str, flash_attention: bool = False, **options) -> None:
+    import mindspore as ms
+    import numpy as np
+
+    from src.models import create_model
+    from src.models.attention import use_flash_attention
+    from src.recipe import set_precision
+    from src.training import optimizer as optimizers
+    from src.training.loss import LabelSmoothingCrossEntropy
+    from src.training.train_step import TrainStep
+
+    net = create_model("cvt_13", **SIZES, drop_path_rate=0.1, drop_rate=0.1)
+    if flash_attention:
+        use_flash_attention(set_precision(net, "float16"))
+    ema_net = create_model("cvt_13", **SIZES)
+    ema_net.update_parameters_name("ema.")
+    update = getattr(optimizers, optimizer)(net.trainable_params(), weight_decay=0.05)
+    rates = np.full(10, 1e-3, np.float32)
+    options = {"clip_norm": 1.0, "ema_net": ema_net, "ema_decay": 0.99, **options}
+    step = TrainStep(net, LabelSmoothingCrossEntropy(0.1), update, rates, **options)
+    step.set_train(True)
+    ema_net.set_train(False)
+    missing = contextlib.suppress(RuntimeError) if flash_attention else contextlib.nullcontext()
+    with missing:  # the CPU has no such kernel, which shows only behind the graph that is read
+        images, labels = _inputs()
+        mix = ms.Tensor(np.ones(6, np.float32)) if step.mixing else None
+        if step.parts is None:
+            step.compile(images, labels, mix)
+        else:
+            step.parts.add.compile(images, labels, mix, ms.Tensor(0, ms.int32))
+            step.parts.update.compile()
+
+
+def _evaluation() -> None:
+    from src.models import create_model
+
+    create_model("cvt_13", **SIZES).set_train(False).compile(_inputs()[0])
+
+
+def _faulty() -> None:
+    """What the audit must find: an operator without Ascend support, and a dynamic shape."""
+    import mindspore as ms
+    from mindspore import nn, ops
+
+    class Faulty(nn.Cell):
+        def construct(self, x):
+            return ops.Fmax()(x, x)
+
+    net = Faulty()
+    x = ms.Tensor(shape=(None, 3), dtype=ms.float32)
+    net.set_inputs(x)
+    net.compile(x)
+
+
+GRAPHS: dict[str, Callable[[], None]] = {
+    "training-adamw": lambda: _training("AdamW"),
+    "training-mixed-dynamic-scale": lambda: _training("AdamW", loss_scale=None, mixing=True),
+    "training-accumulated": lambda: _training("SGD", accumulate=2),
+    "training-sgd-float16-flash": lambda: _training("SGD", flash_attention=True, loss_scale=1024.0),
+    "evaluation": _evaluation,
+}
+
+
+@dataclass
+class Node:
+    """A call in a graph: primitive, arguments, its output's type, whether of the backward pass."""
+
+    primitive: str
+    arguments: list[str]
+    output: str = ""
+    backward: bool = False
+
+
+@dataclass
+class Graph:
+    """What a graph is made of: its calls by their number in the dump."""
+
+    nodes: dict[str, Node]
+
+    @property
+    def primitives(self) -> Counter:
+        """How often each primitive occurs."""
+        return Counter(node.primitive for node in self.nodes.values())
+
+    @property
+    def dynamic(self) -> list[Node]:
+        """Calls whose output has a dimension or a rank that is not known."""
+        unknown = re.compile(r"\((?:[\d\-]+, )*-[12](?:, [\d\-]+)*\)")
+        return [node for node in self.nodes.values() if unknown.search(node.output)]
+
+    def saved_bytes(self) -> int:
+        """Bytes of what the forward pass makes and the backward pass reads, parameters aside.
+
+        A reshape shares the memory of its input.
+        """
+        saved = {}
+        for node in self.nodes.values():
+            if not self._is_backward(node):
+                continue
+            for argument in node.arguments:
+                key = self._storage(argument)
+                source = self.nodes.get(key.split("[")[0])
+                if source and not self._is_backward(source) and source.primitive not in READS:
+                    saved[key] = _bytes(self.nodes[self._through(argument)].output)
+        return sum(saved.values())
+
+    def _is_backward(self, node: Node) -> bool:
+        if node.primitive in ("TupleGetItem", "Reshape") and node.arguments[0] in self.nodes:
+            return self._is_backward(self.nodes[node.arguments[0]])
+        return node.backward
+
+    def _through(self, name: str) -> str:
+        """The call behind reshapes."""
+        while name in self.nodes and self.nodes[name].primitive == "Reshape":
+            name = self.nodes[name].arguments[0]
+        return name
+
+    def _storage(self, name: str) -> str:
+        """What the memory of a value is named: a call, and which output of it."""
+        name = self._through(name)
+        node = self.nodes.get(name)
+        if node and node.primitive == "TupleGetItem":
+            return f"{node.arguments[0]}[{node.arguments[1]}]"
+        return name
+
+
+READS = ("Load", "TensorMove", "MakeTuple", "UpdateState")  # parameters, and no values at all
+_CALL = re.compile(r"  (?:%(\d+)\([^)]*\) = )?(?:PrimFunc_)?(\w+)\((.*?)(?:\) |\)$|$)")
+_ARGUMENT = re.compile(r"%(\w+)|I64\((\d+)\)")
+_WIDTHS = {"Float32": 4, "Int32": 4, "Float16": 2, "BFloat16": 2, "Bool": 1}
+
+
+def _bytes(output: str) -> int:
+    kind, shape = re.match(r"<(?:Ref\[)?Tensor\[(\w+)\]\]?, \(([\d, ]*)\)", output).groups()
+    return _WIDTHS[kind] * math.prod(int(n) for n in shape.split(",") if n.strip())
+
+
+def read_graph(text: str) -> Graph:
+    """Read MindSpore's dump of a graph."""
+    nodes: dict[str, Node] = {}
+    node = None
+    for line in text.splitlines():
+        call = _CALL.match(line)
+        if call:
+            arguments = [first or second for first, second in _ARGUMENT.findall(call[3])]
+            node = nodes[call[1] or call[2]] = Node(call[2], arguments)
+        elif node and not node.output and line.startswith("      : "):
+            node.output = line.partition(") -> (")[2] or line
+        elif node and line.startswith("      # Fullname with scope: (Gradients/"):
+            node.backward = True
+    return Graph(nodes)
+
+
+@functools.cache
+def compile_graph(name: str) -> Graph:
+    """Compile one of `GRAPHS` for the CPU, once, and read the graph that the front end made.
+
+    The CPU's back end and its kernels come after that, so what is read holds for any device, as
+    far as the front end does not look at the device.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {
+            **os.environ,
+            "MS_DEV_SAVE_GRAPHS": "1",
+            "MS_DEV_SAVE_GRAPHS_PATH": folder,
+            "MS_DEV_DUMP_IR_PASSES": "validate",
+        }
+        command = [sys.executable, "-m", "tests.ascend.graphs", name]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        dumps = list(Path(folder).rglob("*_validate_*.ir"))
+        if len(dumps) != 1:
+            raise RuntimeError(f"{name}: {len(dumps)} dumps of its graph\n{done.stderr}")
+        return read_graph(dumps[0].read_text())
+
+
+def main() -> None:
+    """Compile the graph that the command line names."""
+    from src.runtime import prepare_environment
+
+    prepare_environment()
+    import mindspore as ms
+
+    ms.set_context(mode=ms.GRAPH_MODE)
+    {**GRAPHS, "faulty": _faulty}[sys.argv[1]]()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""No operator of training or evaluation lacks Ascend support; no shape is dynamic."""
+
+import pytest
+
+from tests.ascend.graphs import GRAPHS, read_graph
+from tests.ascend.operators import (
+    PAGE,
+    TABLE,
+    compile_graphs,
+    evidence,
+    table,
+    unsupported,
+)
+
+
+@pytest.fixture(scope="module")
+def graphs():
+    return compile_graphs([*GRAPHS, "faulty"])
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_every_operator_is_supported_on_ascend(graphs, name):
+    assert unsupported(graphs[name].primitives) == []
+
+
+def test_the_graphs_are_whole(graphs):
+    """Forward, backward, clipping, update, average, drop path and the fused attention are there."""
+    step = graphs["training-adamw"].primitives
+    assert step["Conv2D"] == step["Conv2DBackpropFilter"] == 3 + 4 * 3
+    assert step["BatchNormGrad"] == 4 * 3 and step["SoftmaxBackward"] == 4
+    parameters = step["Adam"]
+    assert step["Square"] == parameters == 117 and step["Assign"] > parameters
+    assert step["BitwiseXor"] and step["ClampScalar"] and step["StridedSliceGrad"]
+    flash = graphs["training-sgd-float16-flash"].primitives
+    assert flash["ApplyMomentum"] == parameters and not flash["BatchMatMul"]
+    assert flash["FlashAttentionScore"] == flash["FlashAttentionScoreGrad"] == 4
+    assert graphs["evaluation"].primitives["Conv2D"] == 3 + 4 * 3
+    assert not any("Grad" in name for name in graphs["evaluation"].primitives)
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_every_shape_is_static(graphs, name):
+    assert graphs[name].dynamic == []
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_nothing_in_a_graph_calls_the_host(graphs, name):
+    called = {"PyExecute", "PyFunc", "PyInterpret", "Print", "TensorDump", "PyBoost"}
+    assert called.isdisjoint(graphs[name].primitives)
+
+
+def test_an_operator_without_support_and_a_dynamic_shape_are_found(graphs):
+    assert unsupported(graphs["faulty"].primitives) == ["Fmax"]
+    assert graphs["faulty"].dynamic
+    assert read_graph("  %0(x) = PrimFunc_Add(%1)\n      : (<Tensor[Int32], (-2)>)").dynamic
+
+
+@pytest.mark.parametrize("primitive", ["Fmax", "LSTM", "Lgamma", "NoSuchOperator"])
+def test_nothing_speaks_for_what_ascend_lacks(primitive):
+    assert evidence(primitive) is None
+
+
+def test_the_table_in_the_documents_is_this_audit(graphs):
+    """`python -m tests.ascend.operators` writes it anew."""
+    audited = table({name: graphs[name] for name in GRAPHS})
+    assert TABLE.search(PAGE.read_text())[2] == audited

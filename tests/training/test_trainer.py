@@ -1,0 +1,70 @@
+"""The loop around the step."""
+
+import mindspore as ms
+import pytest
+
+from src.config import (
+    AugmentConfig,
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    ModelConfig,
+    TrainingConfig,
+)
+from src.data import open_source
+from src.recipe import resolve_classes
+from src.training.state import Progress
+from src.training.trainer import Trainer
+from tests.conftest import TINY
+
+
+class Watched:
+    """A training step that computes nothing and notes when it is called."""
+
+    def __init__(self, step, events):
+        self.step, self.events = step, events
+
+    def __getattr__(self, name):
+        return getattr(self.step, name)
+
+    def take(self, *inputs):
+        self.events.append("step")
+        return ms.Tensor(1.0, ms.float32), ms.Tensor(1.0, ms.float32)
+
+
+@pytest.fixture
+def trainer(tmp_path):
+    config = Config(
+        model=ModelConfig(name="cvt_nano", **{**TINY, "num_classes": None}, image_size=32),
+        data=DataConfig(source="digits"),
+        augment=AugmentConfig(crop="pad", hflip=0.0),
+        training=TrainingConfig(epochs=2, batch_size=500),
+        evaluation=EvaluationConfig(batch_size=500),
+    )
+    source = open_source("digits", None, "train")
+    return Trainer(resolve_classes(config, source), source, tmp_path)
+
+
+def test_nothing_waits_for_the_device_between_steps(trainer, monkeypatch):
+    """A value fetched to the host stops an accelerator's queue: only the first step, whose
+    compiling is not timed, and the end of an epoch may.
+    """
+    events = []
+    trainer.step = Watched(trainer.step, events)
+    fetch = ms.Tensor.asnumpy
+
+    def watched_fetch(tensor):
+        events.append("fetch")
+        return fetch(tensor)
+
+    for name in ("asnumpy", "item", "tolist"):
+        monkeypatch.setattr(ms.Tensor, name, watched_fetch)
+    for epoch in range(2):
+        events.clear()
+        trainer.progress = Progress(epoch=epoch)
+        trainer._train_epoch()
+        assert events.count("step") == trainer.steps_per_epoch == 8
+        first, last = events.index("step"), len(events) - events[::-1].index("step")
+        between = events[first:last]
+        assert between == ["step", *["fetch"] * (epoch == 0), *["step"] * 7]
+        assert "fetch" in events[last:], "the epoch's losses are read at its end"
