@@ -116,6 +116,8 @@ def log_to(file: Path | None = None) -> None:
         logger.addHandler(logging.handlers.MemoryHandler(1000, logging.CRITICAL + 1, None, False))
         return
     to_file = logging.FileHandler(file, encoding="utf-8")
+    # A full disk ends the run with one line where it can lose something: at the next state.
+    to_file.handleError = lambda record: None
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     for record in (record for handler in earlier for record in handler.buffer):
         to_file.handle(record)

@@ -71,7 +71,8 @@ def save_state(step: TrainStep, progress: Progress, checkpoints: Path, keep: int
     text = json.dumps(dataclasses.asdict(progress))
     save_checkpoint(state, path, progress=text)
     _name_last(path)
-    for old in _states(checkpoints)[keep:]:
+    unfinished = checkpoints.glob(".*.partial.*")  # of a process that was killed
+    for old in (*_states(checkpoints)[keep:], *unfinished):
         old.unlink(missing_ok=True)
 
 

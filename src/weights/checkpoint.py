@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import math
 import os
 import zlib
@@ -64,19 +65,33 @@ def save_checkpoint(
     aside = path.with_name(f".{path.stem}.partial.{kind}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(aside, "wb"):  # MindSpore would tell of a failure on the console, at length
-            pass
-        ms.save_checkpoint(
-            entries, str(aside), append_dict=extra or None, crc_check=True, format=kind
-        )
+        logging.disable(logging.CRITICAL)  # MindSpore tells of a failure on the console, at length
+        try:
+            ms.save_checkpoint(
+                entries, str(aside), append_dict=extra or None, crc_check=True, format=kind
+            )
+        finally:
+            logging.disable(logging.NOTSET)
         make_readable(aside)
         with open(aside, "rb") as file:
             os.fsync(file.fileno())
         os.replace(aside, path)
+        _flush_folder(path.parent)
     except (OSError, RuntimeError) as error:
-        with contextlib.suppress(OSError):
-            aside.unlink()
+        for part in (aside, aside.with_suffix(".tmp")):  # MindSpore's own way of writing aside
+            with contextlib.suppress(OSError):
+                part.unlink()
         raise UserError(f"{path}: can't be written: {' '.join(str(error).split())}") from error
+
+
+def _flush_folder(folder: Path) -> None:
+    """Let a new name in a folder survive a power failure, where the system can."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def save_weights(weights: nn.Cell | Mapping[str, Tensor], path: str | Path) -> None:

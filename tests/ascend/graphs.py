@@ -33,7 +33,7 @@ def _inputs():
     return images, ms.Tensor(np.zeros(BATCH, np.int32))
 
 
-def _training(optimizer: str, flash_attention: bool = False, **options) -> None:
+def _training(optimizer: str, flash_attention: bool = False, part: str = "", **options) -> None:
     import mindspore as ms
     import numpy as np
 
@@ -59,11 +59,12 @@ def _training(optimizer: str, flash_attention: bool = False, **options) -> None:
     with missing:  # the CPU has no such kernel, which shows only behind the graph that is read
         images, labels = _inputs()
         mix = ms.Tensor(np.ones(6, np.float32)) if step.mixing else None
-        if step.parts is None:
-            step.compile(images, labels, mix)
-        else:
+        if part == "add":
             step.parts.add.compile(images, labels, mix, ms.Tensor(0, ms.int32))
+        elif part == "update":
             step.parts.update.compile()
+        else:
+            step.compile(images, labels, mix)
 
 
 def _evaluation() -> None:
@@ -90,7 +91,8 @@ def _faulty() -> None:
 GRAPHS: dict[str, Callable[[], None]] = {
     "training-adamw": lambda: _training("AdamW"),
     "training-mixed-dynamic-scale": lambda: _training("AdamW", loss_scale=None, mixing=True),
-    "training-accumulated": lambda: _training("SGD", accumulate=2),
+    "training-parts": lambda: _training("SGD", accumulate=2, part="add"),
+    "training-parts-update": lambda: _training("SGD", accumulate=2, part="update"),
     "training-sgd-float16-flash": lambda: _training("SGD", flash_attention=True, loss_scale=1024.0),
     "evaluation": _evaluation,
 }

@@ -9,12 +9,12 @@ import pytest
 
 from src import recipe
 from src.command_line import load_config
-from src.data import ArraySource, open_source
 from src.data.loader import choose_workers
 from src.errors import UserError
 from src.runtime import log_to
 from src.training.run import train
 from src.training.trainer import Trainer
+from tests.training.runs import assert_equal_runs, small
 
 
 def test_a_run_leaves_what_the_contract_says(trained):
@@ -50,31 +50,6 @@ def test_best_holds_the_average_and_last_the_whole_state(trained):
     assert int(last["step"].asnumpy()) == 32
 
 
-@pytest.fixture
-def few_digits(monkeypatch):
-    """Runs see 100 digits in training and 25 held out."""
-
-    whole = {split: open_source("digits", None, split) for split in ("train", "val")}
-
-    def few(name, path, split, **options):
-        source = whole[split]
-        images = np.stack([source[i][0] for i in range(0, len(source), 40)])
-        return ArraySource(images, source.labels[::40], source.class_names, split)
-
-    monkeypatch.setattr(recipe, "open_source", few)
-
-
-def small(folder, **changes):
-    """The shared run's recipe in PyNative mode: nothing to compile."""
-    config = load_config(folder / "config.yaml")
-    config.runtime.mode = "pynative"
-    config.training.batch_size = 50
-    for key, value in changes.items():
-        group, _, name = key.partition("__")
-        setattr(getattr(config, group), name, value)
-    return config
-
-
 def test_a_resumed_run_equals_one_that_went_through(trained, few_digits, tmp_path, monkeypatch):
     """Drop path, augmentation and EMA on; stopped behind the first epoch; equal to the last bit."""
     config = small(trained, model__drop_path_rate=0.3, training__epochs=2)
@@ -90,20 +65,7 @@ def test_a_resumed_run_equals_one_that_went_through(trained, few_digits, tmp_pat
         patch.setattr(Trainer, "_train_epoch", dies)
         train(config, tmp_path / "parts")
     train(config, tmp_path / "parts", resume=True)
-    states = [ms.load_checkpoint(str(tmp_path / run / "checkpoints/last.ckpt"))
-              for run in ("whole", "parts")]  # fmt: skip
-    assert states[0].keys() == states[1].keys()
-    for name in set(states[0]) - {"progress"}:
-        assert np.array_equal(states[0][name].asnumpy(), states[1][name].asnumpy()), name
-    timing = ("seconds", "images_per_second")
-    rows = [
-        [
-            {key: value for key, value in json.loads(line).items() if key not in timing}
-            for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()
-        ]
-        for run in ("whole", "parts")
-    ]
-    assert rows[0] == rows[1] and len(rows[0]) == 2
+    assert_equal_runs(tmp_path / "whole", tmp_path / "parts")
 
 
 def test_repeated_augmentation_reaches_the_batches(trained, few_digits, tmp_path):

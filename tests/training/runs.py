@@ -1,0 +1,39 @@
+"""Whole runs of a tiny network on few digits, and how to compare them."""
+
+from __future__ import annotations
+
+import json
+
+import mindspore as ms
+import numpy as np
+
+from src.command_line import load_config
+
+TIMING = ("seconds", "images_per_second")
+
+
+def small(folder, **changes):
+    """The shared run's recipe in PyNative mode: nothing to compile."""
+    config = load_config(folder / "config.yaml")
+    config.runtime.mode = "pynative"
+    config.training.batch_size = 50
+    for key, value in changes.items():
+        group, _, name = key.partition("__")
+        setattr(getattr(config, group), name, value)
+    return config
+
+
+def assert_equal_runs(*folders):
+    """Every weight, moment, average and figure of two runs, to the last bit."""
+    states = [ms.load_checkpoint(str(run / "checkpoints/last.ckpt")) for run in folders]
+    assert states[0].keys() == states[1].keys()
+    for name in set(states[0]) - {"progress"}:
+        assert np.array_equal(states[0][name].asnumpy(), states[1][name].asnumpy()), name
+    rows = [
+        [
+            {key: value for key, value in json.loads(line).items() if key not in TIMING}
+            for line in (run / "metrics.jsonl").read_text().splitlines()
+        ]
+        for run in folders
+    ]
+    assert rows[0] == rows[1] and rows[0]

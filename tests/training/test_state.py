@@ -1,0 +1,178 @@
+"""Saved states: exact resume within an epoch, falling back, and what is refused."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import mindspore as ms
+import numpy as np
+import pytest
+
+from src.command_line import load_config
+from src.data import ArraySource
+from src.errors import UserError
+from src.training.run import train
+from src.training.state import Progress, save_state
+from src.training.train_step import TrainStep
+from src.training.trainer import Trainer
+from tests.training.runs import assert_equal_runs, small
+
+
+def dying(monkeypatch, calls):
+    """Let the training step fail at its call of this number, as a lost machine would."""
+    real, seen = TrainStep.take, []
+
+    def take(self, *arguments):
+        seen.append(1)
+        if len(seen) == calls:
+            raise KeyboardInterrupt
+        return real(self, *arguments)
+
+    monkeypatch.setattr(TrainStep, "take", take)
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.unlink()  # last.ckpt is the same file under another name
+    path.write_bytes(bytes(content))
+
+
+def test_a_run_resumed_within_an_epoch_ends_equal(trained, few_digits, tmp_path, capsys):
+    """Drop path, mixup, crops and average on; then again with the newest state damaged."""
+    changes = {
+        "model__drop_path_rate": 0.3, "augment__mixup": 0.8, "augment__cutmix": 1.0,
+        "training__save_every": 1, "training__batch_size": 25,
+    }  # fmt: skip
+    config = small(trained, **changes)
+    train(config, tmp_path / "whole")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        dying(patch, calls=7)  # four steps an epoch
+        train(config, tmp_path / "parts")
+    states = sorted(path.name for path in (tmp_path / "parts/checkpoints").glob("step-*"))
+    assert states == ["step-00000005.ckpt", "step-00000006.ckpt"], "the two newest"
+    shutil.copytree(tmp_path / "parts", tmp_path / "damaged")
+    train(config, tmp_path / "parts", resume=True)
+    assert_equal_runs(tmp_path / "whole", tmp_path / "parts")
+
+    flip(tmp_path / "damaged/checkpoints/step-00000006.ckpt")
+    flip(tmp_path / "damaged/checkpoints/last.ckpt")
+    capsys.readouterr()
+    train(config, tmp_path / "damaged", resume=True)
+    said = capsys.readouterr().out
+    assert "step-00000006.ckpt" in said and "going back to step-00000005.ckpt" in said
+    assert_equal_runs(tmp_path / "whole", tmp_path / "damaged")
+
+
+def test_where_every_state_is_damaged_the_resume_is_refused(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    for path in (tmp_path / "run/checkpoints").iterdir():
+        flip(path)
+    with pytest.raises(UserError, match="step-00000032.ckpt, step-00000016.ckpt.* can't be used"):
+        train(load_config(trained / "config.yaml"), tmp_path / "run", resume=True)
+
+
+def test_a_state_by_name_is_the_one_that_is_taken(trained, few_digits, tmp_path, capsys):
+    config = small(trained, training__keep=5)
+    train(config, tmp_path / "run")
+    capsys.readouterr()
+    train(config, tmp_path / "run", resume=tmp_path / "run/checkpoints/step-00000002.ckpt")
+    assert "resumed behind epoch 1" in capsys.readouterr().out
+    with pytest.raises(UserError, match="best.ckpt: "):
+        train(config, tmp_path / "run", resume=tmp_path / "run/checkpoints/best.ckpt")
+
+
+def test_changes_are_accepted_where_told_so(trained, few_digits, tmp_path, capsys):
+    train(small(trained, training__epochs=1), tmp_path / "run")
+    longer = small(trained, training__epochs=2)
+    with pytest.raises(UserError, match="training.epochs 1, not 2.*--accept_changes"):
+        train(longer, tmp_path / "run", resume=True)
+    train(longer, tmp_path / "run", resume=True, accept_changes=True)
+    assert "was trained with training.epochs 1, not 2" in capsys.readouterr().out
+    assert load_config(tmp_path / "run/config.yaml").training.epochs == 2
+
+
+def test_other_data_under_the_same_path_is_noticed(trained, few_digits, tmp_path, monkeypatch):
+    train(small(trained, training__epochs=1), tmp_path / "run")
+    monkeypatch.setattr(ArraySource, "digest", lambda self: 5)
+    with pytest.raises(UserError, match="other training images or labels"):
+        train(small(trained, training__epochs=1), tmp_path / "run", resume=True)
+
+
+def test_a_state_that_is_not_finite_is_not_saved(trained, tmp_path):
+    net = ms.nn.Dense(2, 2)
+    net.weight.set_data(ms.Tensor(np.array([[1, np.nan], [0, 0]], np.float32)))
+    net.step = ms.Parameter(ms.Tensor(3, ms.int32), name="step")
+    with pytest.raises(UserError, match="step-00000003.ckpt: not saved, weight is not finite"):
+        save_state(net, Progress(), tmp_path, keep=2)
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_batches_are_skipped_where_told_so(trained, few_digits, tmp_path, monkeypatch, capsys):
+    """The first step's learning rate is harmless; its images are not numbers."""
+    real, seen = TrainStep.take, []
+
+    def take(self, images, *rest):
+        seen.append(1)
+        return real(self, images * float("nan") if len(seen) == 2 else images, *rest)
+
+    monkeypatch.setattr(TrainStep, "take", take)
+    config = small(trained, training__batch_size=25, training__epochs=1)
+    with pytest.raises(UserError, match=r"step 2: the loss is nan.*image \d+ of.* and 22 more"):
+        train(config, tmp_path / "stops")
+    assert not (tmp_path / "stops/checkpoints").exists()
+    seen.clear()
+    config.training.non_finite = "skip"
+    train(config, tmp_path / "skips")
+    assert "step 2: the loss is nan" in capsys.readouterr().out
+    state = ms.load_checkpoint(str(tmp_path / "skips/checkpoints/last.ckpt"))
+    assert (int(state["step"].asnumpy()), int(state["skipped"].asnumpy())) == (4, 1)
+
+
+def test_two_runs_do_not_share_a_folder(trained, few_digits, tmp_path, monkeypatch):
+    def second(self):
+        with pytest.raises(UserError, match="another run works in this folder"):
+            train(small(trained), tmp_path / "run")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "fit", second)
+    with pytest.raises(KeyboardInterrupt):
+        train(small(trained), tmp_path / "run")
+    assert not (tmp_path / "run/.lock").exists()
+
+
+def test_a_full_disk_ends_the_run_and_keeps_what_was_saved(trained, few_digits, tmp_path):
+    """A limit on the size of files stands in for the disk; the state is larger, the rest is not."""
+    code = (
+        "import resource, signal, sys\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "sys.argv = sys.argv[1:]\n"
+        "import runpy; runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    shutil.copytree(trained, tmp_path / "run")
+    before = (tmp_path / "run/checkpoints/step-00000032.ckpt").read_bytes()
+    command = [
+        sys.executable, "-c", code, "train.py", "--output", str(tmp_path / "run"), "--resume",
+        "--training.epochs=3", "--accept_changes",
+    ]  # fmt: skip
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "can't be written" in done.stderr and done.stderr.count("\n") == 1
+    assert (tmp_path / "run/checkpoints/step-00000032.ckpt").read_bytes() == before
+    assert not list((tmp_path / "run/checkpoints").glob(".*")), "nothing half-written stays"
+
+
+def test_a_signal_is_noted_once_and_handlers_come_back():
+    from src.ranks import ALONE
+    from src.training.interruption import Interruption
+
+    before = signal.getsignal(signal.SIGTERM)
+    with Interruption(ALONE) as interruption:
+        assert not interruption.after_step()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interruption.after_step() and interruption.signal == signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is before
