@@ -5,9 +5,7 @@ from typing import Literal, Optional, Union
 
 from jsonargparse.typing import (
     ClosedUnitInterval,
-    NonNegativeFloat,
     NonNegativeInt,
-    PositiveFloat,
     PositiveInt,
     restricted_number_type,
 )
@@ -15,7 +13,13 @@ from jsonargparse.typing import (
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-
+INFINITY = float("inf")
+PositiveFloat = restricted_number_type(
+    "PositiveFloat", float, [(">", 0), ("<", INFINITY)], join="and"
+)
+NonNegativeFloat = restricted_number_type(
+    "NonNegativeFloat", float, [(">=", 0), ("<", INFINITY)], join="and"
+)
 Share = restricted_number_type("Share", float, [(">=", 0), ("<", 1)], join="and")
 
 
