@@ -14,12 +14,8 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 INFINITY = float("inf")
-PositiveFloat = restricted_number_type(
-    "PositiveFloat", float, [(">", 0), ("<", INFINITY)], join="and"
-)
-NonNegativeFloat = restricted_number_type(
-    "NonNegativeFloat", float, [(">=", 0), ("<", INFINITY)], join="and"
-)
+Positive = restricted_number_type("Positive", float, [(">", 0), ("<", INFINITY)], join="and")
+NonNegative = restricted_number_type("NonNegative", float, [(">=", 0), ("<", INFINITY)], join="and")
 Share = restricted_number_type("Share", float, [(">=", 0), ("<", 1)], join="and")
 
 
@@ -115,8 +111,8 @@ class DataConfig:
     classes: Optional[list[str]] = None
     train_images: Optional[PositiveInt] = None
     mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = IMAGENET_STD
-    crop_ratio: Optional[PositiveFloat] = 0.875
+    std: tuple[Positive, Positive, Positive] = IMAGENET_STD
+    crop_ratio: Optional[Positive] = 0.875
     interpolation: Literal["bicubic", "bilinear", "nearest"] = "bicubic"
     workers: NonNegativeInt = 0
 
@@ -146,16 +142,16 @@ class AugmentConfig:
     """
 
     crop: Literal["random_resized", "pad"] = "random_resized"
-    scale: tuple[PositiveFloat, PositiveFloat] = (0.08, 1.0)
-    ratio: tuple[PositiveFloat, PositiveFloat] = (0.75, 1.3333333333333333)
+    scale: tuple[Positive, Positive] = (0.08, 1.0)
+    ratio: tuple[Positive, Positive] = (0.75, 1.3333333333333333)
     padding: NonNegativeInt = 4
     hflip: ClosedUnitInterval = 0.5
     rand_augment: Optional[str] = None
     color_jitter: ClosedUnitInterval = 0.0
     erasing_prob: ClosedUnitInterval = 0.0
     repeats: PositiveInt = 1
-    mixup: NonNegativeFloat = 0.0
-    cutmix: NonNegativeFloat = 0.0
+    mixup: NonNegative = 0.0
+    cutmix: NonNegative = 0.0
     mixup_prob: ClosedUnitInterval = 1.0
     mixup_switch_prob: ClosedUnitInterval = 0.5
 
@@ -181,16 +177,16 @@ class OptimizerConfig:
     """
 
     name: Literal["adamw", "sgd"] = "adamw"
-    lr: PositiveFloat = 1e-3
+    lr: Positive = 1e-3
     lr_batch_size: Optional[PositiveInt] = None
-    weight_decay: NonNegativeFloat = 0.05
+    weight_decay: NonNegative = 0.05
     betas: tuple[Share, Share] = (0.9, 0.999)
-    eps: PositiveFloat = 1e-8
+    eps: Positive = 1e-8
     momentum: Share = 0.9
-    clip_norm: NonNegativeFloat = 0.0
+    clip_norm: NonNegative = 0.0
     warmup_epochs: NonNegativeInt = 5
-    warmup_lr: NonNegativeFloat = 1e-6
-    min_lr: NonNegativeFloat = 1e-5
+    warmup_lr: NonNegative = 1e-6
+    min_lr: NonNegative = 1e-5
     schedule_per: Literal["step", "epoch"] = "epoch"
 
 
@@ -222,7 +218,7 @@ class TrainingConfig:
     accumulate: PositiveInt = 1
     label_smoothing: Share = 0.1
     ema_decay: Share = 0.0
-    loss_scale: Union[PositiveFloat, Literal["dynamic"]] = 1.0
+    loss_scale: Union[Positive, Literal["dynamic"]] = 1.0
     non_finite: Literal["stop", "skip"] = "stop"
     save_every: NonNegativeInt = 0
     keep: PositiveInt = 2
