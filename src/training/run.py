@@ -9,13 +9,19 @@ from pathlib import Path
 from src.command_line import load_config, save_config
 from src.config import Config
 from src.errors import UserError
-from src.recipe import open_split, resolve_classes
+from src.recipe import open_checked, resolve_classes
 from src.runtime import log_to, setup
 from src.training.trainer import Trainer
 
 logger = logging.getLogger("cvt")
 # Keys that may change between the parts of a run, because they don't change what is computed.
-FREE_TO_CHANGE = ("runtime.device", "runtime.device_id", "data.path", "evaluation.batch_size")
+FREE_TO_CHANGE = (
+    "runtime.device",
+    "runtime.device_id",
+    "data.path",
+    "data.index",
+    "evaluation.batch_size",
+)
 
 
 def train(config: Config, output: Path, resume: bool = False, finetune: str | None = None) -> None:
@@ -35,9 +41,8 @@ def train(config: Config, output: Path, resume: bool = False, finetune: str | No
     device, ranks = setup(config.runtime)
     if ranks.is_first:
         _check_folder(output, resume)
-    source = open_split(config, "train")
+    source = open_checked(config, "train", ranks, output)
     config = resolve_classes(config, source)
-    ranks.require_agreement("training images", source.digest())
     ranks.require_agreement("settings", _flat(config))
     if resume and ranks.is_first:
         _refuse_changes(load_config(output / "config.yaml"), config, output)

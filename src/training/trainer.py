@@ -21,7 +21,13 @@ from src.data import Source, train_batches
 from src.errors import UserError
 from src.evaluation.evaluator import Evaluator
 from src.ranks import ALONE, Ranks
-from src.recipe import build_augmentation, build_mixing, build_preprocessing, image_size, open_split
+from src.recipe import (
+    build_augmentation,
+    build_mixing,
+    build_preprocessing,
+    image_size,
+    open_checked,
+)
 from src.reporting.figures import write_text
 from src.reporting.plots import plot_curves
 from src.reporting.progress import progress_bar
@@ -60,7 +66,7 @@ class Trainer:
         self.augmentation = build_augmentation(config, self.source.encoded)
         self.mixing = build_mixing(config)
         self.evaluator = Evaluator(
-            open_split(config, "val"),
+            open_checked(config, "val", ranks, output),
             build_preprocessing(config),
             config.evaluation.batch_size,
             config.data.workers,
