@@ -99,6 +99,12 @@ class DataConfig:
             centre; null resizes straight to the image size, as the official 384 px evaluation.
         interpolation: filter of every resize, as in Pillow.
         workers: threads that prepare images; 0 takes one per core, eight at most.
+        check_images: read every image file once before the start (imagefolder).
+        index: file that keeps the result of that, for several runs on the same data, which then
+            read only new and changed images; null keeps it in the run's folder.
+        broken: what becomes of images that can't be read: skip leaves them out and counts them,
+            stop ends the run; auto skips training images and stops at evaluation images.
+        broken_share: share of broken images beyond which skipping stops as well.
     """
 
     source: Literal["digits", "imagefolder", "mindrecord", "cifar10", "cifar100", "mnist"] = (
@@ -115,6 +121,10 @@ class DataConfig:
     crop_ratio: Optional[Positive] = 0.875
     interpolation: Literal["bicubic", "bilinear", "nearest"] = "bicubic"
     workers: NonNegativeInt = 0
+    check_images: bool = True
+    index: Optional[str] = None
+    broken: Literal["auto", "skip", "stop"] = "auto"
+    broken_share: ClosedUnitInterval = 0.01
 
 
 @dataclass

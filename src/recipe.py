@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 from mindspore import dtype as mstype
 from mindspore import nn
 
@@ -14,6 +17,8 @@ from src.data import (
     Preprocessing,
     Source,
     balanced,
+    check_files,
+    leave_out,
     only_classes,
     open_source,
     train_operations,
@@ -21,9 +26,14 @@ from src.data import (
 from src.errors import UserError
 from src.models import create_model
 from src.models.attention import use_flash_attention
+from src.ranks import ALONE, Ranks
+from src.reporting.progress import progress_bar
 from src.runtime import current_device
 
+logger = logging.getLogger("cvt")
+
 MIXING_KEYS = ("mixup", "cutmix", "mixup_prob", "mixup_switch_prob")  # as Mixing's fields
+INDEX_FILE = "images.json"  # in a run's folder
 
 
 def image_size(config: ModelConfig) -> tuple[int, int]:
@@ -103,6 +113,58 @@ def open_split(config: Config, split: str) -> Source:
     if data.train_images and split == "train":
         source = balanced(source, data.train_images, config.runtime.seed)
     return source
+
+
+def open_checked(
+    config: Config, split: str, ranks: Ranks = ALONE, run: Path | None = None, *, keep: bool = True
+) -> Source:
+    """`open_split` without broken images, the same on all ranks: the first one looks at the files.
+
+    Args:
+        config: the recipe.
+        split: "train" or "val".
+        ranks: those that open the split.
+        run: a run's folder, with an index of the images unless `data.index` names another.
+        keep: whether to write the run's index; the one of `data.index` always is.
+
+    Raises:
+        UserError: images are broken, and more of them than may be skipped.
+    """
+    source, data = open_split(config, split), config.data
+    ranks.require_agreement(f"{split} images", source.digest())
+    if not len(source) or source.file(0) is None:
+        return source
+    if not data.check_images:
+        logger.warning(
+            "%s: images are not checked (data.check_images): a broken one stops the run when it is "
+            "reached, and one with a damaged header can end it without a message", source.title
+        )  # fmt: skip
+        return source
+    faults: dict[int, str] = {}
+    if ranks.is_first:
+        index = Path(data.index).expanduser() if data.index else run and run / INDEX_FILE
+        files = [source.file(k) for k in range(len(source))]
+        entries = check_files(
+            files, Path(data.path).expanduser(), index,
+            write=keep or data.index is not None, workers=data.workers, progress=progress_bar,
+        )  # fmt: skip
+        faults = {k: entry.fault for k, entry in enumerate(entries) if entry.fault}
+        turned = sum(entry.turned for entry in entries)
+        if turned:
+            logger.info("%s: %d images are turned upright by EXIF", source.title, turned)
+    faults = {k: faults.get(k, "broken") for k in _of_the_first(ranks, faults, len(source))}
+    skips = data.broken == "skip" or (data.broken == "auto" and split == "train")
+    share = f"or raise data.broken_share (now {data.broken_share:g})"
+    remedy = share if skips else "or let them be skipped with --data.broken skip"
+    return leave_out(source, faults, data.broken_share if skips else 0.0, remedy)
+
+
+def _of_the_first(ranks: Ranks, numbers: Iterable[int], count: int) -> list[int]:
+    """The numbers, all below `count`, that the first rank has; a bit for each travels."""
+    bits = np.zeros(-(-count // 64) * 64, bool)
+    bits[list(numbers)] = True
+    first = ranks.gather(np.packbits(bits).view(np.float64))[0]
+    return np.flatnonzero(np.unpackbits(first.copy().view(np.uint8))).tolist()
 
 
 def resolve_classes(config: Config, source: Source) -> Config:

@@ -5,15 +5,18 @@ import dataclasses
 import mindspore as ms
 import numpy as np
 import pytest
+from PIL import Image
 
 from src import recipe
 from src.config import AugmentConfig, Config, DataConfig, ModelConfig, RuntimeConfig
 from src.data import open_source
 from src.errors import UserError
+from src.ranks import Ranks
 from src.recipe import (
     build_augmentation,
     build_model,
     build_preprocessing,
+    open_checked,
     open_split,
     resolve_classes,
 )
@@ -139,3 +142,71 @@ def test_float16_computes_in_float16_but_for_norms_softmax_and_output():
     assert logits.dtype == ms.float32
     difference = np.abs(logits.asnumpy() - expected.asnumpy()).max()
     assert 0 < difference < 5e-3
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Four photographs of two classes in both splits, one of them cut off."""
+    for split in ("train", "val"):
+        for number in range(4):
+            place = tmp_path / split / "ab"[number % 2] / f"{number}.jpg"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (20, 20)).save(place)
+        place.write_bytes(place.read_bytes()[:100])
+    return tmp_path
+
+
+def photo_config(folder, **keys):
+    return Config(data=DataConfig(path=str(folder), broken_share=0.25, **keys))
+
+
+def test_broken_images_are_skipped_in_training_and_stop_evaluation(photos, caplog):
+    run = photos / "run"
+    assert len(open_checked(photo_config(photos), "train", run=run)) == 3
+    assert (run / "images.json").is_file()
+    assert "left out: 1 of 4" in caplog.text and "train/b/3.jpg: cut off" in caplog.text
+    with pytest.raises(UserError, match="1 of 4.*val/b/3.jpg: cut off.*data.broken skip"):
+        open_checked(photo_config(photos), "val", run=run)
+    with pytest.raises(UserError, match="1 of 4.*train/b/3.jpg"):
+        open_checked(photo_config(photos, broken="stop"), "train", run=run)
+    assert len(open_checked(photo_config(photos, broken="skip"), "val", run=run)) == 3
+    strict = photo_config(photos, broken="skip")
+    strict.data.broken_share = 0.2
+    with pytest.raises(UserError, match="1 of 4.*data.broken_share .now 0.2"):
+        open_checked(strict, "train", run=run)
+
+
+def test_where_the_index_is_kept(photos):
+    open_checked(photo_config(photos), "train", run=photos / "run", keep=False)
+    open_checked(photo_config(photos), "train")
+    assert not (photos / "run").exists()
+    named = photos / "shared" / "index.json"
+    config = photo_config(photos, index=str(named))
+    open_checked(config, "train", run=photos / "run", keep=False)
+    assert named.is_file() and not (photos / "run").exists()
+
+
+def test_unchecked_images_are_said_to_be(photos, caplog):
+    assert len(open_checked(photo_config(photos, check_images=False), "val")) == 4
+    assert "images are not checked" in caplog.text
+
+
+def test_ranks_skip_what_the_first_one_found(photos, monkeypatch):
+    """The second rank reads no file; the bits travel as they would between processes."""
+    sent = []
+
+    class Fake(Ranks):
+        def gather(self, values):
+            if self.is_first:
+                sent.append(np.array(values))
+            return np.stack([sent[-1], np.asarray(values)])
+
+        def require_agreement(self, *_):
+            pass
+
+    first = open_checked(photo_config(photos), "train", Fake(0, 2))
+    monkeypatch.setattr(recipe, "check_files", None)
+    second = open_checked(photo_config(photos), "train", Fake(1, 2))
+    assert len(second) == 3 and second.digest() == first.digest()
+    with pytest.raises(UserError, match="val/b/3.jpg: broken"):
+        open_checked(photo_config(photos), "val", Fake(1, 2))

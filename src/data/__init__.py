@@ -5,6 +5,8 @@
 
 from src.data.augment import train_operations
 from src.data.base import ArraySource, FileSource, Source
+from src.data.broken import leave_out
+from src.data.index import check_files
 from src.data.loader import Batches, epoch_indices, eval_batches, find_broken, train_batches
 from src.data.mixing import Mixing
 from src.data.sources import SOURCES, open_source
@@ -20,9 +22,11 @@ __all__ = [
     "Preprocessing",
     "Source",
     "balanced",
+    "check_files",
     "epoch_indices",
     "eval_batches",
     "find_broken",
+    "leave_out",
     "only_classes",
     "open_source",
     "train_batches",

@@ -40,6 +40,10 @@ class Source:
         """Where item `index` comes from, for messages to people."""
         return f"image {index} of {self.title}"
 
+    def file(self, index: int) -> str | None:
+        """The image file that holds item `index` alone, if there is one."""
+        return None
+
     def digest(self) -> int:
         """A checksum over every item's name and label, and the classes, in their order."""
         number = zlib.crc32(repr(self.class_names).encode(), zlib.crc32(self.labels))
@@ -83,6 +87,9 @@ class FileSource(Source):
         return np.fromfile(self._files[index], np.uint8), self.labels[index]
 
     def describe(self, index: int) -> str:
+        return self._files[index]
+
+    def file(self, index: int) -> str:
         return self._files[index]
 
 

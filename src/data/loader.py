@@ -15,8 +15,9 @@ import mindspore.dataset as ds
 import numpy as np
 
 from src.data.base import Source
+from src.data.images import decode, prepare
 from src.data.keyed import Keyed
-from src.data.transforms import decode, is_cut_off, remove_dumps
+from src.data.transforms import remove_dumps
 from src.errors import UserError
 
 _log = logging.getLogger("cvt")
@@ -196,8 +197,7 @@ class Batches:
                 broken = find_broken(self.source, self._in_flight(done))
                 if broken is None:
                     raise
-                message = f"{broken}: not a readable image; remove or replace it"
-                raise UserError(message) from error
+                raise UserError(f"{broken}; remove or replace it") from error
             yield item
 
     def _in_flight(self, done: int) -> np.ndarray:
@@ -230,8 +230,8 @@ class _Selection:
     def __getitem__(self, position: int) -> tuple:
         index = int(self._indices[position])
         item = self._source[index] if self._with_images else (self._source.labels[index],)
-        if self._with_images and self._source.encoded and is_cut_off(item[0]):
-            raise UserError(f"{self._source.describe(index)}: cut off")
+        if self._with_images and self._source.encoded:
+            item = prepare(item[0]), item[1]
         if self._seed is None:
             return item
         return (*item, np.array([self._seed, position], np.uint64))
@@ -278,12 +278,14 @@ def choose_workers(workers: int) -> int:
 
 
 def find_broken(source: Source, indices: Iterable[int]) -> str | None:
-    """The first of these items that cannot be read or decoded, as `source.describe` names it."""
+    """The first of these items that can't be read or decoded: where it is, and what is wrong."""
     if not source.encoded:
         return None
     for index in indices:
         try:
             decode(source[int(index)][0])
-        except (OSError, UserError):
-            return source.describe(int(index))
+        except (OSError, UserError) as error:
+            reason = getattr(error, "strerror", None) or "not a readable image"
+            reason = error if isinstance(error, UserError) else reason
+            return f"{source.describe(int(index))}: {reason}"
     return None

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import mindspore.dataset as ds
+import numpy as np
 from mindspore.mindrecord.common.exceptions import MindRecordException
 
 from src.data.base import Source
+from src.data.images import examine, prepare
 from src.data.records import FORMAT, INDEX, UNFINISHED, load_index
 from src.data.shards import open_writer, seal, verify_shard
 from src.data.sources import open_source
-from src.data.transforms import is_readable
 from src.errors import UserError
 from src.reporting.figures import write_json
 from src.reporting.progress import progress_bar
@@ -331,9 +332,10 @@ def _of_file(function: Callable[[str], _T], path: str) -> _T:
 
 
 def _read(path: str) -> bytes | None:
-    """An image file's bytes, None if MindSpore might not decode them."""
+    """An image file's bytes, such that MindSpore decodes them right; None if they are no image."""
     content = _of_file(lambda name: Path(name).read_bytes(), path)
-    return content if is_readable(content) else None
+    fault, _ = examine(content)
+    return None if fault else prepare(np.frombuffer(content, np.uint8)).tobytes()
 
 
 def _ahead(

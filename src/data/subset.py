@@ -40,6 +40,10 @@ class Subset(Source):
         """The item as the whole source names it."""
         return self._source.describe(int(self._indices[index]))
 
+    def file(self, index: int) -> str | None:
+        """As of the whole source."""
+        return self._source.file(int(self._indices[index]))
+
 
 def only_classes(
     source: Source, names: Sequence[str], class_names: Sequence[str] | None = None

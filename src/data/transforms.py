@@ -6,8 +6,6 @@ pixels that Pillow gives, which the official evaluation is built on; the tests c
 
 from __future__ import annotations
 
-import io
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -15,8 +13,8 @@ from typing import Any
 
 import numpy as np
 from mindspore.dataset import vision
-from PIL import Image
 
+from src.data.images import decode
 from src.errors import UserError
 
 # Only bicubic exists with Pillow's antialiasing. The other two sample like OpenCV, without a wider
@@ -166,49 +164,6 @@ class Preprocessing:
         return cls(**values)
 
 
-def decode(content: np.ndarray) -> np.ndarray:
-    """The bytes of an image file, uint8 [bytes], to RGB pixels, uint8 [H, W, 3].
-
-    Pillow looks first, which doubles the time: on a damaged JPEG header `vision.Decode` can end the
-    process (12 of 38 headers with one to three wrong bytes; with Pillow in front 0 of 1,177 files).
-
-    Raises:
-        UserError: no image, a format other than JPEG, PNG, BMP and TIFF, damaged, or cut off.
-    """
-    start = time.time()
-    try:
-        Image.open(io.BytesIO(content.tobytes()), formats=("JPEG", "PNG", "BMP", "TIFF")).load()
-        if is_cut_off(content):
-            raise ValueError("cut off")
-        return vision.Decode()(content)
-    # Pillow raises any of OSError, SyntaxError, ValueError, struct.error
-    except Exception as error:
-        remove_dumps(start)
-        raise UserError("not a readable image (JPEG, PNG, BMP or TIFF)") from error
-
-
-def is_readable(content: bytes) -> bool:
-    """Whether these are the bytes of an image that can be trained on.
-
-    A JPEG is decoded at an eighth of its size, which reads all of it and takes 0.8 ms, not 3, for
-    66 kB; anything else as in training.
-    """
-    array = np.frombuffer(content, np.uint8)
-    try:
-        if not content.startswith(b"\xff\xd8"):
-            decode(array)
-            return True
-        with Image.open(io.BytesIO(content), formats=("JPEG",)) as image:
-            usual = image.mode in ("L", "RGB")
-            image.draft("RGB", (1, 1))
-            image.load()
-        if not usual:
-            decode(array)
-        return not is_cut_off(array)
-    except Exception:  # Pillow raises any of OSError, SyntaxError, ValueError, struct.error
-        return False
-
-
 def remove_dumps(since: float) -> None:
     """Take away the copies of undecodable images that MindSpore drops in the current folder.
 
@@ -218,27 +173,3 @@ def remove_dumps(since: float) -> None:
         for path in Path().glob(f"{name}.*"):
             if path.stat().st_mtime >= since - 1:
                 path.unlink(missing_ok=True)
-
-
-def is_cut_off(content: np.ndarray) -> bool:
-    """Whether a file, uint8 [bytes], is a JPEG without its end.
-
-    On a JPEG cut off in its header or between the scans of a progressive one, MindSpore 2.8 hangs
-    or ends the process with SIGFPE; cut off elsewhere, the missing part may be grey without a word.
-    This check takes 10 us for 50 kB; the other formats fail as they should.
-    """
-    data = content.tobytes()
-    if not data.startswith(b"\xff\xd8"):
-        return False
-    position = 2
-    while position + 4 <= len(data):
-        marker = data[position + 1]
-        if data[position] != 0xFF or marker == 0xFF:  # stray or fill bytes: libjpeg skips them too
-            position += 1
-        elif marker in (0x00, 0x01) or 0xD0 <= marker <= 0xD8:  # without a length
-            position += 2
-        else:
-            position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
-            if marker == 0xDA:  # compressed data follow, in which the end marker cannot occur
-                return data.rfind(b"\xff\xd9", position) < 0
-    return True

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 import numpy as np
 from mindspore import Tensor, nn
 
+from src.command_line import run_config_of
 from src.config import Config
 from src.data import Preprocessing, Source, eval_batches
 from src.errors import UserError
 from src.evaluation.metrics import Metrics
 from src.ranks import ALONE, Ranks
-from src.recipe import build_model, build_preprocessing, open_split, resolve_classes
+from src.recipe import build_model, build_preprocessing, open_checked, resolve_classes
 from src.reporting.progress import progress_bar
 from src.weights import load_weights
 
@@ -118,9 +119,9 @@ def evaluate_checkpoint(config: Config, checkpoint: str, ranks: Ranks = ALONE) -
     Raises:
         UserError: weights that don't fit, or data that can't be read.
     """
-    source = open_split(config, "val")
+    beside = run_config_of(checkpoint)
+    source = open_checked(config, "val", ranks, beside and beside.parent, keep=False)
     config = resolve_classes(config, source)
-    ranks.require_agreement("evaluation images", source.digest())
     net = build_model(config)
     logger.info("%s", load_weights(net, checkpoint))
     evaluation = config.evaluation

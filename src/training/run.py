@@ -11,7 +11,7 @@ from pathlib import Path
 from src.command_line import save_config
 from src.config import Config
 from src.errors import UserError
-from src.recipe import open_split, resolve_classes
+from src.recipe import open_checked, resolve_classes
 from src.runtime import log_to, setup
 from src.training.state import flat, has_state
 from src.training.trainer import Trainer
@@ -43,9 +43,8 @@ def train(
     device, ranks = setup(config.runtime)
     if ranks.is_first:
         _check_folder(output, resume)
-    source = open_split(config, "train")
+    source = open_checked(config, "train", ranks, output)
     config = resolve_classes(config, source)
-    ranks.require_agreement("training images", source.digest())
     ranks.require_agreement("settings", flat(config))
     # First of all, because it finds what can't work.
     trainer = Trainer(config, source, output, finetune, ranks)

@@ -163,7 +163,7 @@ def _states(checkpoints: Path) -> list[Path]:
 
 # Keys that may change between the parts of a run, because they don't change what is computed.
 FREE_TO_CHANGE = (
-    "runtime.device", "runtime.device_id", "data.path", "evaluation.batch_size",
+    "runtime.device", "runtime.device_id", "data.path", "data.index", "evaluation.batch_size",
     "training.save_every", "training.keep",
 )  # fmt: skip
 

@@ -24,7 +24,7 @@ from src.data.loader import choose_workers
 from src.errors import UserError
 from src.evaluation.evaluator import Evaluator
 from src.ranks import ALONE, Ranks
-from src.recipe import build_preprocessing, open_split
+from src.recipe import build_preprocessing, open_checked
 from src.reporting.figures import write_text
 from src.reporting.plots import plot_curves
 from src.reporting.progress import progress_bar
@@ -76,7 +76,7 @@ class Trainer:
         self.ranks = ranks
         self.feed = Feed(config, source, ranks)
         self.evaluator = Evaluator(
-            open_split(config, "val"),
+            open_checked(config, "val", ranks, output),
             build_preprocessing(config),
             config.evaluation.batch_size,
             config.data.workers,

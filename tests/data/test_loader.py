@@ -288,19 +288,29 @@ def empty(path):
     open(path, "w").close()
 
 
-@pytest.mark.parametrize(
-    "damage", [cut, cut_in_header, cut_in_a_marker, text, another_format, empty, os.remove]
-)
+CUT_OFF = "not a readable image (cut off: the end of the JPEG is missing)"
+DAMAGES = {
+    cut: CUT_OFF,
+    cut_in_header: CUT_OFF,
+    cut_in_a_marker: CUT_OFF,
+    text: "not a readable image (no image, or damaged at its beginning)",
+    another_format: "not a readable image (of the format WEBP; JPEG, PNG, BMP and TIFF are read)",
+    empty: "not a readable image (empty, 0 bytes)",
+    os.remove: "No such file or directory",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_broken_file_is_named(files, damage):
     damage(files.describe(29))
-    assert find_broken(files, range(40)) == files.describe(29)
+    named = f"{files.describe(29)}: {DAMAGES[damage]}"
+    assert find_broken(files, range(40)) == named
     assert find_broken(files, range(29)) is None
     good = 0
     with pytest.raises(UserError) as caught:
         for _ in eval_batches(files, EVAL.operations(True), 4):
             good += 1
-    message = f"{files.describe(29)}: not a readable image; remove or replace it"
-    assert str(caught.value) == message and good <= 7
+    assert str(caught.value) == f"{named}; remove or replace it" and good <= 7
     assert all(name[:2].isdigit() for name in os.listdir()), "MindSpore's copy is taken away"
 
 

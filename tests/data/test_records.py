@@ -254,7 +254,7 @@ def test_a_broken_record_is_named(records, monkeypatch, tmp_path):
     content = path.read_bytes()
     path.write_bytes(content.replace(jpeg[:40], b"x" * 40, 1))
     source = open_source("mindrecord", str(records), "train")
-    assert find_broken(source, range(21)) == source.describe(8)
+    assert find_broken(source, range(21)).startswith(f"{source.describe(8)}: not a readable image")
     words = r"train/10/1.jpg \(in .*00001.mindrecord, record 0\): not a readable image"
     with pytest.raises(UserError, match=words):
         collect(eval_batches(source, EVAL.operations(True), 4))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from src.data.transforms import Preprocessing, is_cut_off
+from src.data.transforms import Preprocessing
 from src.errors import UserError
 from tests.data.images import MEAN, STD, file_of, normalised, photo
 
@@ -127,20 +127,3 @@ def test_what_is_no_image_is_refused():
     for wrong in (np.zeros((5, 5), np.uint8), np.zeros((5, 5, 3), np.float32)):
         with pytest.raises(ValueError, match="uint8"):
             preprocessing(wrong)
-
-
-@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"exif": b"\xff\xda\xff\xd9" * 20}])
-def test_a_cut_off_jpeg_is_seen_at_any_length(options):
-    buffer = io.BytesIO()
-    Image.fromarray(photo(20, 30)).save(buffer, "JPEG", **options)
-    content = np.frombuffer(buffer.getvalue(), np.uint8)
-    assert all(is_cut_off(content[:length]) for length in range(2, len(content)))
-    assert not is_cut_off(content)
-    assert not is_cut_off(np.concatenate([content, np.zeros(9, np.uint8)]))  # padded
-    filled = [content[:2], np.full(3, 0xFF, np.uint8), content[2:]]
-    assert not is_cut_off(np.concatenate(filled))
-
-
-def test_other_formats_are_left_to_the_decoder():
-    for kind in ("PNG", "BMP", "TIFF"):
-        assert not is_cut_off(np.frombuffer(file_of(photo(20, 30), kind), np.uint8)[:200])

@@ -69,13 +69,48 @@ def test_a_folder_of_photographs_trains_and_a_broken_one_is_named(photos, tmp_pa
     words = ("--ckpt=run/checkpoints/last.ckpt", "--data.path=photos")
     done = run_command("eval.py", *words, cwd=tmp_path)
     assert done.returncode == 2
-    assert done.stderr == (
-        "eval.py: error: photos/val/red/3.jpg: not a readable image; remove or replace it\n"
+    assert done.stderr.splitlines()[-1] == (
+        "eval.py: error: 1 of 10 images of imagefolder (val) can't be read: photos/val/red/3.jpg: "
+        "no image, or damaged at its beginning; remove or replace them, or let them be skipped "
+        "with --data.broken skip"
     )
     (tmp_path / "photos/val/green").mkdir()
     done = run_command("eval.py", *words, cwd=tmp_path)
     assert done.returncode == 2 and "green" in done.stderr and done.stderr.count("\n") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["photos", "run"]
+
+
+def test_one_broken_of_200_is_skipped_in_training_and_stops_evaluation(tmp_path):
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 100), ("val", 3)):
+        for name in "ab":
+            place = tmp_path / "data" / split / name
+            place.mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(place / f"{i}.jpg")
+    broken = tmp_path / "data/train/b/33.jpg"
+    broken.write_bytes(broken.read_bytes()[:200])
+    keys = ["--data.path=data", *TINY_KEYS, "--training.epochs=1", "--model.image_size=16"]
+    keys += ["--training.batch_size=99", "--output=run"]
+    done = run_command("train.py", PHOTOS, *keys, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    log = (tmp_path / "run" / "log.txt").read_text()
+    left_out = (
+        "left out: 1 of 200 images of imagefolder (train) can't be read (0.50 %): data/train/b"
+    )
+    for text in (log, done.stdout):
+        assert f"{left_out}/33.jpg: cut off: the end of the JPEG is missing" in text
+    stored = json.loads((tmp_path / "run/images.json").read_text())["content"]["files"]
+    assert len(stored) == 206 and [name for name in stored if stored[name][2]] == ["train/b/33.jpg"]
+    # Evaluation on the training images; what the run has found is known.
+    words = ("eval.py", "--ckpt=run/checkpoints/last.ckpt", "--data.val_folder=train")
+    done = run_command(*words, cwd=tmp_path)
+    assert done.returncode == 2 and "1 of 200" in done.stderr and "b/33.jpg: cut off" in done.stderr
+    assert "checking 1 images in" in done.stdout and "199 more are known" in done.stdout
+    done = run_command(*words, "--data.broken=skip", "--json=figures.json", cwd=tmp_path)
+    assert done.returncode == 0 and "left out: 1 of 200" in done.stdout
+    assert json.loads((tmp_path / "figures.json").read_text())["images"] == 199
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,168 @@
+"""Every file of a data set looked at once, and what was found kept in an index.
+
+The index is JSON: for each file its size, its time of change and what is wrong with it. Only files
+that are new, changed since or were broken are read again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from src.data.images import examine
+from src.errors import UserError
+from src.reporting.figures import write_text
+
+_log = logging.getLogger("cvt")
+
+_VERSION = 1  # of the file, and of what `examine` takes for whole
+_SAVE_SECONDS = (
+    120.0  # ImageNet's takes 6 s to save; what a killed process loses of its work, at most
+)
+_BATCH = 256  # files between two looks at the clock
+
+
+class Entry(NamedTuple):
+    """What is known of a file: bytes, time of change in ns, its fault or "", whether EXIF turns it.
+
+    A file that is not there has size -1.
+    """
+
+    size: int
+    changed: int
+    fault: str
+    turned: bool
+
+
+def check_files(
+    files: Sequence[str],
+    root: str | Path,
+    index: Path | None = None,
+    *,
+    write: bool = True,
+    workers: int = 0,
+    progress: Callable[[int, str], tqdm] | None = None,
+) -> list[Entry]:
+    """What there is to say about each file; reads only what the index does not know.
+
+    Args:
+        files: image files below `root`.
+        root: the data set's folder, to which the index belongs.
+        index: where the index is and goes to; made if it is not there. None: no index.
+        write: whether to keep what is found, every two minutes and at the end, in `index`.
+        workers: threads (Pillow decodes outside Python's lock); 0 takes one per core.
+        progress: makes the bar from the number of files and a title.
+
+    Raises:
+        UserError: the index can't be written.
+    """
+    known = {} if index is None else _read(index, root)
+    names = [os.path.relpath(file, root) for file in files]
+    stamps = [_stamp(file) for file in files]
+    changed = [n for n, stamp in zip(names, stamps) if n in known and known[n][:2] != stamp]
+    here = set(names)
+    gone = [name for name in known if name not in here and _stamp(Path(root, name))[0] < 0]
+    for what, some in (("changed", changed), ("removed", gone)):
+        if some:
+            _log.info("%s: %d files were %s since, such as %s", index, len(some), what, some[0])
+    for name in gone + changed:
+        del known[name]
+    stale = [k for k, name in enumerate(names) if name not in known or known[name].fault]
+    threads = workers or _cores()
+    _log.info(
+        "%s: checking %d images in %d threads, %d more are known", root, len(stale), threads,
+        len(files) - len(stale),
+    )  # fmt: skip
+    saved = time.monotonic()
+    try:
+        for k, (fault, turned) in _examine_all(files, stale, threads, progress):
+            known[names[k]] = Entry(*stamps[k], fault, turned)
+            if index is not None and write and time.monotonic() - saved > _SAVE_SECONDS:
+                _write(index, root, known)
+                saved = time.monotonic()
+    finally:  # what was done before an interruption need not be done again
+        if index is not None and write and (stale or gone):
+            _write(index, root, known)
+    return [known[name] for name in names]
+
+
+def _examine_all(
+    files: Sequence[str],
+    which: Sequence[int],
+    threads: int,
+    progress: Callable[[int, str], tqdm] | None,
+) -> Iterator[tuple[int, tuple[str, bool]]]:
+    bar = progress(len(which), "check images") if progress is not None else None
+    # Pillow warns of odd EXIF blocks and of large images; what matters of it is in the fault.
+    with warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool:
+        warnings.simplefilter("ignore")
+        for start in range(0, len(which), _BATCH):
+            batch = which[start : start + _BATCH]
+            yield from zip(batch, pool.map(_examine_file, [files[k] for k in batch]))
+            if bar is not None:
+                bar.update(len(batch))
+    if bar is not None:
+        bar.close()
+
+
+def _examine_file(file: str) -> tuple[str, bool]:
+    try:
+        content = Path(file).read_bytes()
+    except OSError as error:
+        return f"can't be read ({error.strerror})", False
+    return examine(content)
+
+
+def _stamp(file: str | Path) -> tuple[int, int]:
+    try:
+        status = os.stat(file)
+    except OSError:
+        return -1, 0
+    return status.st_size, status.st_mtime_ns
+
+
+def _cores() -> int:
+    at_hand = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(at_hand or 1, 32)
+
+
+def _read(index: Path, root: str | Path) -> dict[str, Entry]:
+    """The entries by file name; none, and a line that says why, if they can't be trusted."""
+    try:
+        stored = json.loads(index.read_text(encoding="utf-8"))
+        content = stored["content"]
+        if stored["sha256"] != _checksum(content):
+            raise ValueError("its checksum is another")
+        if content["version"] != _VERSION:
+            raise ValueError("it is of another version of this program")
+        if content["root"] != str(Path(root).resolve()):
+            raise ValueError(f"it is of {content['root']}")
+        return {name: Entry(*entry) for name, entry in content["files"].items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        _log.warning("%s: this index of images is not used, all are read (%s)", index, error)
+        return {}
+
+
+def _write(index: Path, root: str | Path, entries: dict[str, Entry]) -> None:
+    content = {"version": _VERSION, "root": str(Path(root).resolve()), "files": entries}
+    try:
+        index.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{index}: {error.strerror}; give a file that can be written") from None
+    write_text(json.dumps({"sha256": _checksum(content), "content": content}), index)
+
+
+def _checksum(content: dict) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()

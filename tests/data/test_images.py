@@ -1,0 +1,345 @@
+"""Images of every kind, through the loader's pipelines, against Pillow's pixels or a formula."""
+
+import io
+import json
+import os
+import struct
+import subprocess
+import sys
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mindspore.dataset import vision
+from PIL import Image
+
+from src.data import FileSource, Preprocessing, eval_batches, train_batches, train_operations
+from src.data.images import decode, examine, is_cut_off, prepare
+from src.errors import UserError
+from tests.data.images import MEAN, STD, file_of, photo
+
+PIXELS = photo(60, 80)
+ALPHA = np.tile(np.arange(80, dtype=np.uint8) * 3, (60, 1))
+DEEP = np.random.default_rng(1).integers(0, 65536, (60, 80, 4), np.uint16)
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def saved(image, kind, **keywords):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **keywords)
+    return buffer.getvalue()
+
+
+def chunk(name, data):
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+def png(width, height, colour, rows, depth=16):
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    data = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + data
+
+
+def png16(colour, channels):
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in DEEP[..., :channels])
+    return png(80, 60, colour, rows)
+
+
+def tilted(kind, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return saved(RGB, kind, exif=exif)
+
+
+def ycck():
+    """A CMYK JPEG declared to be YCCK, as Photoshop writes them; other colours, equally valid."""
+    content = bytearray(saved(CMYK, "JPEG"))
+    content[content.index(b"Adobe") + 11] = 2
+    return bytes(content)
+
+
+RGB = Image.fromarray(PIXELS)
+RGBA = Image.fromarray(np.dstack([PIXELS, ALPHA]))
+CMYK = Image.fromarray(np.dstack([PIXELS, ALPHA]), "CMYK")
+PALETTE = RGB.convert("P", palette=Image.Palette.ADAPTIVE)
+GREY16 = Image.fromarray(DEEP[..., 0])
+
+AS_PILLOW = {
+    **{f"{kind} {mode}": saved(RGB.convert(mode), kind)
+       for kind in ("JPEG", "PNG", "BMP", "TIFF") for mode in ("RGB", "L")},
+    **{f"{kind} {mode}": saved(RGB.convert(mode), kind)
+       for kind in ("PNG", "BMP", "TIFF") for mode in ("1", "P")},
+    "progressive JPEG": saved(RGB, "JPEG", progressive=True),
+    "JPEG CMYK": saved(CMYK, "JPEG"),
+    "JPEG YCCK": ycck(),
+    "TIFF CMYK": saved(CMYK, "TIFF"),
+    "PNG palette, transparent": saved(PALETTE, "PNG", transparency=3),
+    "PNG RGB, transparent": saved(RGB, "PNG", transparency=(0, 0, 0)),
+    "PNG RGBA": saved(RGBA, "PNG"),
+    "PNG LA": saved(RGBA.convert("LA"), "PNG"),
+    "TIFF RGBA": saved(RGBA, "TIFF"),
+    "BMP RGBA": saved(RGBA, "BMP"),
+    "TIFF LAB": saved(RGB.convert("LAB"), "TIFF"),
+    "TIFF LZW": saved(RGB, "TIFF", compression="tiff_lzw"),
+    "JPEG 1x1": saved(Image.new("RGB", (1, 1), (9, 100, 7)), "JPEG"),
+    "PNG 1x1": saved(Image.new("L", (1, 1), 7), "PNG"),
+    "JPEG 20000 wide": saved(RGB.resize((20000, 200)), "JPEG"),
+    "PNG 20000 wide": saved(RGB.resize((20000, 200)), "PNG"),
+}  # fmt: skip
+
+KNOWN_PIXELS = {  # where Pillow's convert() is not the truth
+    "PNG 16-bit grey": (png16(0, 1), DEEP[..., [0, 0, 0]] >> 8),
+    "PNG 16-bit grey and alpha": (png16(4, 2), DEEP[..., [0, 0, 0]] >> 8),
+    "PNG 16-bit RGB": (png16(2, 3), DEEP[..., :3] >> 8),
+    "PNG 16-bit RGBA": (png16(6, 4), DEEP[..., :3] >> 8),
+    "TIFF 16-bit grey": (saved(GREY16, "TIFF"), DEEP[..., [0, 0, 0]] >> 8),
+    **{
+        f"{kind} turned {orientation}": (tilted(kind, orientation), upright)
+        for kind in ("PNG", "TIFF")
+        for orientation, upright in {
+            1: PIXELS,
+            2: PIXELS[:, ::-1],
+            3: PIXELS[::-1, ::-1],
+            4: PIXELS[::-1],
+            5: PIXELS.swapaxes(0, 1),
+            6: PIXELS[::-1].swapaxes(0, 1),
+            7: PIXELS[::-1, ::-1].swapaxes(0, 1),
+            8: PIXELS[:, ::-1].swapaxes(0, 1),
+        }.items()
+    },
+}
+
+
+def pillow(content):
+    return np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+
+
+READABLE = {name: (content, pillow(content)) for name, content in AS_PILLOW.items()}
+READABLE.update(KNOWN_PIXELS)
+READABLE["JPEG turned 6"] = (
+    tilted("JPEG", 6),
+    pillow(saved(RGB, "JPEG"))[::-1].swapaxes(0, 1),
+)
+
+
+@pytest.mark.parametrize("name", READABLE)
+def test_every_readable_kind_has_the_right_pixels(name, tmp_path):
+    content, pixels = READABLE[name]
+    assert examine(content)[0] == ""
+    encoded = np.frombuffer(content, np.uint8)
+    np.testing.assert_array_equal(decode(encoded), pixels)
+    np.testing.assert_array_equal(vision.Decode()(prepare(encoded)), pixels)
+
+
+def test_every_readable_kind_goes_through_both_pipelines(tmp_path):
+    source = source_of(tmp_path, {name: content for name, (content, _) in READABLE.items()})
+    preprocessing = Preprocessing((32, 32), 36, MEAN, STD)
+    evaluated = eval_batches(source, preprocessing.operations(True), 8)
+    seen = np.concatenate([images for images, _ in evaluated.iterate(output_numpy=True)])
+    for image, (content, pixels) in zip(seen, READABLE.values()):
+        np.testing.assert_array_equal(image, preprocessing(np.ascontiguousarray(pixels, np.uint8)))
+        np.testing.assert_array_equal(image, preprocessing(content))
+    for crop in ("random_resized", "pad"):
+        operations = train_operations((32, 32), MEAN, STD, encoded=True, crop=crop)
+        batches = train_batches(source, operations, len(source), seed=1, epoch=0)
+        ((images, labels),) = batches.iterate(output_numpy=True)
+        assert np.isfinite(images).all() and len(set(labels)) == len(READABLE)
+
+
+def test_training_crops_upright_images(tmp_path):
+    """Upright blue is above and red below; as stored, beside each other."""
+    halves = np.zeros((40, 40, 3), np.uint8)
+    halves[:, :20], halves[:, 20:] = (255, 0, 0), (0, 0, 255)
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    content = saved(Image.fromarray(halves), "PNG", exif=exif)
+    source = source_of(tmp_path, {"turned": content})
+    whole = train_operations(
+        (40, 40), (0, 0, 0), (1, 1, 1), encoded=True, scale=(1, 1), ratio=(1, 1), hflip=0
+    )
+    ((images, _),) = train_batches(source, whole, 1, seed=0, epoch=0).iterate(output_numpy=True)
+    assert images[0, 2, :18].min() > 0.9 and images[0, 0, 22:].min() > 0.9
+
+
+def source_of(folder, contents):
+    paths = []
+    for number, content in enumerate(contents.values()):
+        paths.append(str(folder / f"{number}.jpg"))  # the wrong extension, for most
+        Path(paths[-1]).write_bytes(content)
+    return FileSource(paths, np.arange(len(paths)), list(contents), "kinds")
+
+
+JPEG = saved(RGB, "JPEG")
+BROKEN = {
+    "empty": (b"", "empty, 0 bytes"),
+    "text": (b"<html>404</html>", "no image, or damaged at its beginning"),
+    "cut JPEG": (JPEG[:-100], "cut off: the end of the JPEG is missing"),
+    "JPEG cut in its header": (JPEG[:90], "cut off: the end"),
+    "damaged header": (JPEG[:158] + b"\xff" * 9 + JPEG[167:], "damaged"),
+    "PNG header": (b"\x89PNG" + bytes(200), "damaged at the beginning of its PNG"),
+    "cut PNG": (saved(RGB, "PNG")[:-2000], "damaged or cut off"),
+    "cut BMP": (saved(RGB, "BMP")[:-2000], "damaged or cut off"),
+    "cut TIFF": (saved(RGB, "TIFF", compression="tiff_lzw")[:-2000], "damaged|cut off"),
+    "PNG with a flipped bit": (
+        bytes(b ^ (i == 3000) for i, b in enumerate(saved(RGB, "PNG"))),
+        "damaged or cut off",
+    ),
+    "WEBP": (saved(RGB, "WEBP"), "of the format WEBP; JPEG, PNG, BMP and TIFF are read"),
+    "GIF": (saved(RGB, "GIF"), "of the format GIF;"),
+    "HEIC": (b"\0\0\0\x18ftypheic\0\0\0\0" + bytes(100), "of the format HEIC;"),
+    "float": (saved(Image.new("F", (9, 9)), "TIFF"), "32-bit values"),
+    "20000 x 20000": (png(20000, 20000, 2, b"", 8), "too large to decode: .*400000000 pixels"),
+    "10000 x 10000": (png(10000, 10000, 2, b"", 8), "10000 x 10000 pixels; at most 89478485"),
+    "20000 x 3": (saved(RGB.resize((20000, 3)), "PNG"), "20000 x 3 pixels; .* 100 : 1"),
+    "BMP bomb": (
+        saved(RGB, "BMP")[:18] + struct.pack("<ii", 99999, 99999) + saved(RGB, "BMP")[26:],
+        "too large to decode: .*9999800001 pixels",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_every_broken_kind_is_refused_in_words_and_with_its_path(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # MindSpore may copy an image that it can't decode to here
+    content, words = BROKEN[name]
+    assert_matches(examine(content)[0], words)
+    with pytest.raises(UserError, match=words):
+        decode(np.frombuffer(content, np.uint8))
+    source = source_of(tmp_path, {"good": JPEG, name: content})
+    evaluation = Preprocessing((32, 32), 36, MEAN, STD).operations(True)
+    training = train_operations((32, 32), MEAN, STD, encoded=True)
+    for batches in (
+        eval_batches(source, evaluation, 1),
+        train_batches(source, training, 1, seed=0, epoch=0),
+    ):
+        with pytest.raises(UserError, match=f"1.jpg: .*({words})"):
+            list(batches)
+
+
+def assert_matches(text, words):
+    with pytest.raises(UserError, match=words):
+        raise UserError(text)
+
+
+def test_a_bomb_costs_no_memory():
+    """100 MB of zeros in 100 kB: 33 million pixels that are there, and 10 GB that are not."""
+    code = """
+import resource, sys, numpy as np
+from src.data.images import examine
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+fault, _ = examine(sys.stdin.buffer.read())
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, fault)
+"""
+    rows = zlib.compress(bytes(100_000_000), 9)
+    header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
+    bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows)
+    done = subprocess.run(
+        [sys.executable, "-c", code], input=bomb, cwd=ROOT, capture_output=True, check=True
+    )
+    kilobytes, fault = done.stdout.decode().split(" ", 1)
+    assert "too large to decode" in fault and int(kilobytes) < 50_000
+
+
+FUZZ = """
+import io, json, sys
+import numpy as np
+from mindspore.dataset import vision
+from PIL import Image
+from src.data.images import decode, examine, is_cut_off, prepare
+from src.errors import UserError
+from tests.data.test_images import damaged
+counts = dict(broken=0, equal=0, near=0, other=0)
+for content in damaged():
+    fault, _ = examine(content)
+    encoded = np.frombuffer(content, np.uint8)
+    try:
+        expected = decode(encoded)
+    except UserError:
+        assert fault, "decode() refuses what examine() takes for whole"
+        counts["broken"] += 1
+        continue
+    assert not fault, fault
+    size = expected.shape[:2]
+    ready = prepare(encoded)
+    crop = vision.RandomCropDecodeResize(size, (1, 1), (size[1] / size[0],) * 2)
+    assert crop(ready).shape == expected.shape
+    seen = vision.Decode()(ready)
+    assert seen.shape == expected.shape
+    differ = (seen != expected).any(axis=2).mean()
+    counts["equal" if differ == 0 else "near" if differ < 0.5 else "other"] += 1
+print(json.dumps(counts))
+"""
+
+
+def damaged():
+    """200 JPEGs with one to three wrong bytes in the header, 100 cut off anywhere."""
+    rng = np.random.default_rng(5)
+    whole = [
+        saved(RGB.convert(mode), "JPEG", progressive=progressive)
+        for mode in ("RGB", "L", "CMYK")
+        for progressive in (False, True)
+    ]
+    for number in range(200):
+        content = bytearray(whole[number % len(whole)])
+        end = content.index(b"\xff\xda") + 12
+        for _ in range(rng.integers(1, 4)):
+            content[rng.integers(2, end)] ^= int(rng.integers(1, 256))
+        yield bytes(content)
+    for number in range(100):
+        content = whole[number % len(whole)]
+        yield content[: rng.integers(len(content))]
+
+
+def test_damaged_jpegs_neither_crash_nor_hang(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "GLOG_v": "4"}
+    done = subprocess.run(
+        [sys.executable, "-c", FUZZ],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    counts = json.loads(done.stdout.splitlines()[-1])
+    print(counts)
+    assert sum(counts.values()) == 300 and counts["broken"] >= 150
+    # Wrong values in the tables of quantisation and codes are valid JPEG, and MindSpore's and
+    # Pillow's copies of libjpeg overflow differently on them.
+    assert counts["near"] + counts["other"] <= 0.15 * (300 - counts["broken"]), counts
+
+
+def test_examine_tells_which_ones_exif_turns():
+    assert examine(tilted("JPEG", 6)) == ("", True)
+    assert examine(tilted("JPEG", 1)) == examine(JPEG) == ("", False)
+
+
+def test_damaged_exif_does_not_make_an_image_broken():
+    content = tilted("JPEG", 6)
+    place = content.index(b"Exif\0\0") + 6
+    content = content[:place] + b"\xff" * 8 + content[place + 8 :]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert examine(content) == ("", False)
+        np.testing.assert_array_equal(decode(np.frombuffer(content, np.uint8)), pillow(JPEG))
+
+
+def test_most_files_pass_as_they_are():
+    for content in (JPEG, saved(RGBA, "PNG"), saved(RGB.convert("L"), "JPEG")):
+        encoded = np.frombuffer(content, np.uint8)
+        assert prepare(encoded) is encoded
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"exif": b"\xff\xda\xff\xd9" * 20}])
+def test_a_cut_off_jpeg_is_seen_at_any_length(options):
+    buffer = io.BytesIO()
+    Image.fromarray(photo(20, 30)).save(buffer, "JPEG", **options)
+    content = buffer.getvalue()
+    assert all(is_cut_off(content[:length]) for length in range(2, len(content)))
+    assert not is_cut_off(content)
+    assert not is_cut_off(content + bytes(9))  # padded
+    assert not is_cut_off(content[:2] + b"\xff" * 3 + content[2:])
+
+
+def test_other_formats_are_left_to_the_decoder():
+    for kind in ("PNG", "BMP", "TIFF"):
+        assert not is_cut_off(file_of(photo(20, 30), kind)[:200])

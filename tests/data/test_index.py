@@ -1,0 +1,201 @@
+"""The index of images: what it saves reading again, and what makes it distrust itself."""
+
+import json
+import logging
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from src.data import ArraySource, FileSource, index, leave_out
+from src.data.index import check_files
+from src.errors import UserError
+from tests.data.images import photo
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for number in range(8):
+        Image.fromarray(photo(20, 20, number)).save(tmp_path / f"{number}.jpg")
+    (tmp_path / "5.jpg").write_bytes((tmp_path / "5.jpg").read_bytes()[:-50])
+    return tmp_path
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """The names of the files that were read since the last look."""
+    names = []
+    examine_file = index._examine_file
+
+    def spy(file):
+        names.append(os.path.basename(file))
+        return examine_file(file)
+
+    monkeypatch.setattr(index, "_examine_file", spy)
+
+    def taken():
+        result = sorted(names)
+        names.clear()
+        return result
+
+    return taken
+
+
+@pytest.fixture
+def check(folder, caplog):
+    def run(**keywords):
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "cvt"):
+            files = sorted(str(path) for path in folder.glob("*.jpg"))
+            entries = check_files(files, folder, folder / "deep" / "index.json", **keywords)
+        return {os.path.basename(file): entry.fault for file, entry in zip(files, entries)}
+
+    return run
+
+
+ALL = [f"{number}.jpg" for number in range(8)]
+
+
+def broken(faults):
+    return [name for name, fault in faults.items() if fault]
+
+
+def test_only_broken_files_are_read_again(check, read, folder):
+    first = check()
+    assert broken(first) == ["5.jpg"] and read() == ALL
+    assert check() == first and read() == ["5.jpg"]
+    Image.fromarray(photo(20, 20)).save(folder / "5.jpg")
+    assert broken(check()) == [] and read() == ["5.jpg"]
+    assert broken(check()) == [] and read() == []
+
+
+def test_new_changed_and_removed_files(check, read, folder, caplog):
+    check()
+    read()
+    Image.fromarray(photo(21, 20)).save(folder / "9.jpg")
+    (folder / "2.jpg").write_text("no image")
+    stamp = os.stat(folder / "3.jpg")
+    os.utime(folder / "3.jpg", ns=(stamp.st_atime_ns, stamp.st_mtime_ns + 1))
+    os.remove(folder / "0.jpg")
+    faults = check()
+    assert read() == ["2.jpg", "3.jpg", "5.jpg", "9.jpg"]
+    assert broken(faults) == ["2.jpg", "5.jpg"] and list(faults) == [*ALL[1:], "9.jpg"]
+    assert "2 files were changed since, such as 2.jpg" in caplog.text
+    assert "1 files were removed since, such as 0.jpg" in caplog.text
+    check()
+    assert "since" not in caplog.text
+
+
+def test_files_of_another_split_are_kept(folder, read, tmp_path):
+    files = sorted(map(str, folder.glob("*.jpg")))
+    for some in (files[:4], files[4:], files):
+        check_files(some, folder, tmp_path / "index.json")
+    assert read() == sorted([*ALL, "5.jpg"])
+
+
+def test_a_flipped_bit_anywhere_in_the_index_is_noticed(check, read, folder, caplog):
+    expected = check()
+    place = folder / "deep" / "index.json"
+    whole = place.read_bytes()
+    for position in np.linspace(0, len(whole) - 1, 40).astype(int):
+        content = bytearray(whole)
+        content[position] ^= 2
+        place.write_bytes(content)
+        read()
+        assert check() == expected
+        white = chr(whole[position]) in " "  # between two values, where a change may mean nothing
+        assert read() == ALL or white, position
+        assert "is not used, all are read" in caplog.text or white
+        assert json.loads(place.read_text()) == json.loads(whole), "made anew"
+
+
+def test_a_cut_index_and_one_of_another_folder_are_not_used(check, read, folder, caplog):
+    expected = check()
+    place = folder / "deep" / "index.json"
+    place.write_bytes(place.read_bytes()[:100])
+    read()
+    assert check() == expected and read() == ALL
+    assert "is not used" in caplog.text
+    other = folder / "other"
+    other.mkdir()
+    Image.fromarray(photo(20, 20)).save(other / "0.jpg")
+    check_files([str(other / "0.jpg")], other, place)
+    assert read() == ["0.jpg"] and f"it is of {folder}" in caplog.text
+
+
+def test_an_interrupted_check_goes_on_where_it_was(check, read, folder, monkeypatch):
+    monkeypatch.setattr(index, "_BATCH", 2)
+    examine_file = index._examine_file
+
+    def interrupted(file):
+        if file.endswith("4.jpg"):
+            raise KeyboardInterrupt
+        return examine_file(file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(index, "_examine_file", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            check(workers=1)
+    assert read()[:4] == ALL[:4]
+    assert broken(check()) == ["5.jpg"] and read() == ALL[4:]
+    assert os.listdir(folder / "deep") == ["index.json"]
+
+
+def test_a_killed_check_loses_the_last_minutes_only(check, folder, monkeypatch):
+    """Saved as it goes: the index is there before the end, and whole."""
+    monkeypatch.setattr(index, "_BATCH", 2)
+    monkeypatch.setattr(index, "_SAVE_SECONDS", 0)
+    sizes = []
+    write = index._write
+
+    def seen(place, root, entries):
+        write(place, root, entries)
+        sizes.append(len(index._read(place, root)))
+
+    monkeypatch.setattr(index, "_write", seen)
+    check()
+    assert sizes == [*range(1, 9), 8]
+
+
+def test_nothing_is_written_where_nothing_is_to_be_kept(check, folder):
+    check(write=False)
+    assert not (folder / "deep").exists()
+
+
+def test_an_index_that_can_not_be_written(check, folder):
+    (folder / "deep").write_text("")
+    with pytest.raises(UserError, match="index.json: .*give a file that can be written"):
+        check()
+
+
+def test_missing_files_are_broken(folder):
+    (entry,) = check_files([str(folder / "none.jpg")], folder)
+    assert entry.fault == "can't be read (No such file or directory)"
+
+
+# what becomes of broken images
+
+
+def test_broken_images_are_left_out_up_to_a_share(caplog):
+    files = [f"{number}.jpg" for number in range(200)]
+    source = FileSource(files, np.arange(200) % 2, ["a", "b"], "files")
+    kept = leave_out(source, {7: "cut off", 100: "empty"}, 0.01, "or else")
+    assert len(kept) == 198 and kept.digest() != source.digest()
+    assert [kept.describe(k) for k in (6, 7, 99)] == ["6.jpg", "8.jpg", "101.jpg"]
+    assert kept.file(7) == "8.jpg" and kept.labels[7] == 0
+    assert (
+        "left out: 2 of 200 images of files can't be read (1.00 %): 7.jpg: cut off" in caplog.text
+    )
+    with pytest.raises(UserError, match="3 of 200 .*7.jpg: x; 8.jpg: x; 9.jpg: x; .*or else"):
+        leave_out(source, dict.fromkeys((9, 8, 7), "x"), 0.01, "or else")
+    with pytest.raises(UserError, match="1 of 200"):
+        leave_out(source, {0: "x"}, 0.0, "or else")
+    with pytest.raises(UserError, match="200 of 200 .*4.jpg: x; and 195 more;"):
+        leave_out(source, dict.fromkeys(range(200), "x"), 1.0, "or else")
+    assert leave_out(source, {}, 0.0, "") is source
+
+
+def test_images_in_memory_have_no_file():
+    source = ArraySource(np.zeros((1, 8, 8, 3), np.uint8), np.zeros(1, int), ["x"], "one")
+    assert source.file(0) is None
