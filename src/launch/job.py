@@ -223,6 +223,9 @@ class _TableJob(_Job):
 
 def _explain(plan: Plan, job: _Job) -> None:
     """Say which rank failed, why where its log tells, and where the logs are."""
+    if job.stops and job.code in (128 + signal.SIGTERM, 128 + signal.SIGINT):
+        print(f"stopped as asked; go on with --resume. Logs: {plan.logs}", file=sys.stderr)
+        return
     print(f"error: {job.failed}; the other ranks were ended", file=sys.stderr)
     for rank in plan.ranks:
         log = _log(plan, rank)

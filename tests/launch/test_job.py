@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -89,6 +90,32 @@ def test_a_killed_rank_ends_the_job(tmp_path, free_port):
     assert "worker_1.log" in said
     _, alive = psutil.wait_procs(processes, timeout=5)
     assert not alive
+
+
+def test_a_stopped_job_saves_at_one_step_and_ends_with_143(tmp_path, free_port):
+    """SIGTERM reaches the launcher; every rank stops at the same step, saved before the first ends."""
+    command = [*TRAIN, "2", "--output", "run", *TINY_KEYS[:2], *NO_CHANCE,
+               "--training.batch_size=16", "--training.epochs=5000"]  # fmt: skip
+    with open(tmp_path / "out", "w") as out:
+        job = subprocess.Popen(
+            command, cwd=tmp_path, env=environment(free_port), stdout=out, stderr=out
+        )
+    deadline = time.time() + 120
+    while time.time() < deadline and "epoch 2/" not in (tmp_path / "out").read_text():
+        assert job.poll() is None, (tmp_path / "out").read_text()
+        time.sleep(0.2)
+    job.terminate()
+    assert job.wait(timeout=60) == 128 + 15
+    assert "stopped as asked; go on with --resume" in (tmp_path / "out").read_text()
+    (logs,) = (tmp_path / "run" / "ranks").iterdir()
+    stops = []
+    for rank in (0, 1):
+        lines = (logs / f"worker_{rank}.log").read_text().splitlines()
+        stops.append([line for line in lines if "saved at" in line])
+    assert len(stops[0]) == 1 and stops[0] == stops[1]
+    newest = max((tmp_path / "run" / "checkpoints").glob("step-*.ckpt"))
+    epoch, step = map(int, re.findall(r"epoch (\d+), step (\d+)", stops[0][0])[0])
+    assert int(newest.stem.partition("-")[2]) == 2 * (epoch - 1) + step, "two steps an epoch"
 
 
 def test_a_users_error_in_the_ranks_is_told_once_and_quickly(tmp_path, free_port):
