@@ -93,7 +93,7 @@ def test_a_killed_rank_ends_the_job(tmp_path, free_port):
 
 
 def test_a_stopped_job_saves_at_one_step_and_ends_with_143(tmp_path, free_port):
-    """SIGTERM reaches the launcher; every rank stops at the same step, saved before the first ends."""
+    """SIGTERM to the launcher: every rank stops at one step, saved before the first ends."""
     command = [*TRAIN, "2", "--output", "run", *TINY_KEYS[:2], *NO_CHANCE,
                "--training.batch_size=16", "--training.epochs=5000"]  # fmt: skip
     with open(tmp_path / "out", "w") as out:
