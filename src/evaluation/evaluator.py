@@ -65,7 +65,7 @@ class Evaluator:
     ) -> None:
         if not len(source):
             raise UserError(f"{source.title}: no image to evaluate on; add some")
-        self._compiled = False
+        self.compiled = False
         self._image_size = preprocessing.image_size
         self.batch_size = min(batch_size, len(source))
         self.images = len(source)
@@ -79,6 +79,12 @@ class Evaluator:
             workers=workers,
         )
 
+    def compile(self, net: nn.Cell) -> None:
+        """Compile the network for the batches to come; leaves it in evaluation mode."""
+        net.set_train(False)
+        net(Tensor(np.zeros((self.batch_size, 3, *self._image_size), np.float32))).asnumpy()
+        self.compiled = True
+
     def run(self, net: nn.Cell, stop: Callable[[], bool] = lambda: False) -> Result | None:
         """Evaluate; leaves the network in evaluation mode. Every rank returns the whole result.
 
@@ -91,9 +97,8 @@ class Evaluator:
         """
         net.set_train(False)
         metrics = Metrics()
-        if not self._compiled:  # before the clock starts
-            net(Tensor(np.zeros((self.batch_size, 3, *self._image_size), np.float32))).asnumpy()
-            self._compiled = True
+        if not self.compiled:  # before the clock starts
+            self.compile(net)
         start = time.perf_counter()
         bar = progress_bar(len(self.batches.indices), "evaluate")
         for images, labels in self.batches.iterate(output_numpy=True):

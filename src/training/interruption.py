@@ -15,9 +15,10 @@ ASK_SECONDS = 2.0  # between two exchanges of the ranks
 class Interruption:
     """Notes a signal; the second one ends the process at once.
 
-    Used as a context, in which it stands in for the process's own handlers. Among several ranks
-    each must stop at the same step, so they tell each other, every so many steps that two seconds
-    pass between.
+    Used as a context, in which it stands in for the process's own handlers. It begins by letting a
+    signal end the process there and then: while MindSpore compiles, which can take a minute, no
+    handler of Python's runs, and nothing could be lost yet. Among several ranks each must stop at
+    the same step, so they tell each other, every so many steps that two seconds pass between.
     """
 
     def __init__(self, ranks: Ranks) -> None:
@@ -26,12 +27,23 @@ class Interruption:
         self._steps, self._next, self._told = 0, 1, time.perf_counter()
 
     def __enter__(self) -> Interruption:
-        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        self._before = {number: signal.getsignal(number) for number in SIGNALS}
+        self.end_at_once()
         return self
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def end_at_once(self) -> None:
+        """From here on there is nothing to save: a signal ends the process, wherever it is."""
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+
+    def save_first(self) -> None:
+        """From here on a signal is noted, to be asked for behind a step."""
+        for number in SIGNALS:
+            signal.signal(number, self._note)
 
     def _note(self, number: int, frame: object) -> None:
         if self.signal:

@@ -173,6 +173,11 @@ class Trainer:
         number = self.progress.epoch + 1
         if number < self.config.training.epochs and number % self.config.evaluation.every:
             return {"loss": None, "top1": None, "top5": None}
+        if not self.evaluator.compiled:
+            self._save()
+            self.interruption.end_at_once()
+            self.evaluator.compile(self.evaluated_net)
+            self.interruption.save_first()
         result = self.evaluator.run(self.evaluated_net, lambda: bool(self.interruption.signal))
         if self.interruption.agreed() or result is None:
             self._stop()
@@ -234,6 +239,7 @@ class Trainer:
             if not self.compiled:
                 result[0].asnumpy()
                 self.compiled, start, timed = True, time.perf_counter(), 0
+                self.interruption.save_first()
             if self.interruption.after_step():
                 self._take_down(pending)
                 self._stop()

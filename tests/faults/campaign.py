@@ -10,6 +10,7 @@ OUTPUT it goes on behind what is there. Each number is the number of faults of t
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import random
@@ -152,7 +153,10 @@ class Campaign:
             (rng.choice(workers) if workers else job).send_signal(number)
         code = job.wait()
         waited = time.time() - began
-        good = waited < 60 if number == signal.SIGKILL else code == 143 and waited <= 10
+        # Before the first step there is nothing to save, and the signal itself ends the process,
+        # which a shell reports as 143 too.
+        stopped = code in (143, -signal.SIGTERM) and waited <= 10
+        good = waited < 60 if number == signal.SIGKILL else stopped
         return {"good": good, "code": code, "seconds": round(waited, 2)}
 
     def damage(self, kind: str, count: int) -> None:
@@ -175,7 +179,7 @@ class Campaign:
                 del content[place:]
             hit.unlink()
             hit.write_bytes(bytes(content))
-            self.note(kind, noticed(hit, copy), file=file.name, place=place)
+            self.note(kind, noticed(hit, source), file=file.name, place=place)
         shutil.rmtree(copy, ignore_errors=True)
 
     def table(self) -> str:
@@ -193,18 +197,38 @@ class Campaign:
         return "\n".join(lines)
 
 
-def noticed(hit: Path, run: Path) -> bool:
-    """Whether whoever reads this file of a run names it as damaged."""
+@functools.cache
+def trainer_of(run: Path):
+    """A trainer as resuming would make it, for its readers."""
+    from src.command_line import load_config
+    from src.recipe import open_split, resolve_classes
+    from src.training.trainer import Trainer
+
+    config = load_config(run / "config.yaml")
+    source = open_split(config, "train")
+    return Trainer(resolve_classes(config, source), source, run)
+
+
+def noticed(hit: Path, whole: Path) -> bool:
+    """Whether whoever reads this file of a run names it as damaged.
+
+    hit: the damaged file; whole: the same run, undamaged.
+    """
     from src.command_line import load_config
     from src.errors import UserError
-    from src.training.state import Progress, has_figures
-    from src.weights.checkpoint import read_checkpoint
+    from src.training.state import has_figures, load_progress
+    from src.weights import load_weights
 
+    step = trainer_of(whole).step
     if hit.name == "metrics.jsonl":
-        whole = read_checkpoint(run / "checkpoints" / "last.ckpt").tensors
-        return not has_figures(hit, Progress(**json.loads(whole["progress"].item())))
+        return not has_figures(hit, load_progress(step, whole / "checkpoints" / "last.ckpt"))
     try:
-        load_config(hit) if hit.name == "config.yaml" else read_checkpoint(hit)
+        if hit.name == "config.yaml":
+            load_config(hit)
+        elif hit.name == "best.ckpt":
+            load_weights(step.net, hit)
+        else:
+            load_progress(step, hit)
     except UserError as error:
         return hit.name in str(error)
     return False

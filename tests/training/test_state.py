@@ -166,12 +166,14 @@ def test_a_full_disk_ends_the_run_and_keeps_what_was_saved(trained, few_digits, 
     assert not list((tmp_path / "run/checkpoints").glob(".*")), "nothing half-written stays"
 
 
-def test_a_signal_is_noted_once_and_handlers_come_back():
+def test_a_signal_is_noted_behind_the_first_step_and_handlers_come_back():
     from src.ranks import ALONE
     from src.training.interruption import Interruption
 
     before = signal.getsignal(signal.SIGTERM)
     with Interruption(ALONE) as interruption:
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        interruption.save_first()
         assert not interruption.after_step()
         os.kill(os.getpid(), signal.SIGTERM)
         assert interruption.after_step() and interruption.signal == signal.SIGTERM
