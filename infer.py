@@ -13,10 +13,16 @@ def main(argv: list[str]) -> None:
     """Print a line per image: path, class, probability."""
 
     def add_arguments(parser) -> None:
-        parser.add_argument("--model", type=str, required=True, help="a .mindir, or weights")
+        parser.add_argument("--model", type=str, required=True, help="a .mindir, .onnx or weights")
         parser.add_argument("--input", type=str, required=True, help="an image or a folder")
         parser.add_argument("--top_k", type=int, default=5, help="candidates an image")
+        parser.add_argument(
+            "--batch_size", type=int, default=16, help="images at once, where the model allows it"
+        )
         parser.add_argument("--json", type=str, help="also write the candidates to this file")
+        parser.add_argument(
+            "--sheet", type=str, help="also draw the images with their classes, as a .png or .jpg"
+        )
         parser.add_argument(
             "--attention",
             type=str,
@@ -36,10 +42,10 @@ def main(argv: list[str]) -> None:
     if arguments.attention:
         keys.runtime.mode = "pynative"  # the attention is read by hooks
     setup(keys.runtime)
-    predictor = Predictor(arguments.model, arguments.config)
+    predictor = Predictor(arguments.model, arguments.config, arguments.batch_size)
     if arguments.attention:
         explain_file(predictor, arguments.input, arguments.attention)
-    classify_files(predictor, arguments.input, arguments.top_k, arguments.json)
+    classify_files(predictor, arguments.input, arguments.top_k, arguments.json, arguments.sheet)
 
 
 if __name__ == "__main__":

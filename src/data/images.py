@@ -42,7 +42,7 @@ def decode(content: np.ndarray) -> np.ndarray:
         UserError: it can't be read; says why.
     """
     try:
-        return np.array(_pixels(_open(content.tobytes())))
+        return np.array(to_rgb(_open(content.tobytes())))
     except UserError as error:
         raise UserError(f"not a readable image ({error})") from error
 
@@ -62,7 +62,7 @@ def prepare(content: np.ndarray) -> np.ndarray:
     if (modes is None or image.mode in modes) and _orientation(image) not in _UPRIGHT:
         return content
     bmp = io.BytesIO()
-    _pixels(image).save(bmp, "BMP")
+    to_rgb(image).save(bmp, "BMP")
     return np.frombuffer(bmp.getvalue(), np.uint8)
 
 
@@ -161,7 +161,7 @@ def _load(image: Image.Image) -> None:
         raise UserError(f"damaged or cut off: {_in_short(error)}") from error
 
 
-def _pixels(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     """Decoded, upright, RGB."""
     _load(image)
     orientation = _orientation(image)  # after loading, by which Pillow turns TIFFs itself

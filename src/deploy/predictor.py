@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Union
 
-import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn
 from PIL import Image
 
 from src.command_line import load_config, run_config_of
 from src.data import Preprocessing
+from src.data.images import to_rgb
+from src.deploy.formats import Run, open_model
 from src.errors import UserError
 from src.recipe import build_model, build_preprocessing, without_flash_attention
 from src.weights import WEIGHT_SUFFIXES, load_weights
+
+EXPORTED_SUFFIXES = (".mindir", ".onnx")
+ImageLike = Union[str, os.PathLike, bytes, Image.Image, np.ndarray]
 
 
 class Prediction(NamedTuple):
@@ -32,8 +38,11 @@ class Predictor:
 
         Predictor("model.mindir")(["a.jpg", "b.png"])
 
+    An image is a file's path, a file's content as `bytes`, a PIL image, or uint8 [H, W, 3] in RGB.
+
     Args:
-        path: a .mindir with its .json beside it, or weights (a .ckpt with its run's config.yaml).
+        path: a .mindir or .onnx with its .json beside it, or weights (a .ckpt with its run's
+            config.yaml).
         config: a recipe for weights that have no config.yaml beside them.
         batch_size: images at once, where the file leaves it open.
 
@@ -44,13 +53,19 @@ class Predictor:
     def __init__(self, path: str | Path, config: str | Path | None = None, batch_size: int = 16):
         path = Path(path)
         if not path.is_file():
-            raise UserError(f"{path}: no such file; give a .mindir or weights")
-        openers = {".mindir": _open_mindir, **dict.fromkeys(WEIGHT_SUFFIXES, _open_weights)}
-        if path.suffix not in openers:
-            raise UserError(f"{path}: must be one of {' '.join(openers)}")
-        self._run, self.preprocessing, self.class_names, fixed = openers[path.suffix](path, config)
+            raise UserError(f"{path}: no such file; give a .mindir, an .onnx or weights")
+        if batch_size < 1:
+            raise UserError(f"batch_size {batch_size}: must be 1 or more")
+        if path.suffix in EXPORTED_SUFFIXES:
+            opened = _open_exported(path, config)
+        elif path.suffix in WEIGHT_SUFFIXES:
+            opened = _open_weights(path, config)
+        else:
+            known = " ".join((*EXPORTED_SUFFIXES, *WEIGHT_SUFFIXES))
+            raise UserError(f"{path}: must be one of {known}")
+        self._run, self._network, self.preprocessing, self.class_names, fixed = opened
         self.batch_size = fixed or batch_size
-        self._fixed = fixed is not None
+        self._filled_to = fixed or 0  # a compiled network takes the batch sizes that it has seen
         self._path = path
 
     @property
@@ -60,50 +75,78 @@ class Predictor:
         Raises:
             UserError: the model is an exported file, which can only be run as a whole.
         """
-        if isinstance(self._run, nn.GraphCell):
+        if self._network is None:
             raise UserError(
                 f"{self._path}: an exported file can't be looked into; give the weights, as a .ckpt"
             )
-        return self._run
+        return self._network
 
-    def prepare(self, image: str | Path | Image.Image | np.ndarray) -> np.ndarray:
-        """A file, a PIL image or uint8 [H, W, 3] in RGB -> the network's input float32 [3, H, W].
+    def prepare(self, image: ImageLike) -> np.ndarray:
+        """An image -> the network's input float32 [3, H, W], as evaluation makes it.
 
         Raises:
-            UserError: a file that is no readable image.
+            UserError: no image that can be read.
         """
-        if isinstance(image, Image.Image):
-            return self.preprocessing(np.asarray(image.convert("RGB")))
-        if isinstance(image, np.ndarray):
-            return self.preprocessing(image)
+        name = f"{image}: " if isinstance(image, (str, os.PathLike)) else ""
         try:
-            return self.preprocessing(Path(image).read_bytes())
+            if isinstance(image, Image.Image):
+                image = np.asarray(to_rgb(image))
+            elif name:
+                image = Path(image).read_bytes()
+            elif not isinstance(image, (bytes, np.ndarray)):
+                raise ValueError(f"an image is a path, bytes, PIL image or array, not {image!r}")
+            return self.preprocessing(image)
         except OSError as error:
-            raise UserError(f"{image}: {error.strerror}; give an image file") from None
-        except UserError as error:
-            raise UserError(f"{image}: {error}") from None
+            reason = error.strerror or "not a readable image"
+            raise UserError(f"{name}{reason}; give an image file") from None
+        except ValueError as error:
+            raise UserError(f"{name}{error}") from None
 
-    def __call__(
-        self, images: Sequence[str | Path | Image.Image | np.ndarray], top_k: int = 5
-    ) -> list[list[Prediction]]:
+    def __call__(self, images: Sequence[ImageLike], top_k: int = 5) -> list[list[Prediction]]:
         """The `top_k` best classes of each image, best first, in the order of the images.
 
         Raises:
-            UserError: a file that is no readable image, or one image instead of several.
+            UserError: an image that can't be read, or one image instead of several.
         """
-        if isinstance(images, (str, Path, Image.Image)):
-            raise UserError("a Predictor takes several images: give a list, if need be of one")
-        results = []
-        for start in range(0, len(images), self.batch_size):
-            batch = [self.prepare(image) for image in images[start : start + self.batch_size]]
-            results += self.classify(np.stack(batch), top_k)
+        results = list(self.stream(images, top_k))
+        for result in results:
+            if isinstance(result, UserError):
+                raise result
         return results
+
+    def stream(
+        self, images: Iterable[ImageLike], top_k: int = 5
+    ) -> Iterator[list[Prediction] | UserError]:
+        """As calling, a result at a time, so that any number of images fits into memory.
+
+        An image that can't be read has its UserError among the results, beside the good ones.
+
+        Raises:
+            UserError: one image instead of several.
+        """
+        if isinstance(images, (str, os.PathLike, bytes, Image.Image)) or (
+            isinstance(images, np.ndarray) and images.ndim < 4
+        ):
+            raise UserError("a Predictor takes several images: give a list, if need be of one")
+        remaining = iter(images)
+        while True:
+            batch = [self._try(image) for image in islice(remaining, self.batch_size)]
+            if not batch:
+                return
+            readable = [each for each in batch if isinstance(each, np.ndarray)]
+            predictions = iter(self.classify(np.stack(readable), top_k) if readable else ())
+            for each in batch:
+                yield next(predictions) if isinstance(each, np.ndarray) else each
+
+    def _try(self, image: ImageLike) -> np.ndarray | UserError:
+        try:
+            return self.prepare(image)
+        except UserError as error:
+            return error
 
     def classify(self, inputs: np.ndarray, top_k: int = 5) -> list[list[Prediction]]:
         """As calling, for prepared inputs float32 [N, 3, H, W], N at most `batch_size`."""
-        missing = self.batch_size - len(inputs) if self._fixed else 0
-        padded = np.pad(inputs, ((0, missing), (0, 0), (0, 0), (0, 0)))
-        logits = self._run(Tensor(padded)).asnumpy()[: len(inputs)].astype(np.float64)
+        logits = self.logits(inputs).astype(np.float64)
         weights = np.exp(logits - logits.max(axis=1, keepdims=True))
         probabilities = weights / weights.sum(axis=1, keepdims=True)
         best = np.argsort(-probabilities, axis=1, kind="stable")[:, :top_k]
@@ -112,32 +155,63 @@ class Predictor:
             for row, ranked in zip(probabilities, best)
         ]
 
+    def logits(self, inputs: np.ndarray) -> np.ndarray:
+        """Prepared inputs float32 [N, 3, H, W], N at most `batch_size` -> float32 [N, classes].
+
+        Raises:
+            UserError: they are not finite.
+        """
+        if self._network is not None:
+            self._filled_to = max(self._filled_to, len(inputs))
+        missing = max(self._filled_to - len(inputs), 0)
+        logits = self._run(np.pad(inputs, ((0, missing), (0, 0), (0, 0), (0, 0))))[: len(inputs)]
+        if not np.isfinite(logits).all():
+            raise UserError(f"{self._path}: its output is not finite: the weights are damaged")
+        return logits
+
     def _name(self, label: int) -> str:
         return self.class_names[label] if label < len(self.class_names) else str(label)
 
 
-_Opened = tuple[Callable[[Tensor], Tensor], Preprocessing, list[str], "int | None"]
+_Opened = tuple[Run, Union[nn.Cell, None], Preprocessing, list[str], Union[int, None]]
 
 
-def _open_mindir(path: Path, config: str | Path | None) -> _Opened:
+def read_description(path: str | Path) -> dict:
+    """What export.py wrote beside an exported file, its preprocessing as `Preprocessing`.
+
+    Args:
+        path: of the model, not of the .json.
+
+    Raises:
+        UserError: it is missing or not what export.py wrote.
+    """
     beside = Path(f"{path}.json")
-    if config is not None:
-        raise UserError(f"--config {config}: is for weights only; {beside} has all that counts")
     try:
         description = json.loads(beside.read_text(encoding="utf-8"))
-        preprocessing = Preprocessing.from_dict(description["preprocessing"])
-        names, fixed = description["class_names"] or [], description["input_shape"][0]
+        description["preprocessing"] = Preprocessing.from_dict(description["preprocessing"])
+        description["class_names"] = list(description["class_names"] or [])
+        description["input_shape"] = tuple(description["input_shape"])
     except OSError:
         raise UserError(
             f"{beside}: missing; keep it beside the model, export.py wrote it"
         ) from None
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{beside}: not what export.py wrote ({error}); export again") from None
-    try:
-        graph = nn.GraphCell(ms.load(str(path)))
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"{path}: damaged, or no MINDIR file; export again") from error
-    return graph, preprocessing, names, fixed
+    return description
+
+
+def _open_exported(path: Path, config: str | Path | None) -> _Opened:
+    if config is not None:
+        raise UserError(f"--config {config}: is for weights only; {path}.json has all that counts")
+    description = read_description(path)
+    fixed = description["input_shape"][0]
+    return (
+        open_model(path),
+        None,
+        description["preprocessing"],
+        description["class_names"],
+        fixed,
+    )
 
 
 def _open_weights(path: Path, config: str | Path | None) -> _Opened:
@@ -150,4 +224,11 @@ def _open_weights(path: Path, config: str | Path | None) -> _Opened:
     net = build_model(without_flash_attention(settings))
     load_weights(net, path)
     net.set_train(False)
-    return net, build_preprocessing(settings), settings.data.class_names or [], None
+    names = settings.data.class_names or []
+    return (
+        lambda images: net(Tensor(images)).asnumpy(),
+        net,
+        build_preprocessing(settings),
+        names,
+        None,
+    )

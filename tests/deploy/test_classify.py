@@ -1,11 +1,13 @@
 """Files and folders on the command line of infer.py, without a network."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from src.deploy import classify as room
 from src.deploy.classify import classify_files
 from src.deploy.predictor import Prediction
 from src.errors import UserError
@@ -14,18 +16,13 @@ from src.errors import UserError
 class Brightness:
     """Stands in for a Predictor: the class is bright or dark."""
 
-    batch_size = 2
-
-    def prepare(self, path):
-        try:
-            return np.asarray(Image.open(path).convert("RGB"), np.float32)
-        except OSError:
-            raise UserError(f"{path}: not a readable image") from None
-
-    def classify(self, inputs, top_k):
-        assert len(inputs) <= 2
-        names = ["bright" if each.mean() > 100 else "dark" for each in inputs]
-        return [[Prediction(0, name, 0.75)] for name in names]
+    def stream(self, paths, top_k):
+        for path in paths:
+            try:
+                value = np.asarray(Image.open(path).convert("RGB"), np.float32).mean()
+                yield [Prediction(0, "bright" if value > 100 else "dark", 0.75)]
+            except OSError:
+                yield UserError(f"{path}: not a readable image")
 
 
 @pytest.fixture
@@ -48,16 +45,40 @@ def test_a_line_per_image_and_json(folder, tmp_path, capsys):
     assert lines == expected
     written = json.loads((tmp_path / "out.json").read_text())
     assert [entry["file"] for entry in written] == [line[0] for line in expected]
-    assert written[2]["top"] == [{"label": 0, "name": "dark", "probability": 0.75}]
+    assert written[2] == {
+        "file": str(folder / "sub1/1.png"),
+        "top": [{"label": 0, "name": "dark", "probability": 0.75}],
+    }
 
 
-def test_broken_files_are_named_and_the_others_classified(folder, tmp_path, capsys):
+def test_broken_files_are_named_beside_the_others(folder, tmp_path, capsys):
     (folder / "sub0/1.png").write_bytes(b"nothing")
     with pytest.raises(UserError, match="1 of 4 files: .*sub0/1.png: not a readable image"):
-        classify_files(Brightness(), str(folder), 1, None)
-    assert len(capsys.readouterr().out.splitlines()) == 3
+        classify_files(Brightness(), str(folder), 1, str(tmp_path / "out.json"))
+    printed = capsys.readouterr()
+    assert len(printed.out.splitlines()) == 3
+    assert printed.err == f"{folder}/sub0/1.png: not a readable image\n"
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert [bool(entry["top"]) for entry in written] == [True, False, True, True]
+    assert "not a readable image" in written[1]["error"]
     with pytest.raises(UserError, match="^.*sub0/1.png: not a readable image"):
         classify_files(Brightness(), str(folder / "sub0/1.png"), 1, None)
+
+
+def test_a_sheet_shows_each_image(folder, tmp_path, monkeypatch):
+    (folder / "sub0/1.png").write_bytes(b"nothing")
+    drawn = []
+    monkeypatch.setattr(room, "draw_sheet", lambda tiles, path: drawn.extend(tiles))
+    with pytest.raises(UserError, match="1 of 4"):
+        classify_files(Brightness(), str(folder), 1, None, str(tmp_path / "s.png"))
+    assert [(Path(tile.file).name, tile.name) for tile in drawn] == [
+        ("0.png", "bright"), ("1.png", None), ("2.png", "bright"), ("1.png", "dark")
+    ]  # fmt: skip
+    with pytest.raises(UserError, match="--sheet s.txt: must end in one of .png"):
+        classify_files(Brightness(), str(folder), 1, None, "s.txt")
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="give another file"):
+        classify_files(Brightness(), str(folder / "sub0/0.png"), 1, None, "nowhere/s.png")
 
 
 def test_places_without_images_are_refused(tmp_path):
