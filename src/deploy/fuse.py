@@ -179,9 +179,9 @@ class FusedAttention(nn.Cell):
             self.pool_kv = copy.deepcopy(attn.pool_kv)
         if rewrites.biases:
             k, v, out = k._replace(bias=None), v._replace(bias=None), out.after(v.bias)
-        self.scale = 1.0 if rewrites.scale else attn.scale
+        self.scale = 1.0 if rewrites.scale else attn.attend.scale
         columns = rewrites.channels_first
-        self.proj_q = _Heads(q.times(attn.scale / self.scale), attn.num_heads, columns)
+        self.proj_q = _Heads(q.times(attn.attend.scale / self.scale), attn.num_heads, columns)
         self.proj_k = _Heads(k, attn.num_heads, columns)
         self.proj_v = _Heads(v, attn.num_heads, columns)
         self.proj = _dense(out)
