@@ -5,7 +5,7 @@
 environment() {
   local requirements=$1 base=${PYTHON:-python3} modules stamp digest
   modules='import mindspore, jsonargparse, docstring_parser, matplotlib, mlxtend, tqdm, yaml, PIL'
-  [ "$requirements" = requirements.txt ] || modules+=', pytest, ruff'
+  [ "$requirements" = requirements.txt ] || modules+=', pytest, ruff, onnxruntime, fastapi, uvicorn'
   if "$base" -c "$modules" 2>/dev/null; then
     PYTHON=$base
     return

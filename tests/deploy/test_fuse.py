@@ -65,7 +65,7 @@ def test_each_rewrite_is_made():
         return {
             "batch_norm": len(cells(fused, nn.BatchNorm2d)),
             "merged_kv": len(cells(fused, nn.Conv2d)),
-            "scale": attention.attend.scale,
+            "scale": attention.scale,
             "activation": len(cells(fused, QuickGELU)),
             "channels_first": len(cells(fused, nn.Dense)),
             "biases": sum(p.name.endswith("bias") for p in fused.get_parameters()),
