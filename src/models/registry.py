@@ -34,8 +34,8 @@ def create_model(name: str, num_classes: int = 1000, **kwargs) -> nn.Cell:
     Args:
         name: one of `list_models()`.
         num_classes: outputs of the head; 0 leaves the head out.
-        kwargs: any argument of the network's class (`src.models.cvt.CvT`); they override the
-            variant's own.
+        kwargs: any argument of the network's class (`src.models.cvt.CvT`, `vit.VisionTransformer`,
+            `resnet.ResNet`); they override the variant's own.
 
     Returns:
         A cell: float32 images [B, 3, H, W] -> logits [B, num_classes].

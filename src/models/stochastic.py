@@ -106,7 +106,7 @@ class Dropout(nn.Cell):
 class StochasticNet(nn.Cell):
     """A network whose `DropPath` and `Dropout` cells are keyed by image.
 
-    Its constructor ends with `set_sites`; `construct` hands `random_bits_of` to those cells.
+    Its constructor calls `set_sites`; its `construct` hands `random_bits_of` to those cells.
     """
 
     def set_sites(self, sites: int, rates: Sequence[float]) -> None:

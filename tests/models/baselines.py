@@ -3,6 +3,8 @@
 import mindspore as ms
 import numpy as np
 
+from src.models.layers import BatchNorm2d
+from src.recipe import set_precision
 from src.training.loss import LabelSmoothingCrossEntropy
 from src.training.optimizer import SGD
 from src.training.train_step import TrainStep
@@ -43,7 +45,7 @@ def check_keys_decide(net):
     keys = [ms.Tensor(np.arange(6, dtype=np.int32) + start) for start in (0, 100)]
     net.set_train(True)
     for _, cell in net.cells_and_names():
-        if type(cell).__name__ == "BatchNorm2d":
+        if isinstance(cell, BatchNorm2d):
             cell.set_train(False)  # or the other images would change a sample's logits
     first, again, other = (net(images, k).asnumpy() for k in (keys[0], keys[0], keys[1]))
     assert np.array_equal(first, again)
@@ -57,8 +59,6 @@ def check_keys_decide(net):
 
 def check_float16(net, images):
     """Half precision stays near single precision, and the logits are float32."""
-    from src.recipe import set_precision
-
     ms.set_context(mode=ms.PYNATIVE_MODE)
     exact = net(images).asnumpy()
     half = set_precision(net, "float16")(images)
