@@ -46,6 +46,8 @@ class RuntimeConfig:
 class ModelConfig:
     """The network; a key left at null keeps what the named variant has.
 
+    The sizes and options of stages are CvT's; a key that the model does not have is refused.
+
     Args:
         name: one of src.models.list_models().
         image_size: pixels, one number or [height, width].

@@ -100,3 +100,12 @@ def test_a_users_error_is_one_line(monkeypatch, capsys, tmp_path, words, complai
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("benchmark.py: error: ")
     assert complaint in line
+
+
+def test_a_baseline_and_a_key_that_it_does_not_have(monkeypatch, capsys):
+    assert call(monkeypatch, "--model.name=resnet_50") == 0
+    title, _, *rows = capsys.readouterr().out.splitlines()
+    assert title == "resnet_50, image 224 x 224, 1000 classes"
+    assert rows[-1].split() == ["total", "25,557,032", "4.087", "0.002", "0.000", "4.089"]
+    assert call(monkeypatch, "--model.name=resnet_50", "--model.kv_stride=1") == 2
+    assert "resnet_50 has no kv_stride" in capsys.readouterr().err

@@ -78,9 +78,11 @@ def use_flash_attention(net: nn.Cell) -> nn.Cell:
     """Let every attention of a network compute in Ascend's fused kernel.
 
     Raises:
-        UserError: heads that the kernel does not take.
+        UserError: heads that the kernel does not take, or no attention at all.
     """
-    for _, cell in net.cells_and_names():
-        if isinstance(cell, ScaledDotProductAttention):
-            cell.use_flash()
+    cells = [c for _, c in net.cells_and_names() if isinstance(c, ScaledDotProductAttention)]
+    if not cells:
+        raise UserError("runtime.flash_attention: the model has no attention; leave the key out")
+    for cell in cells:
+        cell.use_flash()
     return net

@@ -110,7 +110,8 @@ def attention_maps(net: nn.Cell, images: Tensor) -> AttentionMaps:
     """
     if not isinstance(net, CvT) or not net.stage2.has_cls_token:
         raise UserError(
-            "attention maps start at the class token, and this network has none (model.cls_token)"
+            "attention maps start at the class token of a CvT, and this network has none "
+            "(model.cls_token) or is no CvT"
         )
     if ms.get_context("mode") != ms.PYNATIVE_MODE:
         raise UserError("attention maps need PyNative mode: ms.set_context(mode=ms.PYNATIVE_MODE)")

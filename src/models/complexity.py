@@ -20,8 +20,11 @@ from dataclasses import dataclass, field
 from mindspore import Parameter, nn
 
 from src.errors import UserError
+from src.models.arguments import as_size
 from src.models.cvt import CvT, Stage
 from src.models.layers import Attention
+from src.models.resnet import ResNet
+from src.models.vit import VisionTransformer
 
 try:
     from mindspore.nn.utils import no_init_parameters as uninitialised
@@ -119,9 +122,10 @@ def complexity(net: nn.Cell, image_size: int | Sequence[int]) -> Complexity:
         UserError: a size that the network can't take.
         TypeError: a network, or a layer in it, that no rule here knows.
     """
-    if not isinstance(net, CvT):
+    rule = _RULES.get(type(net))
+    if rule is None:
         raise TypeError(f"no rule counts a {type(net).__name__}; add one to {__name__}")
-    stages, visited = _cvt(net, image_size)
+    stages, visited = rule(net, image_size)
     for name, cell in net.cells_and_names():
         if isinstance(getattr(cell, "weight", None), Parameter) and id(cell) not in visited:
             raise TypeError(
@@ -164,10 +168,13 @@ class _Count:
         return StageComplexity(name, grid, parameters, *macs)
 
 
-def _cvt(net: CvT, image_size: int | Sequence[int]) -> tuple[tuple[StageComplexity, ...], set[int]]:
+_Counted = tuple[tuple[StageComplexity, ...], set[int]]
+
+
+def _cvt(net: CvT, image_size: int | Sequence[int]) -> _Counted:
     """The rows of a CvT, and the ids of the cells that they count."""
     net.grids(image_size)  # raises where the strides can't take the size
-    grid = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    grid = as_size(image_size)
     rows, visited = [], set()
     for i, stage in enumerate((net.stage0, net.stage1, net.stage2)):
         count = _Count(visited=visited)
@@ -178,6 +185,11 @@ def _cvt(net: CvT, image_size: int | Sequence[int]) -> tuple[tuple[StageComplexi
                 f"{stage.pos_embed_grid}, this size gives {grid}: create the model with it"
             )
         rows.append(count.entry(f"stage{i}", grid, _parameters(stage)))
+    return _with_head(net, rows, visited)
+
+
+def _with_head(net: nn.Cell, rows: Sequence[StageComplexity], visited: set[int]) -> _Counted:
+    """The rows and a last one, of the head and of what else is in none of them."""
     count = _Count(visited=visited)
     if net.num_classes:
         count.apply(net.head, 1)
@@ -212,6 +224,51 @@ def _attention(cell: Attention, grid: tuple[int, int], count: _Count) -> None:
     count.apply(cell.proj_v, kv_tokens)
     count.apply(cell.proj, tokens)
     count.attention += 2 * cell.num_heads * cell.head_dim * tokens * kv_tokens
+
+
+def _vit(net: VisionTransformer, image_size: int | Sequence[int]) -> _Counted:
+    """The rows of a ViT, and the ids of the cells that they count."""
+    grid = net.grid(image_size)  # raises where the patches can't take the size
+    if as_size(image_size) != net.image_size:
+        raise UserError(
+            f"image_size {image_size}: the position embedding is of an image of {net.image_size}: "
+            "create the model with this size"
+        )
+    tokens = 1 + math.prod(grid)
+    embedding, blocks = _Count(), _Count()
+    embedding.convolve(net.patch_embed.proj, as_size(image_size))
+    for block in net.blocks:
+        for linear in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2):
+            blocks.apply(linear, tokens)
+        blocks.attention += 2 * block.attn.num_heads * block.attn.head_dim * tokens**2
+    own = net.cls_token.size + net.pos_embed.size
+    rows = (
+        embedding.entry("embedding", grid, _parameters(net.patch_embed) + own),
+        blocks.entry("blocks", grid, _parameters(net.blocks)),
+    )
+    return _with_head(net, rows, embedding.visited | blocks.visited)
+
+
+def _resnet(net: ResNet, image_size: int | Sequence[int]) -> _Counted:
+    """The rows of a ResNet, and the ids of the cells that they count."""
+    visited: set[int] = set()
+    count = _Count(visited=visited)
+    grid = count.convolve(net.stem.conv, net.check_size(image_size))
+    if net.pools:
+        grid = tuple((edge - 1) // 2 + 1 for edge in grid)
+    rows = [count.entry("stem", grid, _parameters(net.stem))]
+    for i, stage in enumerate(net.stages):
+        count = _Count(visited=visited)
+        for block in stage.blocks:
+            if block.projects:
+                count.convolve(block.shortcut.conv, grid)
+            for layer in block.layers:
+                grid = count.convolve(layer.conv, grid)
+        rows.append(count.entry(f"stage{i}", grid, _parameters(stage)))
+    return _with_head(net, rows, visited)
+
+
+_RULES = {CvT: _cvt, VisionTransformer: _vit, ResNet: _resnet}
 
 
 def _parameters(cell: nn.Cell) -> int:

@@ -18,6 +18,7 @@ from mindspore import dtype as mstype
 from mindspore.common.initializer import Uniform
 
 from src.errors import UserError
+from src.models.arguments import as_size, check_num_classes, check_rate
 from src.models.layers import (
     Block,
     ConvEmbed,
@@ -29,7 +30,7 @@ from src.models.layers import (
     trunc_normal,
 )
 from src.models.registry import register_model
-from src.models.stochastic import Dropout, random_bits, sample_keys
+from src.models.stochastic import Dropout, StochasticNet
 
 STAGES = 3
 QKV_PROJECTIONS = ("conv", "avg", "linear")
@@ -74,7 +75,7 @@ class Stage(nn.Cell):
         return to_map(x, height, width), None
 
 
-class CvT(nn.Cell):
+class CvT(StochasticNet):
     """The network. Every sequence has one entry for each of the three stages.
 
     Args:
@@ -129,8 +130,11 @@ class CvT(nn.Cell):
                 "patch_paddings": patch_paddings,
             }
         )
-        _check_choices(embed_dims, mlp_ratio, kv_stride, qkv_projection, patch_embed, num_classes)
-        _check_rates((*drop_path_rates, drop_rate))
+        _check_choices(embed_dims, mlp_ratio, kv_stride, qkv_projection, patch_embed)
+        check_num_classes(num_classes)
+        for rate in drop_path_rates:
+            check_rate("drop_path_rate", rate)
+        check_rate("drop_rate", drop_rate)
         if patch_embed == "patch":
             patch_sizes, patch_paddings = patch_strides, (0,) * STAGES
         self.patches = tuple(zip(patch_sizes, patch_strides, patch_paddings))
@@ -159,9 +163,7 @@ class CvT(nn.Cell):
             return Stage(config, sites)
 
         self.stage0, self.stage1, self.stage2 = stage(0), stage(1), stage(2)
-        self.num_sites = next(sites)
-        self.stochastic = drop_rate > 0 or any(rate > 0 for rate in drop_path_rates)
-        self.draw_key = ops.UniformInt()
+        self.set_sites(next(sites), (drop_rate, *drop_path_rates))
         self.in_channels = in_channels
         self.num_classes = num_classes
         dim = embed_dims[-1]
@@ -176,8 +178,8 @@ class CvT(nn.Cell):
         Raises:
             UserError: the strides can't take this size.
         """
-        size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-        if len(size) != 2 or min(size) < self.min_size:
+        size = as_size(image_size)
+        if min(size) < self.min_size:
             raise UserError(
                 f"image_size {image_size}: the embeddings' strides shrink an image {self.min_size} "
                 f"times, so height and width must be {self.min_size} pixels or more"
@@ -188,15 +190,6 @@ class CvT(nn.Cell):
             grids.append(size)
         return grids
 
-    def _bits(self, images: Tensor, keys: Tensor | None) -> Tensor | None:
-        """The random bits [sites, B] of this pass, or None where nothing is random."""
-        if not (self.training and self.stochastic):
-            return None
-        if keys is None:
-            key = self.draw_key((), Tensor(0, mstype.int32), Tensor(2**31 - 1, mstype.int32))
-            keys = sample_keys(key, ops.arange(images.shape[0]).astype(mstype.int32))
-        return random_bits(keys, self.num_sites)
-
     def _forward_stages(
         self, images: Tensor, keys: Tensor | None
     ) -> tuple[list[Tensor], Tensor | None]:
@@ -204,7 +197,7 @@ class CvT(nn.Cell):
             raise ValueError(f"images must be [B, {self.in_channels}, H, W], not {images.shape}")
         if images.shape[2] < self.min_size or images.shape[3] < self.min_size:
             raise ValueError(f"images {images.shape}: H and W must be {self.min_size} or more")
-        bits = self._bits(images, keys)
+        bits = self.random_bits_of(images, keys)
         x0, _ = self.stage0(images, bits)
         x1, _ = self.stage1(x0, bits)
         x2, cls = self.stage2(x1, bits)
@@ -256,25 +249,15 @@ def _check_sizes(sizes: dict[str, Sequence[int]]) -> None:
             raise UserError(f"embed_dims: {dim} is no multiple of its num_heads, {heads}")
 
 
-def _check_choices(
-    embed_dims, mlp_ratio, kv_stride, qkv_projection, patch_embed, num_classes
-) -> None:
+def _check_choices(embed_dims, mlp_ratio, kv_stride, qkv_projection, patch_embed) -> None:
     if not mlp_ratio >= 1 / min(embed_dims) or mlp_ratio == math.inf:
         raise UserError(f"mlp_ratio {mlp_ratio}: must leave a hidden channel or more")
     if kv_stride < 1:
         raise UserError(f"kv_stride {kv_stride}: must be 1 or more")
-    if num_classes < 0:
-        raise UserError(f"num_classes {num_classes}: must be 0 (no head) or more")
     if qkv_projection not in QKV_PROJECTIONS:
         raise UserError(f"qkv_projection {qkv_projection!r}: choose from {QKV_PROJECTIONS}")
     if patch_embed not in PATCH_EMBEDS:
         raise UserError(f"patch_embed {patch_embed!r}: choose from {PATCH_EMBEDS}")
-
-
-def _check_rates(rates: Sequence[float]) -> None:
-    for rate in rates:
-        if not 0 <= rate < 1:
-            raise UserError(f"drop_path_rate or drop_rate {rate}: must be in [0, 1)")
 
 
 @register_model

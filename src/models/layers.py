@@ -68,8 +68,8 @@ def conv2d(in_channels: int, out_channels: int, kernel_size: int, **kwargs) -> n
 class LayerNorm(nn.LayerNorm):
     """LayerNorm over the channels in float32 at any precision; MindSpore's default eps is 1e-7."""
 
-    def __init__(self, dim: int) -> None:
-        super().__init__((dim,), epsilon=1e-5)
+    def __init__(self, dim: int, eps: float = 1e-5) -> None:
+        super().__init__((dim,), epsilon=eps)
 
     def construct(self, x: Tensor) -> Tensor:
         """x [..., C] -> float32 [..., C]."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import inspect
+import typing
 from collections.abc import Callable
 
 from mindspore import nn
@@ -13,7 +15,10 @@ _MODELS: dict[str, Callable[..., nn.Cell]] = {}
 
 
 def register_model(build: Callable[..., nn.Cell]) -> Callable[..., nn.Cell]:
-    """Enter a function that builds a network under its own name."""
+    """Enter a function that builds a network under its own name.
+
+    Its annotated return type is the network's class, whose constructor takes its arguments.
+    """
     _MODELS[build.__name__] = build
     return build
 
@@ -29,8 +34,8 @@ def create_model(name: str, num_classes: int = 1000, **kwargs) -> nn.Cell:
     Args:
         name: one of `list_models()`.
         num_classes: outputs of the head; 0 leaves the head out.
-        kwargs: any argument of the network's class (`src.models.cvt.CvT`); they override the
-            variant's own.
+        kwargs: any argument of the network's class (`src.models.cvt.CvT`, `vit.VisionTransformer`,
+            `resnet.ResNet`); they override the variant's own.
 
     Returns:
         A cell: float32 images [B, 3, H, W] -> logits [B, num_classes].
@@ -42,4 +47,16 @@ def create_model(name: str, num_classes: int = 1000, **kwargs) -> nn.Cell:
         near = difflib.get_close_matches(name, _MODELS, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise UserError(f"model {name!r} is unknown: {hint}choose from {', '.join(list_models())}")
+    known = _arguments(_MODELS[name])
+    strange = [key for key in kwargs if key not in known]
+    if strange:
+        raise UserError(
+            f"model {name} has no {', '.join(strange)}: leave it out; it takes {', '.join(known)}"
+        )
     return _MODELS[name](num_classes=num_classes, **kwargs)
+
+
+def _arguments(build: Callable[..., nn.Cell]) -> list[str]:
+    """What the constructor of a model's class takes."""
+    network = typing.get_type_hints(build)["return"]
+    return [name for name in inspect.signature(network.__init__).parameters if name != "self"]

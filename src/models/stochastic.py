@@ -8,6 +8,8 @@ of plain integer operations. So it neither depends on how many devices share tha
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
@@ -69,11 +71,11 @@ class DropPath(nn.Cell):
         self.site = site
 
     def construct(self, x: Tensor, bits: Tensor | None) -> Tensor:
-        """x [B, N, C], bits [sites, B] -> [B, N, C]; kept samples are scaled by 1 / (1 - rate)."""
+        """x [B, ...], bits [sites, B] -> [B, ...]; kept samples are scaled by 1 / (1 - rate)."""
         if self.rate == 0.0 or bits is None or not self.training:
             return x
         keep = (uniform(bits[self.site]) >= self.rate).astype(x.dtype)
-        return x * (keep / (1.0 - self.rate)).reshape((-1, 1, 1))
+        return x * (keep / (1.0 - self.rate)).reshape((-1,) + (1,) * (x.ndim - 1))
 
 
 class Dropout(nn.Cell):
@@ -99,3 +101,28 @@ class Dropout(nn.Cell):
         element = hash_bits(ops.bitwise_xor(counter.reshape((1, -1)), sample))  # [B, N * C]
         keep = (uniform(element) >= self.rate).astype(x.dtype).reshape(x.shape)
         return x * (keep / (1.0 - self.rate))
+
+
+class StochasticNet(nn.Cell):
+    """A network whose `DropPath` and `Dropout` cells are keyed by image.
+
+    Its constructor calls `set_sites`; its `construct` hands `random_bits_of` to those cells.
+    """
+
+    def set_sites(self, sites: int, rates: Sequence[float]) -> None:
+        """Tell the number of random sites and the rates at which they drop."""
+        self.num_sites = sites
+        self.stochastic = any(rate > 0 for rate in rates)
+        self.draw_key = ops.UniformInt()
+
+    def random_bits_of(self, images: Tensor, keys: Tensor | None) -> Tensor | None:
+        """The random bits [sites, B] of this pass, or None where nothing is random.
+
+        keys: int32 [B], one for each image; without them they are drawn from MindSpore's generator.
+        """
+        if not (self.training and self.stochastic):
+            return None
+        if keys is None:
+            key = self.draw_key((), Tensor(0, mstype.int32), Tensor(2**31 - 1, mstype.int32))
+            keys = sample_keys(key, ops.arange(images.shape[0]).astype(mstype.int32))
+        return random_bits(keys, self.num_sites)

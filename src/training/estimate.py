@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from mindspore import nn
 
+from src.errors import UserError
 from src.models.attention import ScaledDotProductAttention
 from src.models.cvt import CvT, Stage
 from src.models.layers import Attention, Block
@@ -81,8 +82,10 @@ def step_memory(
         average: whether a moving average of the weights is kept.
 
     Raises:
-        UserError: a size that the network can't take.
+        UserError: a size that the network can't take, or a network that is no CvT.
     """
+    if not isinstance(net, CvT):
+        raise UserError("memory is estimated for CvT only: set model.name to one of the cvt models")
     trained = sum(p.size for p in net.trainable_params())
     held = sum(p.size for p in net.get_parameters())
     compute = FLOAT32 if precision == "float32" else 2

@@ -117,6 +117,28 @@ def test_counts_equal_the_recorded_calls(monkeypatch, name, options):
     assert counted.total.parameters == sum(p.size for p in net.trainable_params())
 
 
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("vit_nano", {"image_size": (40, 24), "depth": 2, "mlp_ratio": 2.5, "num_classes": 7}),
+        ("vit_nano", {"image_size": 16, "depth": 1, "num_classes": 0}),
+        ("resnet_nano", {"num_classes": 7}),
+        ("resnet_50", {"depths": (1, 2), "width": 8, "in_channels": 1}),
+        ("resnet_50", {"depths": (2, 1), "width": 8, "block": "basic", "num_classes": 0}),
+    ],
+)
+def test_counts_of_the_baselines_equal_the_recorded_calls(monkeypatch, name, options):
+    """All rows together, by kind."""
+    net = create_model(name, **options).set_train(False)
+    size = options.get("image_size", (43, 54))
+    total = complexity(net, size).total
+    shape = (1, options.get("in_channels", 3), *((size, size) if isinstance(size, int) else size))
+    macs, _ = record(monkeypatch, net, ms.Tensor(np.zeros(shape, np.float32)))
+    kinds = ("convolution", "linear", "attention")
+    assert {("head", k): n for k in kinds if (n := getattr(total, f"{k}_macs"))} == macs
+    assert total.parameters == sum(p.size for p in net.trainable_params())
+
+
 def test_totals_and_parts():
     net = create("cvt_nano", **TINY)
     counted = complexity(net, 32)

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from src.errors import UserError
 from src.models import create_model
 from src.models.attention import use_flash_attention
 from src.training.estimate import (
@@ -81,3 +82,8 @@ def test_the_all_reduce_by_hand():
     assert all_reduce_seconds(800, 8, cluster) == 2 * 0.75 * 80 + 2 * 0.5 * 200
     assert all_reduce_seconds(800, 12, cluster) == pytest.approx(120 + 2 * 2 / 3 * 200)
     assert all_reduce_seconds(10**9, 1024, ASCEND_910) < 2 * (1 / 30 + 1 / 8 / 12.5)
+
+
+def test_another_network_is_refused():
+    with pytest.raises(UserError, match="CvT only"):
+        step_memory(create_model("resnet_nano", num_classes=2), 32, 1)
