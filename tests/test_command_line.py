@@ -141,7 +141,7 @@ def test_help_names_every_key_with_type_and_default(capsys):
         read("--help")
     assert caught.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "--optimizer.lr LR peak learning rate. (type: PositiveFloat, default: 0.001)" in text
+    assert "--optimizer.lr LR peak learning rate. (type: Positive, default: 0.001)" in text
     for group, keys in vars(Config()).items():
         for key in vars(keys):
             assert f"--{group}.{key} " in text
