@@ -1,8 +1,10 @@
 """The shell scripts: clean, and honest about an interpreter that can't do."""
 
 import os
+import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,3 +32,11 @@ def test_an_interpreter_that_cannot_do_is_refused(tmp_path):
     assert done.returncode == 2
     assert "is not Python 3.9 to 3.12" in done.stderr
     assert not Path(tmp_path / ".venv").exists()
+
+
+def test_the_quickstart_writes_its_samples(tmp_path):
+    """Its one line of Python, as it stands in the script."""
+    (code,) = re.findall(r'-c "(.*)"$', (ROOT / "scripts/quickstart.sh").read_text(), re.M)
+    code = code.replace("$digits", str(tmp_path / "digits"))
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    assert len(list((tmp_path / "digits").glob("*.png"))) == 10

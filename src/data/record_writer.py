@@ -314,10 +314,9 @@ class _Conversion:
         broken = [path for path, content in zip(paths, contents) if content is None]
         for path in broken[1:]:
             _log.warning("%s: not a readable image", path)
-        raise UserError(
-            f"{broken[0]}: not a readable image" + _and_more(len(broken) - 1) + "; replace what is "
-            "broken, or leave it out with --skip_broken"
-        )
+        more = _and_more(len(broken) - 1)
+        remedy = "replace what is broken, or leave it out with --skip_broken"
+        raise UserError(f"{broken[0]}: not a readable image{more}; {remedy}")
 
 
 def _and_more(count: int) -> str:

@@ -9,9 +9,9 @@ from PIL import Image
 from src.data.sources import open_source
 
 
-def write_samples(folder: Path) -> list[Path]:
+def write_samples(folder: str | Path) -> list[Path]:
     """Write the first held-out digit of each class as PNG; the name ends with the true class."""
-    source = open_source("digits", None, "val")
+    source, folder = open_source("digits", None, "val"), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for label, name in enumerate(source.class_names):

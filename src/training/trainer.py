@@ -213,7 +213,7 @@ class Trainer:
                 "%d images do not fill a step of %d: each epoch leaves out others",
                 left_out, self.feed.images_per_step,
             )  # fmt: skip
-        if not self.compiled:
+        if self.progress.epoch < self.config.training.epochs:
             logger.info("compiling the step; this takes seconds for cvt_nano, a minute for cvt_21")
 
     def _train_epoch(self) -> float:
