@@ -112,16 +112,17 @@ class Campaign:
         """Signals at random moments of as many runs as it takes; each run must end equal."""
         expected = outcome(self.reference(ranks))
         seconds = float((self.output / f"reference{ranks}.seconds").read_text())
+        attempt = 0  # a run may end before it is hit, and must not be drawn the same again
         while self.done(kind) < count:
-            turn = self.done(kind)
-            rng = random.Random(f"{self.seed} {kind} {turn}")
+            turn, attempt = self.done(kind), attempt + 1
+            rng = random.Random(f"{self.seed} {kind} {turn} {attempt}")
             folder = self.output / f"{kind}{turn}"
             shutil.rmtree(folder, ignore_errors=True)
             faults = []
             while True:
                 job = start(folder, ranks)
                 try:
-                    code = job.wait(rng.uniform(0.2, 1.0) * seconds)
+                    code = job.wait(rng.uniform(0.1, 0.8) * seconds)
                 except subprocess.TimeoutExpired:
                     if len(faults) + turn < count:
                         faults.append(self._strike(job, number, ranks, rng))
