@@ -44,19 +44,25 @@ def class_order_fault(names: Sequence[str]) -> str | None:
     """The first class that is not ImageNet's at its place; None where there is none.
 
     Args:
-        names: 1,000 synsets in the order of the labels. ImageNet-V2's 0..999 are in order too.
+        names: of the classes in the order of the labels. ImageNet-V2's 0..999 are in order too.
     """
     names = tuple(names)
     if names in (synsets(), V2_FOLDERS):
         return None
     if len(names) != CLASSES:
-        return f"{len(names)} classes, not {CLASSES}"
+        missing = [name for name in synsets() if name not in set(names)]
+        strange = [name for name in names if name not in set(synsets())]
+        detail = [f"no {missing[0]}"] if missing else []
+        detail += [f"{strange[0]!r} is none of its"] if strange else []
+        return f"{len(names)} classes, not {CLASSES}: {', '.join(detail)}"
     k = next(k for k in range(CLASSES) if names[k] != synsets()[k])
     known = f", which is its {synsets().index(names[k])}" if names[k] in synsets() else ""
     return f"class {k} is {names[k]}{known}, ImageNet's is {synsets()[k]}"
 
 
-def check_class_order(source: Source, given: bool, labels: str = "val") -> None:
+def check_class_order(
+    source: Source, given: bool, labels: str = "val", outputs: int | None = None
+) -> None:
     """Compare 1,000 classes with ImageNet's: evaluated in another order, accuracy is near zero.
 
     Args:
@@ -64,19 +70,23 @@ def check_class_order(source: Source, given: bool, labels: str = "val") -> None:
         given: whether `data.class_names`, and not the folders, says which output a class is.
         labels: with "real" and "v2" the classes have to be ImageNet's; with "val" others pass
             where they are given, and where they are no synsets, with a warning.
+        outputs: of the network; None are as many as the classes.
 
     Raises:
         UserError: the classes are others or in another order; names the first difference.
     """
-    if labels == "val" and len(source.class_names) != CLASSES:
+    names = source.class_names
+    like_synsets = all(_SYNSET.fullmatch(name) for name in names)
+    imagenet = len(names) == CLASSES or (outputs == CLASSES and like_synsets)
+    if labels == "val" and not imagenet:
         return
-    fault = class_order_fault(source.class_names)
+    fault = class_order_fault(names)
     if fault is None:
         return
     fault = f"{source.title}: not ImageNet-1k's classes in their order: {fault}"
     if labels != "val":
         raise UserError(f"{fault}; data.labels {labels} counts by that order")
-    if not given and all(_SYNSET.fullmatch(name) for name in source.class_names):
+    if not given and like_synsets:
         raise UserError(
             f"{fault}; correct the folders or, for weights of just these classes, name them in "
             "the order of the model's outputs in data.class_names"

@@ -54,7 +54,8 @@ def open_labelled(config: Config, checkpoint: str, ranks: Ranks = ALONE) -> Labe
         )
     run = run_config_of(checkpoint)
     source = open_checked(config, "val", ranks, run and run.parent, keep=False)
-    check_class_order(source, bool(data.class_names or data.classes), data.labels)
+    given = bool(data.class_names or data.classes)
+    check_class_order(source, given, data.labels, config.model.num_classes)
     if real is not None:
         ranks.require_agreement("labels of ReaL", real)
         return Labelled(*with_real(source, real))
