@@ -36,6 +36,8 @@ def test_calibration_error_equals_a_plain_loop():
     found = calibrate(sure(confidence, correct))
     assert found.ece == pytest.approx(100 * ece, rel=1e-12) and 1 < found.ece < 50
     assert found.images.sum() == 1000
+    edges = calibrate(sure([1e-9, 1 / 15, 2 / 15, 1.0], [1, 1, 0, 1]))
+    assert edges.images.tolist() == [2, 1, *[0] * 12, 1]
 
 
 def test_calibration_by_hand():
