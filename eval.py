@@ -17,23 +17,34 @@ def main(argv: list[str]) -> None:
             "--ckpt", type=str, required=True, help="weights: .ckpt, .safetensors, .pth, .bin"
         )
         parser.add_argument("--json", type=str, help="also write the figures to this file")
+        parser.add_argument(
+            "--report",
+            type=str,
+            help="folder for accuracy per class, confusion matrix, calibration and worst images",
+        )
 
     description = "Evaluate a checkpoint; --config is found in its run's folder."
     config, arguments = parse(argv, "eval.py", description, add_arguments, config_beside="ckpt")
     prepare_environment()
     log_to()
     from src.evaluation.evaluator import evaluate_checkpoint
+    from src.evaluation.report import open_folder, write_report
 
     if arguments.config is None:
         raise UserError(f"{arguments.ckpt}: no config.yaml of a run beside it; give --config")
     _, ranks = setup(config.runtime)
-    figures = evaluate_checkpoint(config, arguments.ckpt, ranks).to_dict()
+    report = bool(arguments.report)
+    folder = open_folder(arguments.report) if report and ranks.is_first else None
+    result, images = evaluate_checkpoint(config, arguments.ckpt, ranks, keep_outcomes=report)
     if not ranks.is_first:
         return
+    figures = write_report(result, images, folder) if folder else result.to_dict()
     print(
         f"top1 {figures['top1']:.2f} %  top5 {figures['top5']:.2f} %  loss {figures['loss']:.4f}  "
         f"images {figures['images']}  {figures['images_per_second']:.0f} img/s"
     )
+    if folder:
+        print(f"ece {figures['ece']:.2f} %  report in {folder}")
     if arguments.json:
         write_json(figures, arguments.json)
 

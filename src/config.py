@@ -93,6 +93,9 @@ class DataConfig:
         class_names: names in the order of the labels; null takes the data's own. A run writes
             them into its config.yaml, so that a checkpoint always knows its classes.
         classes: use only the classes of these names, labelled in this order.
+        labels: of the evaluation images; val is the folders' own, real and v2 are ImageNet's later
+            ones (eval.py): with v2 the class folders are ImageNet-V2's 0..999.
+        labels_file: ReaL's real.json, for labels real.
         train_images: use only so many training images, as many of each class as there can be;
             which ones follows from runtime.seed.
         mean: of the three channels, for values in 0..1.
@@ -117,6 +120,8 @@ class DataConfig:
     val_folder: str = "val"
     class_names: Optional[list[str]] = None
     classes: Optional[list[str]] = None
+    labels: Literal["val", "real", "v2"] = "val"
+    labels_file: Optional[str] = None
     train_images: Optional[PositiveInt] = None
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[Positive, Positive, Positive] = IMAGENET_STD

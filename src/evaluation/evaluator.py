@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from mindspore import Tensor, nn
 
-from src.command_line import run_config_of
 from src.config import Config
 from src.data import Preprocessing, Source, eval_batches
 from src.errors import UserError
-from src.evaluation.metrics import Metrics
+from src.evaluation.labels import Labelled, open_labelled
+from src.evaluation.metrics import Metrics, Outcomes
 from src.ranks import ALONE, Ranks
-from src.recipe import build_model, build_preprocessing, open_checked, resolve_classes
+from src.recipe import build_model, build_preprocessing, resolve_classes
 from src.reporting.progress import progress_bar
 from src.weights import load_weights
 
@@ -25,10 +25,14 @@ logger = logging.getLogger("cvt")
 
 @dataclass
 class Result:
-    """Sums over a split, and how fast they were made (without compiling)."""
+    """Sums over a split, how fast they were made (without compiling), and what they are sums of.
+
+    `outcomes` are those of all ranks in the order of the split, where they were asked for.
+    """
 
     metrics: Metrics
     images_per_second: float
+    outcomes: Outcomes | None = None
 
     def to_dict(self) -> dict[str, float]:
         """The figures that eval.py reports."""
@@ -50,6 +54,8 @@ class Evaluator:
         batch_size: images a step; the last batch is filled up and the filling not counted.
         workers: threads that prepare images; 0 takes one per core.
         ranks: those that share the images; each takes every so many-th.
+        label_lists: the right classes of each image, instead of the split's labels.
+        keep_outcomes: whether the result tells what became of each image.
 
     Raises:
         UserError: a split without images.
@@ -62,6 +68,8 @@ class Evaluator:
         batch_size: int,
         workers: int = 0,
         ranks: Ranks = ALONE,
+        label_lists: Sequence[Sequence[int]] | None = None,
+        keep_outcomes: bool = False,
     ) -> None:
         if not len(source):
             raise UserError(f"{source.title}: no image to evaluate on; add some")
@@ -70,6 +78,8 @@ class Evaluator:
         self.batch_size = min(batch_size, len(source))
         self.images = len(source)
         self.ranks = ranks
+        self._label_lists = label_lists
+        self._keep_outcomes = keep_outcomes
         self.batches = eval_batches(
             source,
             preprocessing.operations(source.encoded),
@@ -96,14 +106,18 @@ class Evaluator:
             UserError: an image that can't be read, or an output that is not finite.
         """
         net.set_train(False)
-        metrics = Metrics()
+        metrics, outcomes = Metrics(), []
         if not self.compiled:  # before the clock starts
             self.compile(net)
         start = time.perf_counter()
         bar = progress_bar(len(self.batches.indices), "evaluate")
         for images, labels in self.batches.iterate(output_numpy=True):
             logits = net(Tensor(self._filled(images))).asnumpy()
-            metrics.update(logits[: len(labels)], labels)
+            done = metrics.update(
+                logits[: len(labels)], self._right_classes(metrics.images, labels)
+            )
+            if self._keep_outcomes:
+                outcomes.append(np.stack(done))
             bar.update(len(labels))
             if stop():
                 break
@@ -111,26 +125,48 @@ class Evaluator:
         metrics = Metrics.of(self.ranks.gather(metrics.sums))
         if metrics.images < self.images:
             return None
-        return Result(metrics, metrics.images / (time.perf_counter() - start))
+        speed = metrics.images / (time.perf_counter() - start)
+        return Result(metrics, speed, self._gather(outcomes) if self._keep_outcomes else None)
+
+    def _right_classes(
+        self, start: int, labels: np.ndarray
+    ) -> np.ndarray | Sequence[Sequence[int]]:
+        """Of this rank's images from `start` on, whose labels in the split are `labels`."""
+        if self._label_lists is None:
+            return labels
+        return [self._label_lists[k] for k in self.batches.indices[start : start + len(labels)]]
+
+    def _gather(self, outcomes: list[np.ndarray]) -> Outcomes:
+        """All ranks' outcomes in the split's order; rank r has every `world`-th from r on."""
+        world, fields = self.ranks.world, len(Outcomes._fields)
+        share = np.zeros((fields, -(-self.images // world)))  # ranks may differ by an image
+        mine = np.concatenate([np.zeros((fields, 0)), *outcomes], axis=1)
+        share[:, : mine.shape[1]] = mine
+        parts = self.ranks.gather(share).reshape(world, *share.shape)
+        return Outcomes(*parts.transpose(1, 2, 0).reshape(fields, -1)[:, : self.images])
 
     def _filled(self, images: np.ndarray) -> np.ndarray:
         missing = self.batch_size - len(images)
         return np.pad(images, ((0, missing), (0, 0), (0, 0), (0, 0))) if missing else images
 
 
-def evaluate_checkpoint(config: Config, checkpoint: str, ranks: Ranks = ALONE) -> Result:
+def evaluate_checkpoint(
+    config: Config, checkpoint: str, ranks: Ranks = ALONE, keep_outcomes: bool = False
+) -> tuple[Result, Labelled]:
     """Evaluate a weight file on the held-out images of a configuration, over all ranks.
 
+    Returns:
+        The result, and the images with their labels.
+
     Raises:
-        UserError: weights that don't fit, or data that can't be read.
+        UserError: weights that don't fit, or data or labels that can't be used.
     """
-    beside = run_config_of(checkpoint)
-    source = open_checked(config, "val", ranks, beside and beside.parent, keep=False)
-    config = resolve_classes(config, source)
+    images = open_labelled(config, checkpoint, ranks)
+    config = resolve_classes(config, images.source)
     net = build_model(config)
     logger.info("%s", load_weights(net, checkpoint))
-    evaluation = config.evaluation
     evaluator = Evaluator(
-        source, build_preprocessing(config), evaluation.batch_size, config.data.workers, ranks
-    )
-    return evaluator.run(net)
+        images.source, build_preprocessing(config), config.evaluation.batch_size,
+        config.data.workers, ranks, images.label_lists, keep_outcomes,
+    )  # fmt: skip
+    return evaluator.run(net), images

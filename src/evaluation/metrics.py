@@ -2,11 +2,63 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from src.errors import UserError
+
+
+class Outcomes(NamedTuple):
+    """What became of each image; arrays [N] of float64, so that ranks can gather them.
+
+    Args:
+        prediction: the best class.
+        confidence: its probability.
+        correct1: 1 where it is right, else 0.
+        correct5: 1 where one of the five best classes is right.
+        loss: -log of the right class's probability; of the right ones' sum, if there are several.
+    """
+
+    prediction: np.ndarray
+    confidence: np.ndarray
+    correct1: np.ndarray
+    correct5: np.ndarray
+    loss: np.ndarray
+
+
+def judge(logits: np.ndarray, labels: np.ndarray | Sequence[Sequence[int]]) -> Outcomes:
+    """Compare a batch with its labels.
+
+    Args:
+        logits: float [N, C].
+        labels: int [N], or a list of right classes for each image, as ReaL has them.
+
+    Raises:
+        UserError: a logit is not finite, so no accuracy of it means anything.
+    """
+    if not np.isfinite(logits).all():
+        raise UserError("the network's output is not finite: the weights are damaged or diverged")
+    logits = logits.astype(np.float64)
+    rows = np.arange(len(logits))
+    ranked = np.argsort(-logits, axis=1, kind="stable")[:, :5]
+    peak = logits.max(axis=1, keepdims=True)
+    log_sum = peak[:, 0] + np.log(np.exp(logits - peak).sum(axis=1))
+    if isinstance(labels, np.ndarray):
+        hits = ranked == labels[:, None]  # [N, 5]
+        right = logits[rows, labels]
+    else:
+        hits = np.array([np.isin(best, right) for best, right in zip(ranked, labels)])
+        right = np.array([np.logaddexp.reduce(row[sorted({*k})]) for row, k in zip(logits, labels)])
+    return Outcomes(
+        ranked[:, 0].astype(np.float64),
+        np.exp(peak[:, 0] - log_sum),
+        hits[:, 0].astype(np.float64),
+        hits.any(axis=1).astype(np.float64),
+        log_sum - right,
+    )
 
 
 @dataclass
@@ -18,25 +70,14 @@ class Metrics:
     correct5: int = 0
     loss_sum: float = 0.0
 
-    def update(self, logits: np.ndarray, labels: np.ndarray) -> None:
-        """Add a batch: logits float [N, C], labels int [N].
-
-        Raises:
-            UserError: a logit is not finite, so no accuracy of it means anything.
-        """
-        if not np.isfinite(logits).all():
-            raise UserError(
-                "the network's output is not finite: the weights are damaged or diverged"
-            )
-        logits = logits.astype(np.float64)
-        ranked = np.argsort(-logits, axis=1, kind="stable")[:, :5]
-        hits = ranked == labels[:, None]
-        peak = logits.max(axis=1, keepdims=True)
-        log_sum = peak[:, 0] + np.log(np.exp(logits - peak).sum(axis=1))
+    def update(self, logits: np.ndarray, labels: np.ndarray | Sequence[Sequence[int]]) -> Outcomes:
+        """Add a batch, as `judge` takes it, and return what became of its images."""
+        outcomes = judge(logits, labels)
         self.images += len(labels)
-        self.correct1 += int(hits[:, 0].sum())
-        self.correct5 += int(hits.sum())
-        self.loss_sum += float((log_sum - logits[np.arange(len(labels)), labels]).sum())
+        self.correct1 += int(outcomes.correct1.sum())
+        self.correct5 += int(outcomes.correct5.sum())
+        self.loss_sum += float(outcomes.loss.sum())
+        return outcomes
 
     @property
     def sums(self) -> np.ndarray:
@@ -56,7 +97,7 @@ class Metrics:
 
     @property
     def top5(self) -> float:
-        """Per cent of the images with the right class among the five best."""
+        """Per cent of the images with a right class among the five best."""
         return 100 * self.correct5 / self.images
 
     @property

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,17 @@ def write_json(content: Any, path: str | Path) -> None:
         UserError: the file can't be written.
     """
     write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", path)
+
+
+def write_csv(head: Sequence[str], rows: Iterable[Sequence[Any]], path: str | Path) -> None:
+    """Write a table; letters of a file's name that are no UTF-8 are escaped.
+
+    Raises:
+        UserError: the file can't be written.
+    """
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([head, *rows])
+    write_text(text.getvalue().encode("utf-8", "backslashreplace").decode(), path)
 
 
 def write_text(text: str, path: str | Path) -> None:

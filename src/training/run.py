@@ -40,6 +40,11 @@ def train(
     """
     if resume and finetune is not None:
         raise UserError("--resume and --finetune: give one; a resumed run has its weights already")
+    if config.data.labels != "val" or config.data.labels_file:
+        raise UserError(
+            "data.labels, data.labels_file: a run is evaluated by its own labels; leave them out "
+            "here and give them to eval.py"
+        )
     device, ranks = setup(config.runtime)
     if ranks.is_first:
         _check_folder(output, resume)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from src.errors import UserError
-from src.evaluation.metrics import Metrics
+from src.evaluation.metrics import Metrics, judge
 
 
 def test_batches_add_up_to_the_whole():
@@ -38,3 +38,23 @@ def test_equal_logits_are_not_taken_for_right():
 def test_logits_that_are_no_numbers_are_refused():
     with pytest.raises(UserError, match="not finite"):
         Metrics().update(np.array([[np.nan, 1.0]]), np.array([0]))
+
+
+def test_several_right_classes():
+    """Against a plain count, as timm's RealLabelsImagenet; a list of one is a label."""
+    rng = np.random.default_rng(0)
+    logits = rng.standard_normal((60, 12))
+    lists = [rng.choice(12, rng.integers(1, 4), replace=False).tolist() for _ in range(60)]
+    outcomes = judge(logits, lists)
+    probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    for k, (row, right) in enumerate(zip(probabilities, lists)):
+        best = sorted(range(12), key=lambda label: -row[label])[:5]
+        assert outcomes.prediction[k] == best[0] and outcomes.correct1[k] == (best[0] in right)
+        assert outcomes.correct5[k] == any(label in right for label in best)
+        assert outcomes.confidence[k] == pytest.approx(row.max())
+        assert outcomes.loss[k] == pytest.approx(-np.log(row[right].sum()))
+    labels = rng.integers(0, 12, 60)
+    for several, one in zip(judge(logits, labels[:, None].tolist()), judge(logits, labels)):
+        np.testing.assert_allclose(several, one, rtol=1e-12)
+    doubled = judge(logits, [[*right, right[0]] for right in lists])
+    np.testing.assert_array_equal(doubled.loss, outcomes.loss)

@@ -1,0 +1,152 @@
+"""ImageNet's protocols on made-up trees of tiny images."""
+
+import dataclasses
+import json
+import logging
+
+import mindspore as ms
+import numpy as np
+import pytest
+from PIL import Image
+
+from src.config import Config, DataConfig, EvaluationConfig, ModelConfig
+from src.data import eval_batches
+from src.data.imagenet_labels import synsets
+from src.errors import UserError
+from src.evaluation.evaluator import evaluate_checkpoint
+from src.evaluation.labels import open_labelled
+from src.recipe import build_model, build_preprocessing
+from src.training.run import train
+from src.weights import save_weights
+from tests.conftest import TINY
+
+MODES = {0: "L", 1: "CMYK"}  # of the first images; the rest is RGB
+
+
+@pytest.fixture(scope="module")
+def imagenet(tmp_path_factory):
+    """A validation tree of one image a class; image number k + 1 is of class (7 k) % 1000."""
+    root = tmp_path_factory.mktemp("imagenet")
+    rng = np.random.default_rng(0)
+    for k in range(1000):
+        folder = root / "val" / synsets()[7 * k % 1000]
+        folder.mkdir(parents=True)
+        image = Image.fromarray(rng.integers(0, 256, (17, 20, 3), dtype=np.uint8))
+        image.convert(MODES.get(k, "RGB")).save(folder / f"ILSVRC2012_val_{k + 1:08}.JPEG")
+    return root
+
+
+def config_of(root, **keys):
+    data = DataConfig(path=str(root), workers=1, check_images=False, **keys)
+    model = ModelConfig(name="cvt_nano", image_size=16, **{**TINY, "num_classes": 1000})
+    return Config(model=model, data=data, evaluation=EvaluationConfig(batch_size=300))
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory, imagenet):
+    path = tmp_path_factory.mktemp("weights") / "w.ckpt"
+    save_weights(build_model(config_of(imagenet)), path)
+    return path
+
+
+def write_real(path, lists):
+    path.write_text(json.dumps(lists + [[1]] * (50_000 - len(lists))))
+    return str(path)
+
+
+def test_real_equals_a_count_of_single_images(imagenet, weights, tmp_path):
+    """Every third list is empty; of the others some hold what the network says."""
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+    config = config_of(imagenet)
+    result, images = evaluate_checkpoint(config, str(weights), keep_outcomes=True)
+    said = np.zeros(1000, int)  # by the files' numbers
+    for k, prediction in enumerate(result.outcomes.prediction):
+        said[int(images.source.describe(k)[-13:-5]) - 1] = prediction
+    lists = [[[], [int(p)], [(int(p) + 1) % 1000, (int(p) + 2) % 1000]][k % 3]
+             for k, p in enumerate(said)]  # fmt: skip
+    lists[1] = [5 if said[1] != 5 else 6, int(said[1])]
+    real = write_real(tmp_path / "real.json", lists)
+    real_config = config_of(imagenet, labels="real", labels_file=real)
+    result, images = evaluate_checkpoint(real_config, str(weights))
+    assert result.metrics.images == len(images.source) == 666
+    assert result.metrics.correct1 == sum(1 for k in range(1000) if k % 3 == 1)
+    for k in range(666):
+        number = int(images.source.describe(k)[-13:-5])
+        assert images.label_lists[k] == lists[number - 1]
+        assert images.source.labels[k] == 7 * (number - 1) % 1000
+
+
+def test_grey_and_cmyk_files_are_counted_as_pillow_sees_them(imagenet):
+    source = open_labelled(config_of(imagenet), "none.ckpt").source
+    prepare = build_preprocessing(config_of(imagenet))
+    batches = eval_batches(source, prepare.operations(source.encoded), 300, workers=1)
+    prepared = np.concatenate([images for images, _ in batches.iterate(output_numpy=True)])
+    assert len(prepared) == 1000
+    seen = []
+    for k in range(1000):
+        with Image.open(source.describe(k)) as image:
+            if image.mode != "RGB":
+                seen.append(image.mode)
+                expected = prepare(np.asarray(image.convert("RGB")))
+                np.testing.assert_allclose(prepared[k], expected, atol=1e-5)
+    assert sorted(seen) == ["CMYK", "L"]
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_v2_folders_are_classes_as_integers(named, tmp_path):
+    for k in range(1000):
+        (tmp_path / str(k)).mkdir()
+        Image.new("RGB", (2, 2)).save(tmp_path / str(k) / "x.png")
+    names = list(synsets()) if named else None
+    keys = {"val_folder": ".", "class_names": names}
+    source = open_labelled(config_of(tmp_path, labels="v2", **keys), "none.ckpt").source
+    assert source.labels.tolist() == list(range(1000))
+    assert all(source.describe(k).endswith(f"/{k}/x.png") for k in range(1000))
+    assert source.class_names == synsets()
+    (tmp_path / "1000").mkdir()
+    with pytest.raises(UserError, match="'1000' is none of the 1000 known classes"):
+        open_labelled(config_of(tmp_path, labels="v2", **keys), "none.ckpt")
+
+
+def refused(config, match):
+    with pytest.raises(UserError, match=match) as caught:
+        open_labelled(config, "none.ckpt")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_class_of_another_set_is_named(imagenet, tmp_path, caplog):
+    (tmp_path / "val").mkdir()
+    for folder in (imagenet / "val").iterdir():
+        (tmp_path / "val" / folder.name).symlink_to(folder)
+    open_labelled(config_of(tmp_path), "none.ckpt")
+    (tmp_path / "val" / synsets()[7]).rename(tmp_path / "val" / "n99999999")
+    refused(config_of(tmp_path), f"class 7 is {synsets()[8]}, which is its 8, ImageNet's is")
+    names = sorted(p.name for p in (tmp_path / "val").iterdir())
+    with caplog.at_level(logging.WARNING):
+        open_labelled(config_of(tmp_path, class_names=names), "none.ckpt")
+    assert "right only for weights that were trained in that order" in caplog.text
+    (tmp_path / "val" / "n99999999").rename(tmp_path / "away")
+    refused(config_of(tmp_path), f"999 classes, not 1000: no {synsets()[7]}")
+
+
+def test_a_permuted_class_order_is_noticed(imagenet, tmp_path, caplog):
+    names = list(synsets())
+    names[0], names[9] = names[9], names[0]
+    with caplog.at_level(logging.WARNING):
+        open_labelled(config_of(imagenet, class_names=names), "none.ckpt")
+    assert f"class 0 is {synsets()[9]}, which is its 9" in caplog.text
+    real = write_real(tmp_path / "real.json", [])
+    for keys in ({"labels": "real", "labels_file": real}, {"labels": "v2"}):
+        keys["class_names"] = names
+        refused(config_of(imagenet, **keys), "the model's classes are not ImageNet-1k's .*class 0")
+
+
+def test_keys_that_do_not_go_together_are_refused(imagenet, tmp_path):
+    config = config_of(imagenet, labels="v2", classes=["1", "2"])
+    refused(config, "data.classes: ImageNet's labels v2 are of all classes")
+    digits = dataclasses.replace(config.data, source="digits", classes=None)
+    refused(dataclasses.replace(config, data=digits), "data.source is digits; leave it out")
+    refused(config_of(imagenet, labels="real"), "--data.labels_file FILE")
+    refused(config_of(imagenet, labels_file="real.json"), "add --data.labels real")
+    with pytest.raises(UserError, match="give them to eval.py"):
+        train(config_of(imagenet, labels="v2"), tmp_path / "run")
