@@ -145,6 +145,7 @@ def test_evaluation_counts_every_image_once_on_any_number_of_ranks(trained, tmp_
             str(ROOT / "eval.py"), f"--ckpt={trained / 'checkpoints/best.ckpt'}", "--runtime.mode",
             "pynative", "--data.source=imagefolder", f"--data.path={tmp_path / 'data'}",
             "--data.workers=1", "--evaluation.batch_size=64", f"--json={tmp_path}/{world}.json",
+            f"--report={tmp_path}/report{world}",
         ]  # fmt: skip
         start = [sys.executable]
         if world > 1:
@@ -163,3 +164,7 @@ def test_evaluation_counts_every_image_once_on_any_number_of_ranks(trained, tmp_
         assert figures["images"] == 1003
         assert (figures["top1"], figures["top5"]) == (found[0]["top1"], found[0]["top5"])
         assert figures["loss"] == pytest.approx(found[0]["loss"], rel=1e-6)
+        assert figures["ece"] == pytest.approx(found[0]["ece"], rel=1e-4)
+    for name in ("per_class.csv", "confusion_matrix.csv"):
+        texts = {(tmp_path / f"report{world}" / name).read_text() for world in (1, 2, 3)}
+        assert len(texts) == 1
