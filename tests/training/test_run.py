@@ -129,6 +129,7 @@ def test_sgd_trains(trained, few_digits, tmp_path):
 
 
 def test_damaged_figures_are_written_anew_from_the_state(trained, tmp_path, capsys):
+    log_to()  # as train.py does
     whole = (trained / "metrics.jsonl").read_text()
     lines = whole.splitlines(keepends=True)
     for text in (lines[0], lines[0] + lines[1][:20], whole.replace("1", "2"), None):
