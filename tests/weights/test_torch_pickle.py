@@ -109,6 +109,6 @@ HARMLESS_BOMBS = {
 
 @pytest.mark.parametrize("body", HARMLESS_BOMBS.values(), ids=HARMLESS_BOMBS.keys())
 def test_bombs_in_what_is_left_aside_cost_nothing(tmp_path, body):
-    start = time.perf_counter()
+    start = time.process_time()
     arrays = read(write_zip(tmp_path / "x.pth", mapping(x=body, w=tensor())))
-    assert list(arrays) == ["w"] and time.perf_counter() - start < 2
+    assert list(arrays) == ["w"] and time.process_time() - start < 2
