@@ -105,7 +105,8 @@ def _train_command(config: str, data: str, target: str, keys: list[str]) -> list
     words += ["--runtime.device", target, *keys]
 
     def add_arguments(parser) -> None:
-        parser.add_argument("--resume", action="store_true")
+        parser.add_argument("--resume", nargs="?", const=True)
+        parser.add_argument("--accept_changes", action="store_true")
         parser.add_argument("--finetune", type=str)
 
     parse(words, "train.py", "", add_arguments)  # finds unknown keys now, and once

@@ -35,6 +35,12 @@ def test_each_rank_gets_its_numbers_on_every_host():
     assert command[-2] == "--output" and command[-1].endswith("runs/digits_cvt_nano")
 
 
+def test_a_run_goes_on_as_with_train_py():
+    for words in (["--resume"], ["--resume", "--accept_changes"], ["--resume", "runs/a/x.ckpt"]):
+        line = describe(plan(RECIPE, "-", "2", *words)).splitlines()[-1]
+        assert " ".join(words) in line
+
+
 def test_paths_with_spaces_stay_whole(tmp_path):
     recipe = tmp_path / "my recipe.yaml"
     recipe.write_text((ROOT / RECIPE).read_text())
