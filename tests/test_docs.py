@@ -1,25 +1,242 @@
-"""What the documents promise: code that runs, commands and files that exist."""
+"""What the documents promise: commands that can be typed, code that runs, files that exist.
 
+Commands are taken by the programs' own parsers, which then stop; nothing is trained here.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from src.command_line import load_config, parse
+from src.config import Config
+from src.data.samples import write_samples
+from src.launch import plan
+from src.models import list_models
 from tests.conftest import ROOT
 
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+RECIPES = sorted((ROOT / "config").rglob("*.yaml"))
+OTHERS_PROGRAMS = ["source", "git", "cd", "pip", "curl", "printf", "atc", "converter_lite"]
+OWN_START = ("scripts/quickstart.sh", "scripts/run_tests.sh")  # they take no recipe
+
+
+class Accepted(Exception):
+    """A program has taken its command line and would go to work now."""
+
+
+def fences(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.S | re.M)
+
+
+def commands(page: Path) -> list[str]:
+    """Every command of a page, fenced or within a line; of a recipe, those of its head."""
+    text = page.read_text()
+    if page.suffix == ".yaml":
+        return re.findall(r"^#   (\w.*)$", text, re.M)
+    lines = "\n".join(fences(page, "bash")).replace("\\\n", " ").splitlines()
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
+    spans = re.findall(r"`([^`]+)`", prose)
+    return lines + [s for s in spans if re.match(r"(?:[A-Z_]+=\S+ )*(?:python|msrun|bash) ", s)]
+
+
+class Reader:
+    """Hands commands to the programs they name, in a folder that holds what they ask for."""
+
+    def __init__(self, folder: Path, monkeypatch) -> None:
+        self.folder, self.patch = folder, monkeypatch
+        (folder / "config").symlink_to(ROOT / "config")
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(plan, "visible_devices", lambda *_: list(range(16)))
+
+    def read(self, line: str) -> None:
+        words = shlex.split(line, comments=True)
+        words = words[: next((i for i, w in enumerate(words) if w in (">", "|", "&")), None)]
+        variables = {}
+        while words and re.match(r"[A-Z_]+=", words[0]):
+            name, _, value = words.pop(0).partition("=")
+            variables[name] = value
+        if not words or words[0] in OTHERS_PROGRAMS:
+            return
+        if words[0] == "bash":
+            self.script(words[1], words[2:], variables)
+        elif words[0] not in ("python", "msrun"):
+            raise AssertionError(f"{words[0]} is no program of ours, nor among the known others")
+        elif words[1] == "-m":
+            assert importlib.util.find_spec(words[2]), words[2]
+        elif words[1] == "-c":
+            check_python(words[2])
+        else:  # python, or msrun with its own options before the program
+            first = next(i for i, word in enumerate(words) if word.endswith(".py"))
+            self.program(words[first], words[first + 1 :])
+
+    def script(self, name: str, words: list[str], variables: dict[str, str]) -> None:
+        if name in OWN_START:
+            assert all((ROOT / word).exists() for word in words), words
+            return
+        if name == "scripts/run_distribute_train.sh":
+            self.furnish(words, "data")
+            planned, _ = plan.read_plan([*words, "--dry_run"], variables, "")
+            self.program("train.py", planned.command[1:])
+            return
+        self.furnish(words, "files")
+        command = ["bash", str(ROOT / name), *words, "--dry_run"]
+        environment = {**os.environ, **variables}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        self.read(done.stdout)
+
+    def program(self, name: str, words: list[str]) -> None:
+        if name == "serve.py":  # tests/test_served.py runs it
+            return
+        assert (ROOT / name).is_file(), name
+        self.furnish(words, "runs")
+        module = importlib.import_module(name.removesuffix(".py"))
+        self.patch.setattr(module, "parse", parse_known_model)
+        self.patch.setattr(module, "prepare_environment", accept)
+        if "--help" in words:
+            with pytest.raises(SystemExit, match="0"):
+                module.main.__wrapped__(words)
+            return
+        with pytest.raises(Accepted):
+            module.main.__wrapped__(words)
+
+    def furnish(self, words: list[str], what: str) -> None:
+        """Make stand-ins: folders in capitals, runs with their recipe, files for the scripts."""
+        for word in words:
+            if what != "runs" and re.fullmatch("[A-Z0-9_]{2,}", word):
+                Path(word).mkdir(exist_ok=True)
+            elif what == "files" and re.search(r"\.(ckpt|mindir|onnx|jpg)$", word):
+                Path(word).parent.mkdir(parents=True, exist_ok=True)
+                Path(word).touch()
+            if re.match(r"runs/\w+", word) and (word.endswith(".ckpt") or "--resume" in words):
+                run = Path(*Path(word).parts[:2])
+                (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+                shutil.copy(ROOT / "config/digits/cvt_nano.yaml", run / "config.yaml")
+                if word.endswith(".ckpt"):
+                    Path(word).touch()
+
+
+def accept() -> None:
+    raise Accepted
+
+
+def parse_known_model(*arguments, **keywords):
+    settings, own = parse(*arguments, **keywords)
+    assert not isinstance(settings, Config) or settings.model.name in list_models()
+    return settings, own
+
+
+def check_python(code: str) -> None:
+    """Compile it, and find everything that it imports."""
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                importlib.import_module(alias.name)
+        elif isinstance(node, ast.ImportFrom):
+            module = importlib.import_module(node.module)
+            for alias in node.names:
+                assert node.module == "__future__" or hasattr(module, alias.name), alias.name
+
+
+def run_code(code: str, folder: Path) -> str:
+    """Run a page's code as a program of its own, so that what it registers stays there."""
+    (folder / "example.py").write_text(code)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "example.py"]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("page", [*PAGES, *RECIPES], ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_are_taken_by_their_programs(page, tmp_path, monkeypatch):
+    reader = Reader(tmp_path, monkeypatch)
+    for line in commands(page):
+        try:
+            reader.read(line)
+        except (Exception, SystemExit, pytest.fail.Exception) as error:
+            pytest.fail(f"{line}: {error!r}", pytrace=False)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "python train.py --config config/digits/no_such.yaml",
+        "python train.py --config config/digits/cvt_nano.yaml --optimizer.lrr 1",
+        "python train.py --config config/digits/cvt_nano.yaml --training.epochs many",
+        "python train.py --config config/digits/cvt_nano.yaml --model.name cvt_14",
+        "python train.py --config config/digits/cvt_nano.yaml [--resume]",
+        "python eval.py --ckpt W --no_such",
+        "python export.py --ckpt runs/mine/checkpoints/best.ckpt --format om",
+        "python -m src.no_such",
+        "python -c 'from src.deploy import NoSuch'",
+        "no_such.py",
+        "bash scripts/no_such.sh",
+        "bash scripts/run_eval.sh - - runs/mine/checkpoints/best.ckpt --no_such 1",
+        "bash scripts/run_distribute_train.sh config/digits/cvt_nano.yaml - 2 --no_such 1",
+    ],
+)
+def test_commands_that_would_fail_are_found(line, tmp_path, monkeypatch):
+    with pytest.raises(Exception) as caught:  # noqa: PT011, B017 - whatever it is, the page's test fails
+        Reader(tmp_path, monkeypatch).read(line)
+    assert caught.type is not Accepted
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_code_compiles_and_finds_its_imports(page):
+    for code in fences(page, "python"):
+        check_python(code)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_yaml_is_a_recipe(page, tmp_path):
+    for text in fences(page, "yaml"):
+        (tmp_path / "recipe.yaml").write_text(text)
+        assert load_config(tmp_path / "recipe.yaml").model.name in list_models()
 
 
 def test_the_pyramid_example_learns(tmp_path):
-    code = re.search(r"```python\n(.*?)```", (ROOT / "docs/features.md").read_text(), re.S)[1]
-    (tmp_path / "example.py").write_text(code)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "example.py"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    first, last = re.search(r"loss ([\d.]+) -> ([\d.]+)", done.stdout).groups()
+    (code,) = fences(ROOT / "docs/features.md", "python")
+    first, last = re.search(r"loss ([\d.]+) -> ([\d.]+)", run_code(code, tmp_path)).groups()
     assert float(last) < 0.6 * float(first)
+
+
+def test_the_additions_of_contributing_work(tmp_path):
+    """A variant, a source and an operation, as printed there."""
+    code = "\n".join(fences(ROOT / "docs/contributing.md", "python"))
+    assert run_code(code, tmp_path).splitlines() == [
+        "(2, 10)",
+        "6 ('0', '1', '2') (32, 32, 3)",
+        "[30]",
+    ]
+
+
+def test_the_network_of_the_readme_runs(tmp_path):
+    (code,) = [c for c in fences(ROOT / "README.md", "python") if "forward_pyramid" in c]
+    shapes = run_code(f"{code}\nprint([m.shape for m in net.forward_pyramid(images)])", tmp_path)
+    assert shapes.strip() == "[(1, 64, 56, 56), (1, 192, 28, 28), (1, 384, 14, 14)]"
+
+
+def test_the_predictor_examples_predict(trained, tmp_path, monkeypatch):
+    """The examples of README and docs/deploy.md, with a checkpoint for the exported file."""
+    monkeypatch.chdir(tmp_path)
+    for number, path in enumerate(write_samples("photographs")[:2]):
+        shutil.copy(path, ("a.jpg", "b.png")[number])
+    weights = trained / "checkpoints/best.ckpt"
+    for page in ("README.md", "docs/deploy.md"):
+        code = next(c for c in fences(ROOT / page, "python") if 'Predictor("mine.mindir")' in c)
+        exec(compile(code.replace("mine.mindir", str(weights)), page, "exec"), {})
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -27,17 +244,34 @@ def test_files_and_options_that_are_named_exist(page):
     text = page.read_text()
     for name in re.findall(r"(?:config|scripts|docs|tests|src)/[\w/.-]+\.(?:yaml|sh|md|py)", text):
         assert (ROOT / name).is_file(), name
-    for name in re.findall(r"\]\(([\w./-]+\.md)\)", text):
-        assert (page.parent / name).is_file(), name
+    for name, anchor in re.findall(r"\]\(([\w./-]*\.md)?(?:#([\w-]+))?\)", text):
+        target = page.parent / name if name else page
+        assert target.is_file(), name
+        assert not anchor or anchor in anchors(target), anchor
     programs = [*ROOT.glob("*.py"), ROOT / "src/launch/plan.py"]
     known = "".join(path.read_text() for path in programs)
     schema = (ROOT / "src/config.py").read_text()
-    for option in re.findall(r"python \w+\.py[^\n`]*?--([\w.]+)", text) + re.findall(
-        r"`--([\w.]+)", text
-    ):
+    for option in re.findall(r"`--([\w.]+)", text):
         group, _, key = option.partition(".")
         if key:
             assert re.search(rf"^    {group}: \w+Config", schema, re.M), option
             assert re.search(rf"^    {key}: ", schema, re.M), option
         else:
             assert f'"--{option}"' in known or option in ("config", "help"), option
+
+
+def anchors(page: Path) -> list[str]:
+    """The names that a page's headings have in links."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    return [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+
+
+def test_every_recipe_is_explained():
+    page = (ROOT / "docs/recipes.md").read_text()
+    missing = [str(path.relative_to(ROOT)) for path in RECIPES if path.name not in page]
+    assert not missing
+
+
+def test_every_page_is_linked_from_the_readme():
+    text = (ROOT / "README.md").read_text()
+    assert [path.name for path in PAGES[1:] if f"(docs/{path.name})" not in text] == []
