@@ -14,6 +14,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -36,25 +37,28 @@ class Accepted(Exception):
 
 
 def fences(page: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.S | re.M)
+    found = re.findall(rf"^ *```{language}\n(.*?)^ *```", page.read_text(), re.S | re.M)
+    return [textwrap.dedent(text) for text in found]
 
 
 def commands(page: Path) -> list[str]:
-    """Every command of a page, fenced or within a line; of a recipe, those of its head."""
+    """Every command, and keys with values, fenced or within a line; of a recipe, its head's."""
     text = page.read_text()
     if page.suffix == ".yaml":
         return re.findall(r"^#   (\w.*)$", text, re.M)
     lines = "\n".join(fences(page, "bash")).replace("\\\n", " ").splitlines()
-    prose = re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
+    prose = re.sub(r"^ *```.*?^ *```", "", text, flags=re.S | re.M)
     spans = re.findall(r"`([^`]+)`", prose)
-    return lines + [s for s in spans if re.match(r"(?:[A-Z_]+=\S+ )*(?:python|msrun|bash) ", s)]
+    wanted = re.compile(r"(?:[A-Z_]+=\S+ )*(?:python|msrun|bash) |--\w+\.\w+ ")
+    return lines + [span for span in spans if wanted.match(span)]
 
 
 class Reader:
     """Hands commands to the programs they name, in a folder that holds what they ask for."""
 
     def __init__(self, folder: Path, monkeypatch) -> None:
-        self.folder, self.patch = folder, monkeypatch
+        self.patch = monkeypatch
+        folder.mkdir(exist_ok=True)
         (folder / "config").symlink_to(ROOT / "config")
         monkeypatch.chdir(folder)
         monkeypatch.setattr(plan, "visible_devices", lambda *_: list(range(16)))
@@ -68,9 +72,11 @@ class Reader:
             variables[name] = value
         if not words or words[0] in OTHERS_PROGRAMS:
             return
-        if words[0] == "bash":
+        if words[0].startswith("--"):  # keys, for any recipe
+            self.program("train.py", ["--config", str(RECIPES[0]), *words])
+        elif words[0] == "bash":
             self.script(words[1], words[2:], variables)
-        elif words[0] not in ("python", "msrun"):
+        elif words[0] not in ("python", "python3", "msrun"):
             raise AssertionError(f"{words[0]} is no program of ours, nor among the known others")
         elif words[1] == "-m":
             assert importlib.util.find_spec(words[2]), words[2]
@@ -133,7 +139,8 @@ def accept() -> None:
 
 def parse_known_model(*arguments, **keywords):
     settings, own = parse(*arguments, **keywords)
-    assert not isinstance(settings, Config) or settings.model.name in list_models()
+    name = settings.model.name if isinstance(settings, Config) else None
+    assert name is None or name in list_models(), f"no model {name}"
     return settings, own
 
 
@@ -161,10 +168,9 @@ def run_code(code: str, folder: Path) -> str:
 
 @pytest.mark.parametrize("page", [*PAGES, *RECIPES], ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_are_taken_by_their_programs(page, tmp_path, monkeypatch):
-    reader = Reader(tmp_path, monkeypatch)
-    for line in commands(page):
+    for number, line in enumerate(commands(page)):
         try:
-            reader.read(line)
+            Reader(tmp_path / str(number), monkeypatch).read(line)
         except (Exception, SystemExit, pytest.fail.Exception) as error:
             pytest.fail(f"{line}: {error!r}", pytrace=False)
 
