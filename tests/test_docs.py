@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from src.command_line import load_config, parse
+from src.command_line import default_output, load_config, parse
 from src.config import Config
 from src.data.samples import write_samples
 from src.launch import plan
@@ -173,6 +173,20 @@ def test_commands_are_taken_by_their_programs(page, tmp_path, monkeypatch):
             Reader(tmp_path / str(number), monkeypatch).read(line)
         except (Exception, SystemExit, pytest.fail.Exception) as error:
             pytest.fail(f"{line}: {error!r}", pytrace=False)
+
+
+def test_following_the_readme_meets_no_file_of_an_earlier_command():
+    """Runs and exported files are refused where one is."""
+    seen = []
+    for block in fences(ROOT / "README.md", "bash"):
+        for words in (shlex.split(line, comments=True) for line in block.splitlines()):
+            option = dict(zip(words, words[1:]))
+            recipe = next((word for word in words if word.endswith(".yaml")), None)
+            if "--output" in words or recipe:
+                output = option.get("--output") or default_output(recipe)
+                assert output not in seen or "--force" in words, words
+                seen.append(output)
+    assert {"runs/mine", "mine.mindir", "runs/digits_cvt_nano"} <= set(seen)
 
 
 @pytest.mark.parametrize(
