@@ -213,6 +213,8 @@ class TrainingConfig:
 
     Args:
         epochs: passes over the training images.
+        epoch_steps: let an epoch be so many steps, however many training images there are; their
+            passes then go on from one epoch to the next. null ends an epoch with the pass.
         batch_size: images that one device takes at once.
         accumulate: batches whose gradients make one step; equal to a batch so many times larger,
             but for BatchNorm, whose statistics are those of each batch.
@@ -231,6 +233,7 @@ class TrainingConfig:
     """
 
     epochs: PositiveInt = 300
+    epoch_steps: Optional[PositiveInt] = None
     batch_size: PositiveInt = 256
     accumulate: PositiveInt = 1
     label_smoothing: Share = 0.1
