@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from src.command_line import default_output, parse, take_keys
+from src.command_line import default_output, parse, take_keys, take_option
 from src.config import Study
 from src.errors import UserError, executable
 from src.runtime import log_to, prepare_environment
@@ -29,14 +29,14 @@ def main(argv: list[str]) -> None:
         )
 
     argv, options = take_keys(argv)
+    if take_option(argv, "--config")[1] is None and not {"-h", "--help"} & set(argv):
+        raise UserError("--config is missing; give a study, as config/study/digits.yaml")
     description = (
         "Train a grid of models x training images x seeds, one run at a time; called again, it "
         "goes on. Any key of a recipe (train.py --help) may be given, for all runs: "
         "--data.path FOLDER."
     )
     study, arguments = parse(argv, "study.py", description, add_arguments, schema=Study)
-    if arguments.config is None:
-        raise UserError("--config is missing; give a study, as config/study/digits.yaml")
     prepare_environment()
     log_to()
     from src.study.grid import cells_of

@@ -279,7 +279,7 @@ class Study:
     Args:
         recipe: of every run; a path as seen from the study's file.
         models: by their names here, what each changes in the recipe: groups of keys, as there. A
-            variant of a network or of its training is a model too. Differences are told to the
+            variant of a network or of its training is a model too; table.md compares all with the
             first one.
         train_images: numbers of training images.
         seeds: each chooses images, their order, augmentation and initial weights, for all models.

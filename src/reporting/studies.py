@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, ScalarFormatter
+from matplotlib.ticker import NullLocator
 
 MARKERS = "osD^vPX*<>hd"
 ACCURACY = "held-out top-1, %"
@@ -33,9 +33,10 @@ def plot_by_images(accuracy: dict[str, dict[int, Point]], path: Path) -> None:
     """
     figure, axes = _figure(1)
     for number, (model, points) in enumerate(accuracy.items()):
-        sizes = sorted(points)
-        means, deviations = zip(*(points[size] for size in sizes)) if sizes else ((), ())
-        axes[0].errorbar(sizes, means, _errors(deviations), label=model, **_style(number))
+        if points:
+            sizes = sorted(points)
+            means, deviations = zip(*(points[size] for size in sizes))
+            axes[0].errorbar(sizes, means, _errors(deviations), label=model, **_style(number))
     axes[0].set(xlabel="training images", ylabel=ACCURACY)
     _logarithmic(axes[0], sorted({size for points in accuracy.values() for size in points}))
     _save(figure, path)
@@ -73,14 +74,15 @@ def plot_by_cost(points: dict[str, tuple[int, int, Point]], size: int, path: Pat
     """
     figure, panels = _figure(2)
     for number, (model, (*costs, (mean, deviation))) in enumerate(points.items()):
-        for axes, cost, unit in zip(panels, costs, (1, 1e6)):
+        for axes, cost, unit in zip(panels, costs, (1e3, 1e6)):
             errors = _errors([deviation])
             axes.errorbar([cost / unit], [mean], errors, ls="", label=model, **_style(number))
-    for axes, name in zip(panels, ("parameters", "million multiply-accumulates for an image")):
+    for axes, name in zip(
+        panels, ("thousand parameters", "million multiply-accumulates for an image")
+    ):
         axes.set(xlabel=name, ylabel=ACCURACY, title=f"{size:,} training images")
         axes.margins(x=0.2)
-        axes.xaxis.set_major_formatter("{x:,.0f}")
-        axes.tick_params("x", labelrotation=20)
+        axes.ticklabel_format(axis="x", style="plain", useOffset=False)
     _save(figure, path)
 
 
@@ -92,8 +94,7 @@ def _figure(panels: int) -> tuple[Figure, list[Axes]]:
 
 def _logarithmic(axes: Axes, sizes: list[int]) -> None:
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(ScalarFormatter())
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
 
 

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from src.config import Config
 from src.data import Source
 from src.errors import UserError
 from src.models.complexity import complexity, uninitialised
@@ -51,7 +52,7 @@ def networks_of(cells: Sequence[Cell]) -> dict[str, Network]:
     return networks
 
 
-def _network(config, held_out: int) -> Network:
+def _network(config: Config, held_out: int) -> Network:
     build_preprocessing(config)
     with uninitialised():
         net = build_model(config)

@@ -84,7 +84,7 @@ class StudyRun:
                 pace.learn(cell, run.rows)
                 self.write()
                 logger.info(
-                    "%s: top1 %.2f; left: %s",
+                    "%s: top1 %.2f; cells left: %s",
                     cell.name, run.rows[-1]["top1"], self._left(todo[number:], pace),
                 )  # fmt: skip
             self.write()
@@ -119,15 +119,18 @@ class StudyRun:
                 pace.probe(cell, self._words(cell), trainings, self.output / ".estimate")
         done = sum(run.done for run in self.runs.values())
         logger.info(
-            "%d of %d cells are done; left: %s", done, len(self.cells), self._left(todo, pace)
+            "%d of %d cells are done; to train: %s", done, len(self.cells), self._left(todo, pace)
         )
 
     def _left(self, cells: Sequence[Cell], pace: Pace) -> str:
+        if not cells:
+            return "nothing"
         known = [cell for cell in cells if pace.knows(cell)]
         rows = {cell.name: self.runs[cell.name].rows for cell in known}
         done = {name: lines[-1]["step"] if lines else 0 for name, lines in rows.items()}
         text = (
-            f"{len(cells)} cells, about {in_words(sum(pace.left(c, done[c.name]) for c in known))}"
+            f"{len(cells)} of them, about "
+            f"{in_words(sum(pace.left(cell, done[cell.name]) for cell in known))}"
         )
         unknown = len(cells) - len(known)
         return f"{text} and {unknown} that could not be measured" if unknown else text
