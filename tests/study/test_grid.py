@@ -1,6 +1,7 @@
 """From a study's file to its cells."""
 
 import dataclasses
+import re
 
 import pytest
 
@@ -96,3 +97,11 @@ def test_a_recipe_is_no_study():
     assert not {key.name for key in dataclasses.fields(Study)} & {
         key.name for key in dataclasses.fields(Config)
     }
+
+
+def test_the_example_in_the_documentation_is_a_study(tmp_path):
+    text = (ROOT / "docs/results.md").read_text()
+    file = tmp_path / "study.yaml"
+    file.write_text(re.search(r"```yaml\n(.*?)```", text, re.S)[1])
+    study, _ = parse([f"--config={file}"], "", "", lambda parser: None, schema=Study)
+    assert len(cells_of(study, ROOT / "config/study/own.yaml")) == 12
