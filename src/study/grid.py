@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -134,7 +134,7 @@ def _options(groups: dict[str, dict], where: str) -> list[str]:
     return [as_option(key, value) for key, value in keys.items()]
 
 
-def _refuse_own_keys(keys: Sequence[str], where: str) -> None:
+def _refuse_own_keys(keys: Iterable[str], where: str) -> None:
     for key in keys:
         if key in OWN_KEYS:
             raise UserError(

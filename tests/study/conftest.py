@@ -13,7 +13,7 @@ from tests.conftest import ROOT
 
 PRETENDER = '''
 """Behaves as train.py does, without training: two epochs, of top-1 10 and 20 + seed."""
-import json, pathlib, signal, sys, time
+import json, os, pathlib, signal, sys, time
 sys.path.insert(0, {root!r})
 from src.command_line import parse, save_config
 
@@ -22,6 +22,7 @@ config, arguments = parse(sys.argv[1:], "train.py", "", add)
 folder, here = pathlib.Path(arguments.output), pathlib.Path(__file__).parent
 with open(here / "calls.txt", "a") as calls:
     calls.write(folder.name + " --resume" * arguments.resume + chr(10))
+(here / "session.txt").write_text(str(os.getsid(0)))
 if (here / "fail.txt").exists() and (here / "fail.txt").read_text() == folder.name:
     sys.exit("it fails")
 

@@ -96,6 +96,8 @@ def test_a_stopped_study_goes_on_where_it_was(cells, output, pretender):
         StudyRun(cells, output).train()
     assert end.value.code == 128 + signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) is before
+    session = int((pretender / "session.txt").read_text())
+    assert session != os.getsid(0), "Ctrl-C would reach train.py twice, which ends it unsaved"
     assert calls(pretender) == [".estimate", ".estimate", *NAMES[:2]]
     run = StudyRun(cells, output)
     assert [(r.begun, r.done) for r in run.runs.values()] == [
