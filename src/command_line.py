@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
+import json
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ from typing import Any, NoReturn
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
-from src.config import Config
+from src.config import Config, Study
 from src.errors import UserError
 
 
@@ -82,8 +83,8 @@ def parse(
         argv: arguments without the program's name.
         prog, description: for --help.
         add_arguments: adds the command's own arguments to the parser.
-        schema: the dataclass of keys that the command takes; only a whole Config is filled from
-            the recipe. None for a command without keys, which takes no --config either.
+        schema: the dataclass of keys that the command takes; only a whole Config and a Study are
+            filled from the recipe. None for a command without keys, which takes no --config either.
         config_beside: name of the argument that holds a checkpoint or a run's folder; the run's
             config.yaml stands in where --config is missing.
 
@@ -105,14 +106,16 @@ def parse(
         if checkpoint and not Path(checkpoint).exists():
             raise UserError(f"--{config_beside} {checkpoint}: no such file; give a checkpoint")
         config = run_config_of(checkpoint) if checkpoint else None
-    if config is not None and schema is Config:
+    if config is not None and schema in (Config, Study):
         _check_mapping(Path(config), schema)
         argv = ["--config", str(config), *argv]
     namespace = parser.parse_args(argv)
     settings = schema(
         **{
-            group.name: group.type(**vars(namespace.pop(group.name)))
-            for group in dataclasses.fields(schema)
+            key.name: key.type(**vars(namespace.pop(key.name)))
+            if dataclasses.is_dataclass(key.type)
+            else namespace.pop(key.name)
+            for key in dataclasses.fields(schema)
         }
     )
     namespace.config = config
@@ -139,6 +142,34 @@ def take_option(argv: list[str], name: str) -> tuple[list[str], str | None]:
         else:
             rest.append(word)
     return rest, value
+
+
+def take_keys(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Split a recipe's dotted options, `--data.path FOLDER` or `--data.path=FOLDER`, off.
+
+    Returns:
+        The other words, and the options, each as one word.
+    """
+    groups = tuple(f"--{group.name}." for group in dataclasses.fields(Config))
+    rest, keys = [], []
+    words = iter(argv)
+    for word in words:
+        if not word.startswith(groups):
+            rest.append(word)
+        elif "=" in word:
+            keys.append(word)
+        else:
+            value = next(words, None)
+            if value is None:
+                raise UserError(f"{word}: expected a value behind it")
+            keys.append(f"{word}={value}")
+    return rest, keys
+
+
+def as_option(key: str, value: Any) -> str:
+    """A key and its value, of YAML's types, as one word of a command line."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    return f"--{key}={text}"
 
 
 def _check_mapping(path: Path, schema: type) -> None:

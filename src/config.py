@@ -1,7 +1,7 @@
 """The only schema: every key of a recipe with its type, default and meaning."""
 
 from dataclasses import dataclass, field
-from typing import Literal, Optional, Union
+from typing import Any, Literal, Optional, Union
 
 from jsonargparse.typing import (
     ClosedUnitInterval,
@@ -213,6 +213,8 @@ class TrainingConfig:
 
     Args:
         epochs: passes over the training images.
+        epoch_steps: let an epoch be so many steps, however many training images there are; their
+            passes then go on from one epoch to the next. null ends an epoch with the pass.
         batch_size: images that one device takes at once.
         accumulate: batches whose gradients make one step; equal to a batch so many times larger,
             but for BatchNorm, whose statistics are those of each batch.
@@ -231,6 +233,7 @@ class TrainingConfig:
     """
 
     epochs: PositiveInt = 300
+    epoch_steps: Optional[PositiveInt] = None
     batch_size: PositiveInt = 256
     accumulate: PositiveInt = 1
     label_smoothing: Share = 0.1
@@ -267,6 +270,32 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+
+@dataclass
+class Study:
+    """A grid of runs: models x numbers of training images x seeds, of one budget.
+
+    Args:
+        recipe: of every run; a path as seen from the study's file.
+        models: by their names here, what each changes in the recipe: groups of keys, as there. A
+            variant of a network or of its training is a model too; table.md compares all with the
+            first one.
+        train_images: numbers of training images.
+        seeds: each chooses images, their order, augmentation and initial weights, for all models.
+        steps: of every run; one number, or one for each number of training images.
+        evaluate_every: steps from one evaluation to the next: an epoch, in the recipe's words, so
+            warm-up and saved states count in it too.
+        settings: what all models change in the recipe, groups of keys.
+    """
+
+    recipe: str
+    models: dict[str, dict[str, dict[str, Any]]]
+    train_images: list[PositiveInt]
+    seeds: list[NonNegativeInt]
+    steps: Union[PositiveInt, list[PositiveInt]]
+    evaluate_every: PositiveInt
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass

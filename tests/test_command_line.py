@@ -10,7 +10,8 @@ from src.command_line import load_config, parse, run_config_of, save_config
 from src.config import Config
 from src.errors import UserError
 
-RECIPES = sorted((Path(__file__).parents[1] / "config").rglob("*.yaml"))
+FILES = sorted((Path(__file__).parents[1] / "config").rglob("*.yaml"))
+RECIPES = [path for path in FILES if path.parent.name != "study"]
 
 
 def read(*argv, **options):

@@ -24,7 +24,14 @@ _log = logging.getLogger("cvt")
 
 
 def epoch_indices(
-    count: int, *, seed: int, epoch: int, rank: int = 0, world: int = 1, repeats: int = 1
+    count: int,
+    *,
+    seed: int,
+    epoch: int,
+    rank: int = 0,
+    world: int = 1,
+    repeats: int = 1,
+    length: int | None = None,
 ) -> np.ndarray:
     """This rank's share of the epoch's permutation of `range(count)`, int64 [about count / world].
 
@@ -32,9 +39,16 @@ def epoch_indices(
     With `repeats`, each comes so often in a row, dealt out to the ranks one by one, and the epoch
     ends when it is as long as without: 1 / repeats of the samples are in it (repeated augmentation,
     Hoffer et al., 2020; DeiT's samplers.py).
+
+    With `length`, epochs are pieces of so many samples of one sequence of permutations, so that
+    whatever the length, no sample comes again before all have come.
     """
-    order = np.random.default_rng([seed, epoch]).permutation(count)
-    return np.repeat(order, repeats)[:count][rank::world]
+    length = count if length is None else length
+    first = epoch * length // count
+    passes = range(first, -(-(epoch + 1) * length // count))
+    order = np.concatenate([np.random.default_rng([seed, p]).permutation(count) for p in passes])
+    order = order[epoch * length - first * count :][:length]
+    return np.repeat(order, repeats)[:length][rank::world]
 
 
 def train_batches(
@@ -50,6 +64,7 @@ def train_batches(
     skip_batches: int = 0,
     repeats: int = 1,
     multiple: int = 1,
+    batches: int | None = None,
 ) -> Batches:
     """The batches of one epoch, shuffled, all of `batch_size`, as many on each rank.
 
@@ -66,11 +81,14 @@ def train_batches(
             is the same to the last bit, because the skipped ones are computed and thrown away.
         repeats: as in `epoch_indices`.
         multiple: the number of batches is one of this, for steps of several batches.
+        batches: of the epoch, on each rank; None takes as many as the images fill once.
 
     Raises:
         UserError: not one batch, or fewer than `skip_batches`.
     """
-    batches = len(source) // world // (batch_size * multiple) * multiple
+    length = None if batches is None else batches * batch_size * world
+    if batches is None or not len(source):
+        batches = len(source) // world // (batch_size * multiple) * multiple
     if not batches:
         parts = f"{multiple} batches" if multiple > 1 else "one batch"
         raise UserError(
@@ -83,7 +101,13 @@ def train_batches(
             "resume with the batch size, devices and data of the interrupted run"
         )
     share = epoch_indices(
-        len(source), seed=seed, epoch=epoch, rank=rank, world=world, repeats=repeats
+        len(source),
+        seed=seed,
+        epoch=epoch,
+        rank=rank,
+        world=world,
+        repeats=repeats,
+        length=length,
     )
     return Batches(
         source,

@@ -31,6 +31,7 @@ class Feed:
 
     def batches(self, epoch: int, steps_done: int = 0) -> Batches:
         """The batches of an epoch behind its first steps, `accumulate` for each step."""
+        steps = self.config.training.epoch_steps
         return train_batches(
             self.source,
             self.augmentation,
@@ -42,6 +43,7 @@ class Feed:
             workers=self.config.data.workers,
             repeats=self.config.augment.repeats,
             multiple=self.accumulate,
+            batches=steps and steps * self.accumulate,
             skip_batches=steps_done * self.accumulate,
         )
 

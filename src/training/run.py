@@ -53,7 +53,7 @@ def train(
     ranks.require_agreement("settings", flat(config))
     # First of all, because it finds what can't work.
     trainer = Trainer(config, source, output, finetune, ranks)
-    with _alone_in(output) if ranks.is_first else contextlib.nullcontext():
+    with alone_in(output) if ranks.is_first else contextlib.nullcontext():
         if resume:
             trainer.resume(resume if isinstance(resume, Path) else None, accept_changes)
         if ranks.is_first:
@@ -73,7 +73,7 @@ def _check_folder(output: Path, resume: Path | bool) -> None:
 
 
 @contextlib.contextmanager
-def _alone_in(output: Path) -> Iterator[None]:
+def alone_in(output: Path) -> Iterator[None]:
     """Keep a second run out of the folder for as long as this one works in it."""
     try:
         output.mkdir(parents=True, exist_ok=True)

@@ -208,7 +208,7 @@ class Trainer:
         for note in self.built.notes:
             logger.info("%s", note)
         left_out = len(self.source) - self.steps_per_epoch * self.feed.images_per_step
-        if left_out:
+        if left_out and self.config.training.epoch_steps is None:
             logger.info(
                 "%d images do not fill a step of %d: each epoch leaves out others",
                 left_out, self.feed.images_per_step,

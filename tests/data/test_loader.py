@@ -122,6 +122,34 @@ def test_a_repeated_image_is_augmented_differently():
     assert len({image.tobytes() for _, image in got}) == 24
 
 
+@pytest.mark.parametrize("count, length", [(10, 4), (10, 25), (7, 7), (3, 8)])
+def test_epochs_of_a_length_are_pieces_of_one_sequence_of_passes(count, length):
+    epochs = [epoch_indices(count, seed=1, epoch=e, length=length) for e in range(9)]
+    assert [len(epoch) for epoch in epochs] == [length] * 9
+    sequence = np.concatenate(epochs)
+    passes = [epoch_indices(count, seed=1, epoch=p) for p in range(-(-len(sequence) // count))]
+    assert sequence.tolist() == np.concatenate(passes)[: len(sequence)].tolist()
+    shares = [epoch_indices(count, seed=1, epoch=3, length=length, rank=r, world=2) for r in (0, 1)]
+    assert [share.tolist() for share in shares] == [epochs[3][r::2].tolist() for r in (0, 1)]
+
+
+def test_an_epoch_of_a_number_of_batches():
+    """Of 7 images, on two ranks, five batches of 4: each image 5 or 6 times, drawn anew."""
+    seen, pictures = [], set()
+    for rank in (0, 1):
+        batches = train_batches(
+            numbered(7), augment(), 4, seed=0, epoch=0, rank=rank, world=2, batches=5
+        )
+        got = collect(batches)
+        assert [images.shape for images, _ in got] == [(4, 3, 8, 8)] * 5
+        seen += np.concatenate([labels for _, labels in got]).tolist()
+        pictures |= {image.tobytes() for images, _ in got for image in images}
+    assert set(np.bincount(seen).tolist()) == {5, 6}
+    assert len(pictures) == 40
+    with pytest.raises(UserError, match="0 images are not one batch"):
+        train_batches(numbered(0), augment(), 4, seed=0, epoch=0, batches=5)
+
+
 def test_too_few_images_for_a_batch():
     with pytest.raises(UserError, match="numbered: 7 images are not one batch of 4 on each of 2"):
         train_batches(numbered(7), augment(), 4, seed=0, epoch=0, world=2)

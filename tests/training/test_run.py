@@ -68,6 +68,35 @@ def test_a_resumed_run_equals_one_that_went_through(trained, few_digits, tmp_pat
     assert_equal_runs(tmp_path / "whole", tmp_path / "parts")
 
 
+def test_an_epoch_of_steps_stops_and_goes_on_as_any_other(trained, few_digits, tmp_path):
+    """Three steps of 50 an epoch from 100 images; stopped within the second one by an error."""
+    config = small(trained, training__epoch_steps=3, training__epochs=2)
+    train(config, tmp_path / "whole")
+    trainer = Trainer(config, recipe.open_split(config, "train"), tmp_path)
+    orders = [trainer.feed.batches(epoch).indices for epoch in (0, 1)]
+    assert [len(order) for order in orders] == [150, 150]
+    assert np.bincount(np.concatenate(orders)).tolist() == [3] * 100
+    half = small(trained, training__epoch_steps=3, training__epochs=2, training__save_every=4)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "_held_out", _dies_behind(1))
+        train(half, tmp_path / "parts")
+    saved = sorted(path.name for path in (tmp_path / "parts/checkpoints").glob("step-*"))
+    assert saved[-1] == "step-00000004.ckpt"
+    train(half, tmp_path / "parts", resume=True)
+    assert_equal_runs(tmp_path / "whole", tmp_path / "parts")
+
+
+def _dies_behind(epochs):
+    real = Trainer._held_out
+
+    def held_out(self):
+        if self.progress.epoch == epochs:
+            raise KeyboardInterrupt
+        return real(self)
+
+    return held_out
+
+
 def test_repeated_augmentation_reaches_the_batches(trained, few_digits, tmp_path):
     config = small(trained, augment__repeats=2)
     trainer = Trainer(config, recipe.open_split(config, "train"), tmp_path)
