@@ -31,6 +31,8 @@ class RuntimeConfig:
             stay in float32.
         flash_attention: compute attention in Ascend's fused kernel, which never holds the scores;
             Atlas A2 or later, in float16 or bfloat16. Export and prediction do without it.
+        compiled_ops: on the CPU and in float32, compute in operators that the system's C++ compiler
+            builds at the first start; auto does so where there is one. Export does without them.
         seed: of the initial weights, data order, augmentation, drop path and dropout.
     """
 
@@ -39,6 +41,7 @@ class RuntimeConfig:
     mode: Literal["graph", "pynative"] = "graph"
     precision: Literal["float32", "float16", "bfloat16"] = "float32"
     flash_attention: bool = False
+    compiled_ops: Literal["auto", "always", "never"] = "auto"
     seed: NonNegativeInt = 0
 
 

@@ -26,13 +26,16 @@ from src.data import (
 from src.errors import UserError
 from src.models import create_model
 from src.models.attention import use_flash_attention
+from src.models.compiled import has_plain_convolutions, use_compiled
+from src.ops.library import BuildError, library
 from src.ranks import ALONE, Ranks
 from src.reporting.progress import progress_bar
-from src.runtime import current_device
+from src.runtime import cache_folder, current_device, mindspore_version
 
 logger = logging.getLogger("cvt")
 
 MIXING_KEYS = ("mixup", "cutmix", "mixup_prob", "mixup_switch_prob")  # as Mixing's fields
+SLOW_CONVOLUTIONS = (2, 9)  # versions of MindSpore from here on
 INDEX_FILE = "images.json"  # in a run's folder
 
 
@@ -94,6 +97,53 @@ def set_attention(net: nn.Cell, runtime: RuntimeConfig) -> nn.Cell:
             "or bfloat16"
         )
     return use_flash_attention(net)
+
+
+def uses_compiled(runtime: RuntimeConfig) -> bool:
+    """Whether networks compute in compiled operators; the log says why not where they could.
+
+    Raises:
+        UserError: they are asked for and can't be had.
+    """
+    asked = runtime.compiled_ops == "always"
+    if runtime.compiled_ops == "never":
+        return False
+    device = current_device()
+    if device != "CPU" or runtime.precision != "float32":
+        if asked:
+            raise UserError(
+                "runtime.compiled_ops always: they are for the CPU in float32, this runs on "
+                f"{device} in {runtime.precision}; leave the key out"
+            )
+        return False
+    try:
+        library(cache_folder())
+    except BuildError as error:
+        if asked:
+            raise UserError(f"runtime.compiled_ops always: {error}") from None
+        logger.info("without compiled operators, so slower: %s", error)
+        return False
+    return True
+
+
+def accelerate(net: nn.Cell, runtime: RuntimeConfig) -> nn.Cell:
+    """Let a network that is not to be exported compute in compiled operators where it may.
+
+    Raises:
+        UserError: they are asked for and can't be had.
+    """
+    if uses_compiled(runtime):
+        use_compiled(net, library(cache_folder()))
+    if (
+        current_device() == "CPU"
+        and mindspore_version() >= SLOW_CONVOLUTIONS
+        and has_plain_convolutions(net)
+    ):
+        logger.warning(
+            "this MindSpore computes convolutions on the CPU some 100 times slower than 2.8: "
+            "install mindspore 2.8, or for CvT a C++ compiler (runtime.compiled_ops)"
+        )
+    return net
 
 
 def without_flash_attention(config: Config) -> Config:

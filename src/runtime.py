@@ -32,6 +32,8 @@ def prepare_environment() -> None:
     _keep_to_own_cores()
     scratch = Path(tempfile.gettempdir()) / f"cvt-mindspore-{os.getuid()}"
     os.environ.setdefault("GLOG_v", "4")
+    # The compiled operators' threads sleep between two calls; MindSpore's own need the cores then.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     for name in ("MS_OM_PATH", "MS_COMPILER_CACHE_PATH", "ASCEND_WORK_PATH"):
         os.environ.setdefault(name, str(scratch))
 
@@ -84,6 +86,19 @@ def setup(config: RuntimeConfig) -> tuple[str, Ranks]:
     random.seed(config.seed)
     np.random.seed(config.seed % 2**32)
     return device, ranks
+
+
+def cache_folder() -> Path:
+    """Where what was built for this machine is kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cvt-mindspore"
+
+
+def mindspore_version() -> tuple[int, int]:
+    """Of the installed one, its first two numbers."""
+    import mindspore as ms
+
+    major, minor = ms.__version__.split(".")[:2]
+    return int(major), int(minor)
 
 
 def current_device() -> str:

@@ -29,6 +29,18 @@ def graph_mode():
     ms.set_context(mode=ms.GRAPH_MODE)
 
 
+@pytest.fixture(scope="session")
+def built() -> Path:
+    """The library of compiled operators; without a compiler its tests have nothing to test."""
+    from src.ops.library import BuildError, library
+    from src.runtime import cache_folder
+
+    try:
+        return library(cache_folder())
+    except BuildError as error:
+        pytest.skip(str(error))
+
+
 def run_command(*words: str, cwd: Path, module: bool = False) -> subprocess.CompletedProcess:
     """Run an executable or a module of the repository as a user would, from another folder."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}

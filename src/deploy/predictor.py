@@ -18,7 +18,7 @@ from src.data import Preprocessing
 from src.data.images import to_rgb
 from src.deploy.formats import Run, open_model
 from src.errors import UserError
-from src.recipe import build_model, build_preprocessing, without_flash_attention
+from src.recipe import accelerate, build_model, build_preprocessing, without_flash_attention
 from src.weights import WEIGHT_SUFFIXES, load_weights
 
 EXPORTED_SUFFIXES = (".mindir", ".onnx")
@@ -223,7 +223,7 @@ def _open_weights(path: Path, config: str | Path | None) -> _Opened:
         raise UserError(f"{config}: model.num_classes is not set; give the run's config.yaml")
     net = build_model(without_flash_attention(settings))
     load_weights(net, path)
-    net.set_train(False)
+    accelerate(net, settings.runtime).set_train(False)
     names = settings.data.class_names or []
     return (
         lambda images: net(Tensor(images)).asnumpy(),

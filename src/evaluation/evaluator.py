@@ -16,7 +16,7 @@ from src.errors import UserError
 from src.evaluation.labels import Labelled, open_labelled
 from src.evaluation.metrics import Metrics, Outcomes
 from src.ranks import ALONE, Ranks
-from src.recipe import build_model, build_preprocessing, resolve_classes
+from src.recipe import accelerate, build_model, build_preprocessing, resolve_classes
 from src.reporting.progress import progress_bar
 from src.weights import load_weights
 
@@ -163,7 +163,7 @@ def evaluate_checkpoint(
     """
     images = open_labelled(config, checkpoint, ranks)
     config = resolve_classes(config, images.source)
-    net = build_model(config)
+    net = accelerate(build_model(config), config.runtime)
     logger.info("%s", load_weights(net, checkpoint))
     evaluator = Evaluator(
         images.source, build_preprocessing(config), config.evaluation.batch_size,

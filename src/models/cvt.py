@@ -25,7 +25,6 @@ from src.models.layers import (
     LayerNorm,
     StageConfig,
     to_map,
-    to_tokens,
     token_parameter,
     trunc_normal,
 )
@@ -43,7 +42,7 @@ class Stage(nn.Cell):
     def __init__(self, stage: StageConfig, sites: Iterator[int]) -> None:
         super().__init__()
         self.patch_embed = ConvEmbed(stage)
-        self.dim = stage.dim
+        self.dim, self.depth = stage.dim, stage.depth
         self.pos_embed_grid = stage.pos_embed_grid
         self.has_cls_token = stage.cls_token
         if stage.pos_embed_grid is not None:
@@ -54,9 +53,19 @@ class Stage(nn.Cell):
         rates = np.linspace(0, stage.drop_path_rate, stage.depth).tolist()
         self.blocks = nn.CellList([Block(stage, rate, sites) for rate in rates])
 
-    def construct(self, x: Tensor, bits: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """x [B, C_in, H_in, W_in] -> map [B, C, H, W], class token [B, C] or None."""
-        x, height, width = self.patch_embed(x)  # [B, N, C]
+    def construct(
+        self, x: Tensor, height: int, width: int, bits: Tensor | None, only_cls: bool = False
+    ) -> tuple[Tensor, int, int]:
+        """Run a stage.
+
+        Args:
+            x: images [B, C_in, height, width] or tokens [B, N_in, C_in] on such a grid.
+            only_cls: give the class token alone, for which the last block then works alone.
+
+        Returns:
+            Tokens [B, T, C], the class token first where there is one, or [B, 1, C]; H, W.
+        """
+        x, height, width = self.patch_embed(x, height, width)  # [B, N, C]
         if self.pos_embed_grid is not None:
             if self.pos_embed_grid != (height, width):
                 raise ValueError(
@@ -68,11 +77,9 @@ class Stage(nn.Cell):
             cls = ops.broadcast_to(self.cls_token, (x.shape[0], 1, self.dim))
             x = ops.cat((cls, x), 1)  # [B, 1 + N, C]
         x = self.pos_drop(x, bits)
-        for block in self.blocks:
-            x = block(x, height, width, bits)
-        if self.has_cls_token:
-            return to_map(x[:, 1:], height, width), x[:, 0]
-        return to_map(x, height, width), None
+        for i in range(self.depth):
+            x = self.blocks[i](x, height, width, bits, only_cls and i == self.depth - 1)
+        return x, height, width
 
 
 class CvT(StochasticNet):
@@ -191,22 +198,23 @@ class CvT(StochasticNet):
         return grids
 
     def _forward_stages(
-        self, images: Tensor, keys: Tensor | None
-    ) -> tuple[list[Tensor], Tensor | None]:
+        self, images: Tensor, keys: Tensor | None, only_cls: bool = False
+    ) -> list[tuple[Tensor, int, int]]:
+        """Images [B, C, H, W] -> tokens and grid of each stage, as `Stage` returns them."""
         if images.ndim != 4 or images.shape[1] != self.in_channels:
             raise ValueError(f"images must be [B, {self.in_channels}, H, W], not {images.shape}")
         if images.shape[2] < self.min_size or images.shape[3] < self.min_size:
             raise ValueError(f"images {images.shape}: H and W must be {self.min_size} or more")
         bits = self.random_bits_of(images, keys)
-        x0, _ = self.stage0(images, bits)
-        x1, _ = self.stage1(x0, bits)
-        x2, cls = self.stage2(x1, bits)
-        return [x0, x1, x2], cls
+        first = self.stage0(images, images.shape[2], images.shape[3], bits)
+        second = self.stage1(*first, bits)
+        return [first, second, self.stage2(*second, bits, only_cls)]
 
     def forward_pyramid(self, images: Tensor) -> list[Tensor]:
         """Images [B, C, H, W] -> a map [B, C_i, H_i, W_i] per stage, for dense prediction."""
-        maps, _ = self._forward_stages(images, None)
-        return maps
+        first, second, (x, height, width) = self._forward_stages(images, None)
+        x = x[:, 1:] if self.stage2.has_cls_token else x
+        return [to_map(*first), to_map(*second), to_map(x, height, width)]
 
     def forward_features(
         self, images: Tensor, keys: Tensor | None = None
@@ -215,8 +223,10 @@ class CvT(StochasticNet):
 
         The class token is as it leaves the last block, before the final LayerNorm.
         """
-        maps, cls = self._forward_stages(images, keys)
-        return maps[-1], cls
+        x, height, width = self._forward_stages(images, keys)[-1]
+        if self.stage2.has_cls_token:
+            return to_map(x[:, 1:], height, width), x[:, 0]
+        return to_map(x, height, width), None
 
     def construct(self, images: Tensor, keys: Tensor | None = None) -> Tensor:
         """Images float32 [B, C, H, W] -> logits float32 [B, num_classes].
@@ -224,8 +234,9 @@ class CvT(StochasticNet):
         keys: int32 [B], one for each image, that determine drop path and dropout in training;
         without them they are drawn from MindSpore's generator.
         """
-        x, cls = self.forward_features(images, keys)
-        feature = self.norm(to_tokens(x)).mean(1) if cls is None else self.norm(cls)  # [B, C']
+        has_cls = self.stage2.has_cls_token
+        x, _, _ = self._forward_stages(images, keys, has_cls)[-1]
+        feature = self.norm(x[:, 0]) if has_cls else self.norm(x).mean(1)  # [B, C']
         if self.num_classes:
             return self.head(feature).astype(mstype.float32)
         return feature

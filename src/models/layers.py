@@ -120,9 +120,12 @@ class ConvEmbed(nn.Cell):
         )
         self.norm = LayerNorm(stage.dim)
 
-    def construct(self, x: Tensor) -> tuple[Tensor, int, int]:
-        """x [B, C_in, H_in, W_in] -> tokens [B, N, C], H, W."""
-        x = self.proj(x)  # [B, C, H, W]
+    def construct(self, x: Tensor, height: int, width: int) -> tuple[Tensor, int, int]:
+        """x [B, C_in, height, width], or tokens [B, N_in, C_in] of such a grid -> tokens, H, W.
+
+        The tokens are [B, N, C] on a grid of H x W.
+        """
+        x = self.proj(to_map(x, height, width) if x.ndim == 3 else x)  # [B, C, H, W]
         return self.norm(to_tokens(x)), x.shape[2], x.shape[3]
 
 
@@ -218,10 +221,15 @@ class Attention(nn.Cell):
         """[B, T, C] -> [B, h, T, C / h]."""
         return x.reshape((-1, x.shape[1], self.num_heads, self.head_dim)).transpose((0, 2, 1, 3))
 
-    def construct(self, x: Tensor, height: int, width: int, bits: Tensor | None) -> Tensor:
-        """x [B, T, C] on a grid of height x width -> [B, T, C]."""
+    def construct(
+        self, x: Tensor, height: int, width: int, bits: Tensor | None, only_cls: bool = False
+    ) -> Tensor:
+        """x [B, T, C] on a grid of height x width -> [B, T, C], or [B, 1, C] for the class token.
+
+        Its query bypasses the convolution, which then runs for BatchNorm's statistics alone.
+        """
         q, k, v = self._project(x, height, width)
-        q = self._heads(self.proj_q(q))
+        q = self._heads(self.proj_q(q[:, :1] if only_cls else q))
         k = self._heads(self.proj_k(k))
         v = self._heads(self.proj_v(v))
         x = self.attend(q, k, v).transpose((0, 2, 1, 3))  # [B, T, h, C / h]
@@ -259,9 +267,12 @@ class Block(nn.Cell):
         self.mlp = Mlp(stage, sites)
         self.drop_path2 = DropPath(drop_path_rate, next(sites))
 
-    def construct(self, x: Tensor, height: int, width: int, bits: Tensor | None) -> Tensor:
-        """x [B, T, C] on a grid of height x width -> [B, T, C]."""
-        x = x + self.drop_path1(self.attn(self.norm1(x), height, width, bits), bits)
+    def construct(
+        self, x: Tensor, height: int, width: int, bits: Tensor | None, only_cls: bool = False
+    ) -> Tensor:
+        """x [B, T, C] on a grid of height x width -> [B, T, C], or the class token's [B, 1, C]."""
+        attended = self.attn(self.norm1(x), height, width, bits, only_cls)
+        x = (x[:, :1] if only_cls else x) + self.drop_path1(attended, bits)
         return x + self.drop_path2(self.mlp(self.norm2(x), bits), bits)
 
 

@@ -70,12 +70,18 @@ class DropPath(nn.Cell):
         self.rate = rate
         self.site = site
 
+    def factors(self, bits: Tensor | None) -> Tensor | None:
+        """bits [sites, B] -> float32 [B], 0 or 1 / (1 - rate); None where nothing is dropped."""
+        if self.rate == 0.0 or bits is None or not self.training:
+            return None
+        return (uniform(bits[self.site]) >= self.rate).astype(mstype.float32) / (1.0 - self.rate)
+
     def construct(self, x: Tensor, bits: Tensor | None) -> Tensor:
         """x [B, ...], bits [sites, B] -> [B, ...]; kept samples are scaled by 1 / (1 - rate)."""
-        if self.rate == 0.0 or bits is None or not self.training:
+        factors = self.factors(bits)
+        if factors is None:
             return x
-        keep = (uniform(bits[self.site]) >= self.rate).astype(x.dtype)
-        return x * (keep / (1.0 - self.rate)).reshape((-1,) + (1,) * (x.ndim - 1))
+        return x * factors.astype(x.dtype).reshape((-1,) + (1,) * (x.ndim - 1))
 
 
 class Dropout(nn.Cell):

@@ -11,7 +11,7 @@ from src.command_line import load_config, run_config_of
 from src.config import Config
 from src.models.sync_batchnorm import synchronise_batchnorm
 from src.ranks import Ranks
-from src.recipe import build_model
+from src.recipe import accelerate, build_model
 from src.training.feed import Feed
 from src.training.freeze import freeze
 from src.training.loss import LabelSmoothingCrossEntropy
@@ -54,10 +54,11 @@ def build_step(config: Config, ranks: Ranks, feed: Feed, finetune: str | None) -
     if config.training.sync_batchnorm and ranks.world > 1:
         synchronise_batchnorm(net, ranks.world)
     ranks.broadcast(net.get_parameters())
+    accelerate(net, config.runtime)
     frozen = freeze(net, config.training.freeze)
     ema_net = None
     if config.training.ema_decay > 0:
-        ema_net = build_model(config)
+        ema_net = accelerate(build_model(config), config.runtime)
         for average, weight in zip(ema_net.get_parameters(), net.get_parameters()):
             average.set_data(weight.copy())
         ema_net.update_parameters_name("ema.")

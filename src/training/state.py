@@ -41,6 +41,7 @@ class Progress:
         data: checksum of the training images' names and labels.
         world: devices.
         workers: threads that prepare images.
+        compiled: whether the network computes in compiled operators.
     """
 
     epoch: int = 0
@@ -52,6 +53,7 @@ class Progress:
     data: int = 0
     world: int = 1
     workers: int = 1
+    compiled: bool = False
 
 
 def has_state(checkpoints: Path) -> bool:
@@ -163,8 +165,8 @@ def _states(checkpoints: Path) -> list[Path]:
 
 # Keys that may change between the parts of a run, because they don't change what is computed.
 FREE_TO_CHANGE = (
-    "runtime.device", "runtime.device_id", "data.path", "data.index", "evaluation.batch_size",
-    "training.save_every", "training.keep",
+    "runtime.device", "runtime.device_id", "runtime.compiled_ops", "data.path", "data.index",
+    "evaluation.batch_size", "training.save_every", "training.keep",
 )  # fmt: skip
 
 
@@ -206,4 +208,10 @@ def refuse_changes(before: Progress, now: Progress, output: Path, accept: bool) 
             "%d data workers until here, %d from now on: crops and flips differ from those of an "
             "uninterrupted run; set data.workers to %d", before.workers, now.workers,
             before.workers,
+        )  # fmt: skip
+    if before.compiled != now.compiled:
+        logger.warning(
+            "%s compiled operators until here, %s from now on (runtime.compiled_ops): equal to an "
+            "uninterrupted run but for rounding", *("with" if c else "without" for c in
+            (before.compiled, now.compiled)),
         )  # fmt: skip

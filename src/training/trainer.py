@@ -24,7 +24,7 @@ from src.data.loader import choose_workers
 from src.errors import UserError
 from src.evaluation.evaluator import Evaluator
 from src.ranks import ALONE, Ranks
-from src.recipe import build_preprocessing, open_checked
+from src.recipe import build_preprocessing, open_checked, uses_compiled
 from src.reporting.figures import write_text
 from src.reporting.plots import plot_curves
 from src.reporting.progress import progress_bar
@@ -90,6 +90,7 @@ class Trainer:
             data=source.digest(),
             world=ranks.world,
             workers=choose_workers(config.data.workers),
+            compiled=uses_compiled(config.runtime),
         )
         self.interruption = Interruption(ranks)
         self.skipped = 0  # steps in a row
@@ -117,7 +118,11 @@ class Trainer:
             refuse_changes(found, self.progress, self.output, accept_changes)
             now = self.progress
             self.progress = dataclasses.replace(
-                found, settings=now.settings, data=now.data, workers=now.workers
+                found,
+                settings=now.settings,
+                data=now.data,
+                workers=now.workers,
+                compiled=now.compiled,
             )
         self.ranks.broadcast(self.step.get_parameters())
         text = json.dumps(dataclasses.asdict(self.progress))

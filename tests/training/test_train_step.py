@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from src.models import create_model
+from src.models.compiled import use_compiled
 from src.training.loss import LabelSmoothingCrossEntropy
 from src.training.optimizer import SGD, AdamW
 from src.training.train_step import GROWTH_STEPS, TrainStep, mix_images
@@ -50,9 +51,12 @@ def copy_into(net, values):
     return net
 
 
-def test_twenty_steps_follow_the_official_trajectory():
+@pytest.mark.parametrize("operators", ["plain", "compiled"])
+def test_twenty_steps_follow_the_official_trajectory(operators, request):
     """Loss and gradient norm of each step; norms of weights and running statistics at the end."""
     net = official.model(TRAJECTORY)
+    if operators == "compiled":
+        use_compiled(net, request.getfixturevalue("built"))
     net.set_train(True)
     optimizer = AdamW(
         net.trainable_params(),

@@ -1,0 +1,1 @@
+"""Compiled operators for CPUs: a library (built once) and its functions as cells."""

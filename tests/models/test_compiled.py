@@ -1,0 +1,120 @@
+"""Networks in compiled operators against the official numbers, and against the plain ones."""
+
+import mindspore as ms
+import numpy as np
+import pytest
+
+from src.models import create_model
+from src.models.compiled import (
+    CompiledAttention,
+    CompiledBlock,
+    CompiledConvEmbed,
+    CompiledLayerNorm,
+    has_plain_convolutions,
+    use_compiled,
+)
+from src.models.layers import Attention, Block, LayerNorm
+from src.models.sync_batchnorm import synchronise_batchnorm
+from tests.conftest import TINY
+from tests.golden import official
+
+CASES = {case["tag"]: case for case in official.DESCRIPTION["cases"]}
+
+
+def noise(*shape):
+    return ms.Tensor(np.random.default_rng(0).standard_normal(shape).astype(np.float32))
+
+
+def kinds(net):
+    return [type(cell) for _, cell in net.cells_and_names()]
+
+
+def test_every_cell_of_a_cvt_is_turned(built):
+    net = create_model("cvt_nano", **TINY)
+    names = [p.name for p in net.get_parameters()]
+    assert has_plain_convolutions(net)
+    found = kinds(use_compiled(net, built))
+    assert not has_plain_convolutions(net)
+    assert [p.name for p in net.get_parameters()] == names
+    assert found.count(CompiledBlock) == found.count(CompiledAttention) == 4
+    assert found.count(CompiledLayerNorm) == 2 * 4 + 3 + 1 and found.count(CompiledConvEmbed) == 3
+    assert not {Attention, Block, LayerNorm} & set(found)
+
+
+def test_what_has_no_compiled_form_stays_plain(built):
+    """Dropout, other projections, shared statistics; LayerNorm and embeddings are turned."""
+    shared = synchronise_batchnorm(create_model("cvt_nano", **TINY), 2)
+    others = [
+        create_model("cvt_nano", **TINY, drop_rate=0.1),
+        create_model("cvt_nano", **TINY, qkv_projection="avg"),
+        create_model("cvt_nano", **TINY, qkv_projection="linear"),
+    ]
+    for net in (shared, *others):
+        found = kinds(use_compiled(net, built))
+        assert CompiledBlock not in found and CompiledAttention not in found
+        assert CompiledLayerNorm in found and CompiledConvEmbed in found
+    for net in others:
+        assert np.isfinite(net.set_train(False)(noise(1, 3, 32, 32)).asnumpy()).all()
+
+
+@pytest.mark.parametrize("mode", [ms.GRAPH_MODE, ms.PYNATIVE_MODE], ids=["graph", "pynative"])
+@pytest.mark.parametrize("tag", [tag for tag in CASES if tag.startswith("nano")])
+def test_logits_equal_the_official_ones(built, tag, mode):
+    ms.set_context(mode=mode)
+    check_logits(built, tag)
+
+
+@pytest.mark.big
+@pytest.mark.parametrize("tag", [tag for tag in CASES if tag.startswith(("cvt_13", "cvt_21"))])
+def test_published_variants_equal_the_official_ones(built, tag):
+    check_logits(built, tag)
+
+
+def check_logits(library, tag):
+    case = CASES[tag]
+    net = use_compiled(official.model(case), library)
+    logits = net(official.images(case)).asnumpy()
+    assert np.abs(logits - official.REFERENCE[f"{tag}/logits"]).max() <= 2e-5
+
+
+def results(net, images, keys):
+    """Logits, gradients of their squares, running statistics behind the pass, by name."""
+
+    def forward(images, keys):
+        logits = net(images, keys)
+        return (logits**2).sum(), logits
+
+    weights = net.trainable_params()
+    run = ms.value_and_grad(forward, None, weights, has_aux=True)
+    (_, logits), gradients = run(images, keys)
+    moving = {p.name: p for p in net.get_parameters() if "moving" in p.name}
+    return {"logits": logits, **{p.name: g for p, g in zip(weights, gradients)}, **moving}
+
+
+@pytest.mark.parametrize("options", [{}, {"kv_stride": 1}, {"cls_token": False}], ids=str)
+def test_training_equals_the_plain_network(built, options):
+    """Logits, every gradient and every running statistic, under drop path, on odd sizes."""
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+    plain = create_model("cvt_nano", **TINY, drop_path_rate=0.5, **options).set_train(True)
+    turned = create_model("cvt_nano", **TINY, drop_path_rate=0.5, **options).set_train(True)
+    for ours, theirs in zip(turned.get_parameters(), plain.get_parameters()):
+        ours.set_data(theirs.value().copy())
+    use_compiled(turned, built)
+    images, keys = noise(3, 3, 40, 24), ms.Tensor(np.arange(3, dtype=np.int32))
+    found = {net: results(net, images, keys) for net in (plain, turned)}
+    assert len(found[plain]) > 100
+    for name, expected in found[plain].items():
+        expected, value = expected.asnumpy(), found[turned][name].asnumpy()
+        scale = max(np.abs(expected).max(), 0.1)
+        assert np.abs(value - expected).max() <= 2e-5 * scale, name
+
+
+def test_features_and_pyramid_are_the_plain_networks(built):
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+    net = create_model("cvt_nano", **TINY).set_train(False)
+    images = noise(2, 3, 24, 40)
+    expected = [*net.forward_pyramid(images), *net.forward_features(images)]
+    use_compiled(net, built)
+    found = [*net.forward_pyramid(images), *net.forward_features(images)]
+    for one, other in zip(found, expected):
+        assert one.shape == other.shape and np.abs((one - other).asnumpy()).max() <= 1e-5

@@ -1,0 +1,54 @@
+"""The library is built once, where it belongs, and its absence has a reason."""
+
+import shutil
+
+import pytest
+
+from src.ops import library as module
+from src.ops.library import BuildError, library
+
+
+@pytest.fixture
+def compiler():
+    if not any(map(shutil.which, module.COMPILERS)):
+        pytest.skip("no C++ compiler")
+
+
+def test_it_is_built_once(compiler, tmp_path):
+    folder = tmp_path / "a cache"
+    path = library(folder)
+    made = path.stat().st_mtime_ns
+    assert library(folder) == path and path.stat().st_mtime_ns == made
+    assert list(folder.iterdir()) == [path]  # nothing of the compiler is left
+
+
+def test_another_source_or_processor_is_another_library(compiler, tmp_path, monkeypatch):
+    first = library(tmp_path)
+    monkeypatch.setattr(module, "_processor", lambda: "another")
+    second = library(tmp_path)
+    source = tmp_path / "kernels.cpp"
+    source.write_text(module.SOURCE.read_text() + "// changed\n")
+    monkeypatch.setattr(module, "SOURCE", source)
+    assert len({first, second, library(tmp_path)}) == 3
+
+
+def test_without_a_compiler(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "COMPILERS", ("no-such-compiler",))
+    with pytest.raises(BuildError, match="no C.. compiler found .no-such-compiler"):
+        library(tmp_path)
+
+
+def test_a_compiler_that_fails_leaves_nothing(compiler, tmp_path, monkeypatch):
+    source = tmp_path / "kernels.cpp"
+    source.write_text("this is no C++\n")
+    monkeypatch.setattr(module, "SOURCE", source)
+    with pytest.raises(BuildError, match="failed: .*error"):
+        library(tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_a_folder_that_can_not_be_written(compiler, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(BuildError, match="file/cache: "):
+        library(file / "cache")
