@@ -19,40 +19,6 @@ ONLY = {"model_file": ("infer",), "images": ("data",), "seconds": ("infer", "tra
 def main(argv: list[str]) -> None:
     """Print the figures of a mode; write them as JSON too if asked to."""
 
-    def add_arguments(parser) -> None:
-        parser.add_argument(
-            "--mode",
-            choices=[*COUNTED, "infer", "train", "data", "compile"],
-            required=True,
-            help="complexity: parameters and multiply-accumulates (MACs) for an image, by stage; "
-            "scaling: estimates of a training step's memory and of its all-reduce; infer, train: "
-            "speed and memory of the network and of the training step; data: speed of the training "
-            "pipeline; compile: seconds of the first calls, each in a fresh process",
-        )
-        measured = parser.add_argument_group("to be measured")
-        measured.add_argument("--batch_size", type=PositiveInt, help="images a step (default: 16)")
-        measured.add_argument("--rounds", type=PositiveInt, help="of each side (default: 5)")
-        measured.add_argument(
-            "--seconds", type=Positive, help="of a round, about; a step at least (default: 3)"
-        )
-        measured.add_argument(
-            "--threads", type=PositiveInt, help="cores for each side (default: all)"
-        )
-        measured.add_argument(
-            "--images", type=PositiveInt, help="of a pass in mode data (default: 1000)"
-        )
-        measured.add_argument(
-            "--peer",
-            nargs="+",
-            help="what to measure beside ours: hf, hf_compiled (infer, train, compile), timm, "
-            "torchvision (data), or a script, as docs/performance.md tells",
-        )
-        measured.add_argument("--peer_python", type=str, help="interpreter that has the peers")
-        measured.add_argument(
-            "--model_file", type=str, help="exported .mindir or .onnx to measure too (infer)"
-        )
-        parser.add_argument("--json", type=str, help="also write the figures to this file")
-
     description = (
         f"Figures of a network. model.num_classes null means {IMAGENET_CLASSES} here. MACs are "
         "those of convolutions, Linears and both attention products; norms, softmax, activations, "
@@ -75,6 +41,40 @@ def main(argv: list[str]) -> None:
         figures = run(config, Options(arguments.mode, **given))
     if arguments.json:
         write_json(figures, arguments.json)
+
+
+def add_arguments(parser) -> None:
+    """The options beside the recipe's keys."""
+    parser.add_argument(
+        "--mode",
+        choices=[*COUNTED, "infer", "train", "data", "compile"],
+        required=True,
+        help="complexity: parameters and multiply-accumulates (MACs) for an image, by stage; "
+        "scaling: estimates of a training step's memory and of its all-reduce; infer, train: "
+        "speed and memory of the network and of the training step; data: speed of the training "
+        "pipeline; compile: seconds of the first calls, each in a fresh process",
+    )
+    measured = parser.add_argument_group("to be measured")
+    measured.add_argument("--batch_size", type=PositiveInt, help="images a step (default: 16)")
+    measured.add_argument("--rounds", type=PositiveInt, help="of each side (default: 5)")
+    measured.add_argument(
+        "--seconds", type=Positive, help="of a round, about; a step at least (default: 3)"
+    )
+    measured.add_argument("--threads", type=PositiveInt, help="cores for each side (default: all)")
+    measured.add_argument(
+        "--images", type=PositiveInt, help="of a pass in mode data (default: 1000)"
+    )
+    measured.add_argument(
+        "--peer",
+        nargs="+",
+        help="what to measure beside ours: hf, hf_compiled (infer, train, compile), timm, "
+        "torchvision (data), or a script, as docs/performance.md tells",
+    )
+    measured.add_argument("--peer_python", type=str, help="interpreter that has the peers")
+    measured.add_argument(
+        "--model_file", type=str, help="exported .mindir or .onnx to measure too (infer)"
+    )
+    parser.add_argument("--json", type=str, help="also write the figures to this file")
 
 
 def _given(arguments) -> dict:

@@ -60,9 +60,12 @@ def plan_sides(net: nn.Cell, config: Config, options: Options, job: dict) -> lis
         return plans
     python = options.peer_python
     if python is None or shutil.which(python) is None:
+        missing = (
+            "needs --peer_python," if python is None else f"--peer_python {python} is no program;"
+        )
         raise UserError(
-            f"--peer_python {python}: no such program; give the interpreter that the peer is "
-            "installed for (docs/performance.md)"
+            f"--peer {options.peer[0]}: {missing} give the interpreter that has it, which "
+            "docs/performance.md sets up"
         )
     refuse_what_peers_lack(config, job["mode"])
     for name in options.peer:
@@ -130,8 +133,8 @@ def cvt_sizes(net: nn.Cell) -> dict[str, Any]:
     depths = [len(stage.blocks) for stage in stages]
     if any(depth <= i for i, depth in enumerate(depths)):
         raise UserError(
-            f"--peer hf: model.depths {depths}: transformers' CvT reads a rate of stage i's block i, "
-            "so it must have 1, 2 and 3 blocks at least"
+            f"--peer hf: model.depths {depths}: transformers' CvT finds a drop path rate by the "
+            "number of its stage, so the stages must have 1, 2 and 3 blocks at least"
         )
     sizes, strides, paddings = zip(*net.patches)
     return {

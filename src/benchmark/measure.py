@@ -10,7 +10,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from src.benchmark.job import make_job, plan_matmul, plan_sides
+from mindspore import nn
+
+from src.benchmark.job import Plan, make_job, plan_matmul, plan_sides
 from src.benchmark.report import (
     print_compile,
     print_measured,
@@ -67,7 +69,7 @@ def measure(config: Config, options: Options) -> dict[str, Any]:
         matmul = [] if macs is None else [plan_matmul(job)]
         with contextlib.ExitStack() as stack:
             sides = [stack.enter_context(Side(plan, cores)) for plan in (*plans, *matmul)]
-            started = start_all(sides, options.mode)
+            started = start_all(sides, _parameters(net))
             rounds = alternate(sides, options.rounds, options.seconds)
     figures = {
         **_head(config, options, len(cores)),
@@ -91,10 +93,9 @@ def measure_compile(config: Config, options: Options) -> dict[str, Any]:
     with _prepared(config, options, len(cores)) as (net, job):
         for _ in range(options.rounds):
             for task in ("infer", "train"):
-                for plan in plan_sides(net, config, options, {**job, "mode": task, "once": True}):
-                    with Side(plan, cores) as side:
-                        (answer,) = start_all([side], task).values()
-                    found.setdefault((plan.name, task), []).append(answer)
+                plans = plan_sides(net, config, options, {**job, "mode": task, "once": True})
+                for name, answer in _start_alone(plans, cores, _parameters(net)).items():
+                    found.setdefault((name, task), []).append(answer)
     figures = {
         **_head(config, options, len(cores)),
         "sides": [
@@ -114,26 +115,24 @@ def measure_compile(config: Config, options: Options) -> dict[str, Any]:
     return figures
 
 
-def start_all(sides: Sequence[Side], mode: str) -> dict[str, dict]:
+def start_all(sides: Sequence[Side], parameters: int | None = None) -> dict[str, dict]:
     """Prepare and warm up one side after the other; returns their answers by name.
 
     Raises:
-        UserError: a side that would do other work than ours, or on another device.
+        UserError: a peer whose network has not so many parameters, or ours on another device.
     """
-    started = {side.name: side.start() for side in sides}
-    ours = next(iter(started.values()))
+    started = {}
     for side in sides:
-        answer = started[side.name]
-        parameters = answer.get("parameters")
-        if parameters not in (None, ours["parameters"]):
+        answer = started[side.name] = side.start()
+        if answer.get("device", "CPU") != "CPU" and any(other.is_peer for other in sides):
             raise UserError(
-                f"{side.name} has {parameters:,} parameters, ours {ours['parameters']:,}: they "
-                "would not do the same work"
+                f"--peer: peers run on the CPU, ours on {answer['device']}; set runtime.device CPU"
             )
-        if side.is_peer and mode != "data" and ours.get("device", "CPU") != "CPU":
+        theirs = answer.get("parameters", parameters)
+        if theirs != parameters:
             raise UserError(
-                f"--peer {side.name}: peers run on the CPU, ours on {ours['device']}; set "
-                "runtime.device to CPU"
+                f"{side.name} has {theirs:,} parameters, ours {parameters:,}: they would not do "
+                "the same work"
             )
     return started
 
@@ -151,8 +150,17 @@ def alternate(sides: Sequence[Side], rounds: int, seconds: float) -> dict[str, l
     return answers
 
 
+def _start_alone(plans: Sequence[Plan], cores: Sequence[int], parameters: int) -> dict[str, dict]:
+    """As `start_all`, each side gone before the next one starts."""
+    started = {}
+    for plan in plans:
+        with Side(plan, cores) as side:
+            started.update(start_all([side], parameters))
+    return started
+
+
 @contextlib.contextmanager
-def _prepared(config: Config, options: Options, threads: int) -> Iterator[tuple[Any, dict]]:
+def _prepared(config: Config, options: Options, threads: int) -> Iterator[tuple[nn.Cell, dict]]:
     """The network, whose shapes alone are of use, and the job with the recipe in a file."""
     training = dataclasses.replace(config.training, batch_size=options.batch_size)
     config = dataclasses.replace(config, training=training)
@@ -176,6 +184,10 @@ def _head(config: Config, options: Options, threads: int) -> dict[str, Any]:
         "threads": threads,
         "rounds": options.rounds,
     }
+
+
+def _parameters(net: nn.Cell) -> int:
+    return sum(parameter.size for parameter in net.trainable_params())
 
 
 def _median(answers: Sequence[dict], key: str) -> float:

@@ -127,10 +127,10 @@ def print_compile(figures: dict[str, Any]) -> None:
 
 def _print_title(figures: dict[str, Any]) -> None:
     height, width = figures["image_size"]
+    network = "" if figures["mode"] == "data" else f"{figures['model']}, {figures['precision']}, "
     print(
-        f"{figures['mode']}: {figures['model']}, image {height} x {width}, batch "
-        f"{figures['batch_size']}, {figures['precision']}, {figures['threads']} cores, "
-        f"medians of {figures['rounds']} rounds"
+        f"{figures['mode']}: {network}image {height} x {width}, batch {figures['batch_size']}, "
+        f"cores for each side: {figures['threads']}, medians of rounds: {figures['rounds']}"
     )
 
 

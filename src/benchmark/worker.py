@@ -41,7 +41,7 @@ def infer(config: Config, job: dict) -> Work:
     net = build_model(config)
     run = inference(net)
     images = _noise(job)
-    return Work(lambda: len(run(images)), "", _parameters(net))
+    return Work(lambda: len(run(images)), "")
 
 
 def infer_file(config: Config, job: dict) -> Work:
@@ -96,7 +96,7 @@ def train(config: Config, job: dict) -> Work:
             raise UserError(f"the loss is {loss}: lower optimizer.lr")
         return batch * accumulate
 
-    return Work(step, "", _parameters(built.step.net))
+    return Work(step, "")
 
 
 def data(config: Config, job: dict) -> Work:
@@ -138,10 +138,6 @@ def matmul(_: Config, job: dict) -> Work:
 def _noise(job: dict) -> np.ndarray:
     shape = (job["batch_size"], 3, *job["image_size"])
     return np.random.default_rng(0).standard_normal(shape, np.float32)
-
-
-def _parameters(net) -> dict[str, int]:
-    return {"parameters": sum(parameter.size for parameter in net.trainable_params())}
 
 
 WORKS = {function.__name__: function for function in (infer, infer_file, train, data, matmul)}

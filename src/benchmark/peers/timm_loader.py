@@ -50,14 +50,10 @@ def make(job: dict) -> Work:
         std=data["std"],
         num_workers=workers,
         device=torch.device("cpu"),
-        use_prefetcher=PREFETCHER,
         persistent_workers=False,  # ours ends its threads behind an epoch too
     )
     what = f"timm {timm.__version__}, PyTorch {torch.__version__}"
     return Work(lambda: sum(len(labels) for _, labels in loader), what, {"workers": workers})
-
-
-PREFETCHER = False
 
 
 if __name__ == "__main__":
