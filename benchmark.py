@@ -1,111 +1,94 @@
-"""Figures of a network: python benchmark.py --mode complexity|scaling --model.name cvt_13."""
+"""Figures of a network, counted or measured: python benchmark.py --mode infer|train|data|..."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from pathlib import Path
+from jsonargparse.typing import PositiveInt
 
 from src.command_line import parse
-from src.config import Config
+from src.config import Positive
 from src.errors import UserError, executable
+from src.reporting.figures import write_json
 from src.runtime import log_to, prepare_environment
 
 IMAGENET_CLASSES = 1000
+COUNTED = ("complexity", "scaling")
+ONLY = {"model_file": ("infer",), "images": ("data",), "seconds": ("infer", "train", "data")}
 
 
 @executable
 def main(argv: list[str]) -> None:
     """Print the figures of a mode; write them as JSON too if asked to."""
 
-    def add_arguments(parser) -> None:
-        parser.add_argument(
-            "--mode",
-            choices=list(MODES),
-            required=True,
-            help="complexity: parameters and multiply-accumulates (MACs) for an image, by stage; "
-            "scaling: estimates of a training step's memory and of its all-reduce",
-        )
-        parser.add_argument("--json", type=str, help="also write the figures to this file")
-
     description = (
-        f"Measure a network. model.num_classes null means {IMAGENET_CLASSES} here. MACs are those "
-        "of convolutions, Linears and both attention products; norms, softmax, activations, biases "
-        "and pooling are not counted. The paper's FLOPs are these MACs. Scaling is arithmetic, as "
-        "src/training/estimate.py tells; nothing runs."
+        f"Figures of a network. model.num_classes null means {IMAGENET_CLASSES} here. MACs are "
+        "those of convolutions, Linears and both attention products; norms, softmax, activations, "
+        "biases and pooling are not counted. The paper's FLOPs are these MACs. Scaling is "
+        "arithmetic, as src/training/estimate.py tells; nothing runs."
     )
     config, arguments = parse(argv, "benchmark.py", description, add_arguments)
     config.model.num_classes = config.model.num_classes or IMAGENET_CLASSES
+    given = _given(arguments)
     prepare_environment()
     log_to()
-    figures = MODES[arguments.mode](config)
+    from src.benchmark.counts import estimate_scaling, measure_complexity
+    from src.benchmark.measure import Options, measure, measure_compile
+
+    if arguments.mode in COUNTED:
+        count = {"complexity": measure_complexity, "scaling": estimate_scaling}[arguments.mode]
+        figures = count(config)
+    else:
+        run = measure_compile if arguments.mode == "compile" else measure
+        figures = run(config, Options(arguments.mode, **given))
     if arguments.json:
-        try:
-            Path(arguments.json).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UserError(
-                f"--json {arguments.json}: {error.strerror}; name a file that can be written"
-            ) from None
+        write_json(figures, arguments.json)
 
 
-def measure_complexity(config: Config) -> dict:
-    """Print parameters and MACs by stage for one image; needs no device, for nothing runs."""
-    from src.models.complexity import complexity, uninitialised
-    from src.recipe import build_model, image_size
-
-    with uninitialised():
-        net = build_model(config)
-    size = image_size(config.model)
-    counted = complexity(net, size)
-    model = {
-        "model": config.model.name,
-        "image_size": list(size),
-        "num_classes": config.model.num_classes,
-    }
-    height, width = size
-    print(f"{model['model']}, image {height} x {width}, {model['num_classes']} classes")
-    print(counted)
-    return {**model, **counted.to_dict()}
-
-
-def estimate_scaling(config: Config) -> dict:
-    """Print what a training step holds on a card, and the all-reduce of its gradients."""
-    from src.models.attention import use_flash_attention
-    from src.models.complexity import uninitialised
-    from src.recipe import build_model, image_size, without_flash_attention
-    from src.training.estimate import ASCEND_910, all_reduce_seconds, step_memory
-
-    with uninitialised():
-        net = build_model(without_flash_attention(config))
-    runtime, batch = config.runtime, config.training.batch_size
-    if runtime.flash_attention:
-        use_flash_attention(net)
-    size = image_size(config.model)
-    memory = step_memory(
-        net, size, batch, runtime.precision, config.optimizer.name, config.training.ema_decay > 0
+def add_arguments(parser) -> None:
+    """The options beside the recipe's keys."""
+    parser.add_argument(
+        "--mode",
+        choices=[*COUNTED, "infer", "train", "data", "compile"],
+        required=True,
+        help="complexity: parameters and multiply-accumulates (MACs) for an image, by stage; "
+        "scaling: estimates of a training step's memory and of its all-reduce; infer, train: "
+        "speed and memory of the network and of the training step; data: speed of the training "
+        "pipeline; compile: seconds of the first calls, each in a fresh process",
     )
-    held = {**dataclasses.asdict(memory), "total": memory.total}
-    times = {n: all_reduce_seconds(memory.gradients, n, ASCEND_910) for n in CARDS}
-    print(
-        f"{config.model.name}, image {size[0]} x {size[1]}, {batch} images a card, "
-        f"{runtime.precision}, {config.optimizer.name}"
+    measured = parser.add_argument_group("to be measured")
+    measured.add_argument("--batch_size", type=PositiveInt, help="images a step (default: 16)")
+    measured.add_argument("--rounds", type=PositiveInt, help="of each side (default: 5)")
+    measured.add_argument(
+        "--seconds", type=Positive, help="of a round, about; a step at least (default: 3)"
     )
-    print("\n".join(f"{name:<12}{count / 1e9:>10.3f} GB" for name, count in held.items()))
-    print(f"all-reduce of {memory.gradients / 1e6:.1f} MB ({ASCEND_910.name}), nothing overlapped:")
-    print("\n".join(f"{n:>5} cards{1e3 * t:>10.2f} ms" for n, t in times.items()))
-    return {
-        "model": config.model.name,
-        "image_size": list(size),
-        "batch_size": batch,
-        "precision": runtime.precision,
-        "optimizer": config.optimizer.name,
-        "bytes": held,
-        "all_reduce_seconds": {str(n): t for n, t in times.items()},
-    }
+    measured.add_argument("--threads", type=PositiveInt, help="cores for each side (default: all)")
+    measured.add_argument(
+        "--images", type=PositiveInt, help="of a pass in mode data (default: 1000)"
+    )
+    measured.add_argument(
+        "--peer",
+        nargs="+",
+        help="what to measure beside ours: hf, hf_compiled (infer, train, compile), timm, "
+        "torchvision (data), or a script, as docs/performance.md tells",
+    )
+    measured.add_argument("--peer_python", type=str, help="interpreter that has the peers")
+    measured.add_argument(
+        "--model_file", type=str, help="exported .mindir or .onnx to measure too (infer)"
+    )
+    parser.add_argument("--json", type=str, help="also write the figures to this file")
 
 
-MODES = {"complexity": measure_complexity, "scaling": estimate_scaling}
-CARDS = (8, 16, 32, 64, 128, 256, 512, 1024)
+def _given(arguments) -> dict:
+    """The options of measuring that are given.
+
+    Raises:
+        UserError: one that the mode has no use for.
+    """
+    names = ("batch_size", "rounds", "threads", "peer", "peer_python", *ONLY)
+    given = {n: getattr(arguments, n) for n in names if getattr(arguments, n) is not None}
+    for name in given:
+        if arguments.mode in COUNTED or arguments.mode not in ONLY.get(name, (arguments.mode,)):
+            raise UserError(f"--{name}: has no meaning in mode {arguments.mode}; leave it out")
+    return given
 
 
 if __name__ == "__main__":

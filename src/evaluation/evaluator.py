@@ -45,6 +45,16 @@ class Result:
         }
 
 
+def inference(net: nn.Cell) -> Callable[[np.ndarray], np.ndarray]:
+    """A network as evaluation runs it; leaves it in evaluation mode.
+
+    Returns:
+        float32 images [B, 3, H, W] -> logits [B, num_classes]; compiled at its first call.
+    """
+    net.set_train(False)
+    return lambda images: net(Tensor(images)).asnumpy()
+
+
 class Evaluator:
     """Runs a network over a split in batches of one shape, so that the graph compiles once.
 
@@ -91,8 +101,7 @@ class Evaluator:
 
     def compile(self, net: nn.Cell) -> None:
         """Compile the network for the batches to come; leaves it in evaluation mode."""
-        net.set_train(False)
-        net(Tensor(np.zeros((self.batch_size, 3, *self._image_size), np.float32))).asnumpy()
+        inference(net)(np.zeros((self.batch_size, 3, *self._image_size), np.float32))
         self.compiled = True
 
     def run(self, net: nn.Cell, stop: Callable[[], bool] = lambda: False) -> Result | None:
@@ -105,14 +114,13 @@ class Evaluator:
         Raises:
             UserError: an image that can't be read, or an output that is not finite.
         """
-        net.set_train(False)
-        metrics, outcomes = Metrics(), []
+        run, metrics, outcomes = inference(net), Metrics(), []
         if not self.compiled:  # before the clock starts
             self.compile(net)
         start = time.perf_counter()
         bar = progress_bar(len(self.batches.indices), "evaluate")
         for images, labels in self.batches.iterate(output_numpy=True):
-            logits = net(Tensor(self._filled(images))).asnumpy()
+            logits = run(self._filled(images))
             done = metrics.update(
                 logits[: len(labels)], self._right_classes(metrics.images, labels)
             )

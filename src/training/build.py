@@ -39,6 +39,14 @@ class Built:
     parameters: int
     notes: list[str] = field(default_factory=list)
 
+    def set_modes(self) -> None:
+        """Training mode, but for what is frozen and for the moving average."""
+        self.step.set_train(True)
+        for cell in self.frozen:
+            cell.set_train(False)
+        if self.step.ema_net is not None:
+            self.step.ema_net.set_train(False)
+
 
 def build_step(config: Config, ranks: Ranks, feed: Feed, finetune: str | None) -> Built:
     """The training step, with rank 0's weights on every rank; classes must be resolved.

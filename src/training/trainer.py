@@ -224,7 +224,7 @@ class Trainer:
     def _train_epoch(self) -> float:
         """Train the rest of an epoch; returns img/s, without compiling."""
         progress, accumulate = self.progress, self.feed.accumulate
-        self._set_modes()
+        self.built.set_modes()
         size = self.feed.images_per_step
         bar = progress_bar(self.steps_per_epoch * size, f"epoch {progress.epoch + 1}")
         bar.update(progress.position * size)
@@ -259,13 +259,6 @@ class Trainer:
         self._take_down(pending)
         bar.close()
         return timed / max(time.perf_counter() - start, 1e-9)
-
-    def _set_modes(self) -> None:
-        self.step.set_train(True)
-        for cell in self.built.frozen:
-            cell.set_train(False)
-        if self.step.ema_net is not None:
-            self.step.ema_net.set_train(False)
 
     def _take_down(self, pending: list[tuple[Tensor, Tensor]]) -> None:
         """Note the losses of the steps since the last time, and empty the list.

@@ -1,4 +1,4 @@
-"""benchmark.py as a user calls it."""
+"""The counting modes of benchmark.py, as a user calls it."""
 
 import json
 import sys
@@ -90,7 +90,8 @@ def test_a_recipe_and_options_reach_the_network(monkeypatch, capsys):
         (["--model.name=cvt_133"], "did you mean cvt_13?"),
         (["--model.image_size=8"], "16 pixels or more"),
         (["--model.width=64"], "unknown key model.width"),
-        (["--json=nowhere/f.json"], "--json nowhere/f.json"),
+        (["--json=nowhere/f.json"], "nowhere/f.json"),
+        (["--batch_size=2"], "--batch_size: has no meaning in mode complexity"),
     ],
     ids=lambda value: value if isinstance(value, str) else value[0],
 )

@@ -1,0 +1,1 @@
+"""What benchmark.py measures: counts without running, and ours beside peers in their processes."""

@@ -1,0 +1,147 @@
+"""Our side of a measurement: python -m src.benchmark.worker, told by `src.benchmark.protocol`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+from src.benchmark.protocol import Work, serve
+from src.command_line import load_config
+from src.config import Config
+from src.errors import UserError
+from src.runtime import log_to, prepare_environment, setup
+
+STEPS = 100_000  # of the schedule; more than any measurement runs
+MATMUL_SIZE = 2048
+
+
+def make(job: dict) -> Work:
+    """Prepare what the job asks for, with the recipe in the file job["config_file"]."""
+    prepare_environment()
+    log_to()
+    import mindspore
+
+    config = load_config(Path(job["config_file"]))
+    device, _ = setup(config.runtime)
+    work = WORKS[job["mode"]](config, job)
+    return dataclasses.replace(
+        work,
+        what=f"{work.what}MindSpore {mindspore.__version__}",
+        facts={**work.facts, "device": device},
+    )
+
+
+def infer(config: Config, job: dict) -> Work:
+    """The network as eval.py runs it."""
+    from src.evaluation.evaluator import inference
+    from src.recipe import build_model
+
+    net = build_model(config)
+    run = inference(net)
+    images = _noise(job)
+    return Work(lambda: len(run(images)), "")
+
+
+def infer_file(config: Config, job: dict) -> Work:
+    """An exported file, as infer.py runs it."""
+    from src.deploy.formats import open_model
+
+    path = Path(job["model_file"])
+    if path.suffix not in (".mindir", ".onnx") or not path.is_file():
+        raise UserError(f"--model_file {path}: give an exported .mindir or .onnx")
+    run = open_model(path)
+    images = _noise(job)
+    try:
+        classes = run(images).shape[1]
+    except Exception as error:  # MindSpore's and onnxruntime's own, of many kinds
+        raise UserError(
+            f"--model_file {path}: takes no images {list(images.shape)}; give the file's own "
+            "--batch_size and --model.image_size, or export it with --batch_size dynamic"
+        ) from error
+    if classes != job["num_classes"]:
+        raise UserError(
+            f"--model_file {path}: has {classes} classes, the network beside it "
+            f"{job['num_classes']}; give --model.name and --model.num_classes of the file"
+        )
+    return Work(lambda: len(run(images)), f"{path.name}, ")
+
+
+def train(config: Config, job: dict) -> Work:
+    """The step of train.py, on one batch over and over."""
+    from mindspore import Tensor
+
+    from src.data import ArraySource
+    from src.ranks import ALONE
+    from src.training.build import build_step
+    from src.training.feed import Feed
+
+    batch, accumulate = job["batch_size"], config.training.accumulate
+    config.training.epochs = max(config.training.epochs, STEPS)  # each of one step
+    classes = config.model.num_classes
+    labels = np.arange(batch * accumulate, dtype=np.int32) % classes
+    blank = np.zeros((len(labels), 1, 1, 3), np.uint8)
+    names = [str(label) for label in range(classes)]
+    feed = Feed(config, ArraySource(blank, labels, names, "noise"), ALONE)
+    built = build_step(config, ALONE, feed, None)
+    built.set_modes()
+    images, labels = Tensor(_noise(job)), Tensor(labels[:batch])
+
+    def step() -> int:
+        for part in range(accumulate):
+            result = built.step.take(images, labels, feed.mix(0, part), part)
+        loss = float(result[0].asnumpy())
+        if not np.isfinite(loss) and not built.step.dynamic:
+            raise UserError(f"the loss is {loss}: lower optimizer.lr")
+        return batch * accumulate
+
+    return Work(step, "")
+
+
+def data(config: Config, job: dict) -> Work:
+    """A pass of train.py's pipeline over images spread evenly over the training split."""
+    from src.data.loader import choose_workers
+    from src.data.subset import Subset
+    from src.ranks import ALONE
+    from src.recipe import open_split
+    from src.training.feed import Feed
+
+    source = open_split(config, "train")
+    if not len(source):
+        raise UserError(f"{source.title}: no image to read; add some")
+    spread = np.arange(job["images"]) * len(source) // job["images"]
+    source = Subset(source, spread, source.labels[spread], source.class_names)
+    feed = Feed(config, source, ALONE)
+    passes = iter(range(STEPS))
+
+    def step() -> int:
+        batches = feed.batches(next(passes)).iterate()
+        return sum(len(labels) for _, labels in batches)
+
+    return Work(step, "", {"workers": choose_workers(config.data.workers)})
+
+
+def matmul(_: Config, job: dict) -> Work:
+    """A large float32 product, what the machine can do at best; an image of it is a product."""
+    from mindspore import Tensor, ops
+
+    square = Tensor(np.random.default_rng(0).random((MATMUL_SIZE,) * 2, np.float32))
+
+    def step() -> int:
+        ops.matmul(square, square).asnumpy()
+        return 1
+
+    return Work(step, f"matmul {MATMUL_SIZE} x {MATMUL_SIZE} float32 in ")
+
+
+def _noise(job: dict) -> np.ndarray:
+    shape = (job["batch_size"], 3, *job["image_size"])
+    return np.random.default_rng(0).standard_normal(shape, np.float32)
+
+
+WORKS = {function.__name__: function for function in (infer, infer_file, train, data, matmul)}
+
+
+if __name__ == "__main__":
+    serve(make)
