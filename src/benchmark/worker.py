@@ -36,10 +36,9 @@ def make(job: dict) -> Work:
 def infer(config: Config, job: dict) -> Work:
     """The network as eval.py runs it."""
     from src.evaluation.evaluator import inference
-    from src.recipe import build_model
+    from src.recipe import accelerate, build_model
 
-    net = build_model(config)
-    run = inference(net)
+    run = inference(accelerate(build_model(config), config.runtime))
     images = _noise(job)
     return Work(lambda: len(run(images)), "")
 
