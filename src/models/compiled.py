@@ -11,6 +11,7 @@ from pathlib import Path
 from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
+from src.models import vit
 from src.models.layers import Attention, BatchNorm2d, Block, ConvEmbed, LayerNorm
 from src.ops import functions
 
@@ -19,6 +20,7 @@ class CompiledLayerNorm(LayerNorm):
     """LayerNorm in one operator."""
 
     def prepare(self, library: Path) -> None:
+        """Make what computes."""
         self.operator = functions.LayerNorm(library, self.epsilon)
 
     def construct(self, x: Tensor) -> Tensor:
@@ -30,6 +32,7 @@ class CompiledConvEmbed(ConvEmbed):
     """The convolution as a matrix product over its windows, on tokens."""
 
     def prepare(self, library: Path) -> None:
+        """Make what computes."""
         conv = self.proj
         self.unfold = functions.Unfold(library, conv.kernel_size[0], conv.stride[0], conv.padding)
         self.grid = lambda edge: (
@@ -47,10 +50,20 @@ class CompiledConvEmbed(ConvEmbed):
         return self.norm(x.reshape((-1, height * width, x.shape[1]))), height, width
 
 
-class CompiledAttention(Attention):
+class Products:
+    """Linears without their bias, for the cells below: theirs goes into the next operator."""
+
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x [B, T, C], weight [C', C] -> [B, T, C']."""
+        y = self.product(x.reshape((-1, x.shape[2])), weight)
+        return y.reshape((-1, x.shape[1], y.shape[1]))
+
+
+class CompiledAttention(Products, Attention):
     """Convolution and BatchNorm as one operator on tokens; biases and heads in one pass."""
 
     def prepare(self, library: Path) -> None:
+        """Make what computes."""
         self.norms = nn.CellList(
             [
                 functions.ConvNorm(library, each.conv.stride[0], each.bn.eps)
@@ -74,11 +87,6 @@ class CompiledAttention(Attention):
         follow(bn.moving_variance, variance * (count / max(count - 1, 1)), bn.momentum)
         return y
 
-    def _linear(self, x: Tensor, dense: nn.Dense) -> Tensor:
-        """Without its bias."""
-        y = self.product(x.reshape((-1, x.shape[2])), dense.weight)
-        return y.reshape((-1, x.shape[1], y.shape[1]))
-
     def construct(
         self, x: Tensor, height: int, width: int, bits: Tensor | None, only_cls: bool = False
     ) -> Tensor:
@@ -90,28 +98,48 @@ class CompiledAttention(Attention):
             q = ops.depend(q, self._norm(0, self.conv_proj_q, x, height, width))
         k = self._norm(1, self.conv_proj_k, x, height, width)
         v = self._norm(2, self.conv_proj_v, x, height, width)
-        q = self.split(self._linear(q, self.proj_q), self.proj_q.bias)
-        k = self.split(self._linear(k, self.proj_k), self.proj_k.bias)
-        v = self.split(self._linear(v, self.proj_v), self.proj_v.bias)
+        q = self.split(self.linear(q, self.proj_q.weight), self.proj_q.bias)
+        k = self.split(self.linear(k, self.proj_k.weight), self.proj_k.bias)
+        v = self.split(self.linear(v, self.proj_v.weight), self.proj_v.bias)
         weights = self.softmax(self.attend.scores(q, k))  # [B, h, T, T']
-        return self._linear(self.merge(self.attend.mix(weights, v)), self.proj)
+        return self.linear(self.merge(self.attend.mix(weights, v)), self.proj.weight)
 
 
-class CompiledBlock(Block):
-    """Biases, QuickGELU and residuals in one pass each."""
+class CompiledViTAttention(Products, vit.Attention):
+    """Biases and heads in one pass."""
 
     def prepare(self, library: Path) -> None:
-        self.end = functions.BiasResidual(library)
-        self.act = functions.BiasQuickGELU(library)
+        """Make what computes."""
+        self.split = functions.SplitHeads(library, self.num_heads)
+        self.softmax = functions.Softmax(library, self.attend.scale)
+        self.merge = functions.MergeHeads(library, self.num_heads)
         self.product = ops.MatMul(transpose_b=True)
 
-    def construct(
-        self, x: Tensor, height: int, width: int, bits: Tensor | None, only_cls: bool = False
-    ) -> Tensor:
-        """As `Block`."""
+    def construct(self, x: Tensor, bits: Tensor | None) -> Tensor:
+        """As `vit.Attention`, but without the last Linear's bias."""
+        dim = x.shape[2]
+        weight, bias = self.qkv.weight, self.qkv.bias
+        q = self.split(self.linear(x, weight[:dim]), bias[:dim])
+        k = self.split(self.linear(x, weight[dim : 2 * dim]), bias[dim : 2 * dim])
+        v = self.split(self.linear(x, weight[2 * dim :]), bias[2 * dim :])
+        weights = self.softmax(self.attend.scores(q, k))  # [B, h, T, T]
+        return self.linear(self.merge(self.attend.mix(weights, v)), self.proj.weight)
+
+
+class Branches(Products):
+    """The ends of a block's two branches: biases, activation and residuals in one pass each."""
+
+    activation = ""
+
+    def prepare(self, library: Path) -> None:
+        """Make what computes."""
+        self.end = functions.BiasResidual(library)
+        self.act = functions.BiasActivation(library, self.activation)
+        self.product = ops.MatMul(transpose_b=True)
+
+    def finish(self, x: Tensor, attended: Tensor, bits: Tensor | None) -> Tensor:
+        """x and its attention without the last bias, both [B, T, C] -> [B, T, C]."""
         ones = ops.ones((x.shape[0],), mstype.float32)
-        attended = self.attn(self.norm1(x), height, width, bits, only_cls)
-        x = x[:, :1] if only_cls else x
         keep = self.drop_path1.factors(bits)
         x = self.end(x, attended, self.attn.proj.bias, ones if keep is None else keep)
         y = self.norm2(x).reshape((-1, x.shape[2]))
@@ -119,6 +147,29 @@ class CompiledBlock(Block):
         y = self.product(y, self.mlp.fc2.weight).reshape(x.shape)
         keep = self.drop_path2.factors(bits)
         return self.end(x, y, self.mlp.fc2.bias, ones if keep is None else keep)
+
+
+class CompiledBlock(Branches, Block):
+    """CvT's block."""
+
+    activation = "quick_gelu"
+
+    def construct(
+        self, x: Tensor, height: int, width: int, bits: Tensor | None, only_cls: bool = False
+    ) -> Tensor:
+        """As `Block`."""
+        attended = self.attn(self.norm1(x), height, width, bits, only_cls)
+        return self.finish(x[:, :1] if only_cls else x, attended, bits)
+
+
+class CompiledViTBlock(Branches, vit.Block):
+    """ViT's block."""
+
+    activation = "gelu"
+
+    def construct(self, x: Tensor, bits: Tensor | None) -> Tensor:
+        """As `vit.Block`."""
+        return self.finish(x, self.attn(self.norm1(x), bits), bits)
 
 
 def follow(statistic: Tensor, value: Tensor, momentum: float) -> None:
@@ -133,24 +184,32 @@ def use_compiled(net: nn.Cell, library: Path) -> nn.Cell:
     library: what `src.ops.library` built.
     """
     for _, cell in list(net.cells_and_names()):
-        if type(cell) is LayerNorm:
-            _become(cell, CompiledLayerNorm, library)
-        elif type(cell) is ConvEmbed:
-            _become(cell, CompiledConvEmbed, library)
-        elif type(cell) is Block and _plain(cell):
-            _become(cell, CompiledBlock, library)
-            _become(cell.attn, CompiledAttention, library)
+        if type(cell) in (Block, vit.Block):
+            if _is_plain(cell.attn):
+                for each in (cell, cell.attn):
+                    _become(each, COMPILED[type(each)], library)
+        elif type(cell) in (LayerNorm, ConvEmbed):
+            _become(cell, COMPILED[type(cell)], library)
     return net
 
 
-def _plain(block: Block) -> bool:
-    attn = block.attn
-    return (
-        attn.qkv_projection == "conv"
-        and type(attn.conv_proj_q.bn) is BatchNorm2d
-        and attn.proj_drop.rate == 0.0
-        and not attn.attend.flash
-    )
+COMPILED = {
+    LayerNorm: CompiledLayerNorm,
+    ConvEmbed: CompiledConvEmbed,
+    Attention: CompiledAttention,
+    Block: CompiledBlock,
+    vit.Attention: CompiledViTAttention,
+    vit.Block: CompiledViTBlock,
+}
+
+
+def _is_plain(attn: nn.Cell) -> bool:
+    """Whether an attention has no option that the compiled one does not know."""
+    if attn.proj_drop.rate > 0.0 or attn.attend.flash:
+        return False
+    if isinstance(attn, vit.Attention):
+        return True
+    return attn.qkv_projection == "conv" and type(attn.conv_proj_q.bn) is BatchNorm2d
 
 
 def _become(cell: nn.Cell, kind: type, library: Path) -> None:

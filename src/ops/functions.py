@@ -132,19 +132,23 @@ class ConvNorm(nn.Cell):
         return self.infer(x, weight, scale, shift, self.stride, grid)
 
 
-class BiasQuickGELU(nn.Cell):
-    """QuickGELU(x + bias)."""
+class BiasActivation(nn.Cell):
+    """activation(x + bias).
 
-    def __init__(self, library: Path) -> None:
+    Args:
+        library: as everywhere here.
+        activation: "quick_gelu" or "gelu" (the exact one, with erf).
+    """
+
+    def __init__(self, library: Path, activation: str) -> None:
         super().__init__()
-        backward = _operator(
-            library, "bias_quick_gelu_grad", lambda dy, x, bias: (x, bias), outputs=2
-        )
+        name = f"bias_{activation}"
+        backward = _operator(library, f"{name}_grad", lambda dy, x, bias: (x, bias), outputs=2)
 
         def bprop(x, bias, out, dout):
             return backward(dout, x, bias)
 
-        self.forward = _operator(library, "bias_quick_gelu", lambda x, bias: x, bprop)
+        self.forward = _operator(library, name, lambda x, bias: x, bprop)
 
     def construct(self, x: Tensor, bias: Tensor) -> Tensor:
         """x [M, C], bias [C] -> [M, C]."""

@@ -58,7 +58,29 @@ inline float exponential(float x) {
   return y * power;
 }
 
-inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
+struct QuickGelu {  // x sigmoid(1.702 x)
+  static float share(float x) { return 1.0f / (1.0f + exponential(-1.702f * x)); }
+  static float value(float x) { return x * share(x); }
+  static float slope(float x) {
+    const float s = share(x);
+    return s * (1.0f + 1.702f * x * (1.0f - s));
+  }
+};
+
+struct Gelu {  // x P(X < x), P the normal distribution, by erf's formula 7.1.26 of Abramowitz & Stegun
+  static float below(float x) {
+    const float a = std::fabs(x) * 0.70710678f, t = 1.0f / (1.0f + 0.3275911f * a);
+    float y = 1.061405429f;
+    y = y * t - 1.453152027f;
+    y = y * t + 1.421413741f;
+    y = y * t - 0.284496736f;
+    y = y * t + 0.254829592f;
+    const float tail = 0.5f * y * t * exponential(-a * a);
+    return x < 0.0f ? tail : 1.0f - tail;
+  }
+  static float value(float x) { return x * below(x); }
+  static float slope(float x) { return below(x) + x * 0.39894228f * exponential(-0.5f * x * x); }
+};
 
 // A 3 x 3 depthwise convolution with padding 1 over a grid, and the way back through it.
 struct Depthwise {
@@ -338,21 +360,21 @@ AOT(conv_norm_grad) {
   return 0;
 }
 
-// x [M, C], bias [C] -> QuickGELU(x + bias)
-AOT(bias_quick_gelu) {
+// x [M, C], bias [C] -> activation(x + bias)
+template <typename Activation>
+int bias_activation(void** p, int64_t** s) {
   const int64_t rows = s[0][0], n = s[0][1];
   In x = in(p, 0), bias = in(p, 1);
   Out y = out(p, 2);
   PARALLEL for (int64_t r = 0; r < rows; ++r)
-    SIMD for (int64_t c = 0; c < n; ++c) {
-      const float v = x[r * n + c] + bias[c];
-      y[r * n + c] = v * sigmoid(1.702f * v);
-    }
+    SIMD for (int64_t c = 0; c < n; ++c)
+      y[r * n + c] = Activation::value(x[r * n + c] + bias[c]);
   return 0;
 }
 
 // dy, x [M, C], bias [C] -> dx, dbias
-AOT(bias_quick_gelu_grad) {
+template <typename Activation>
+int bias_activation_grad(void** p, int64_t** s) {
   const int64_t rows = s[0][0], n = s[0][1], blocks = (rows + kBlock - 1) / kBlock;
   In dy = in(p, 0), x = in(p, 1), bias = in(p, 2);
   Out dx = out(p, 3);
@@ -361,8 +383,7 @@ AOT(bias_quick_gelu_grad) {
     Out sum = &partial[k * n];
     for (int64_t r = k * kBlock; r < std::min(rows, (k + 1) * kBlock); ++r)
       SIMD for (int64_t c = 0; c < n; ++c) {
-        const float v = x[r * n + c] + bias[c], share = sigmoid(1.702f * v);
-        const float d = dy[r * n + c] * share * (1.0f + 1.702f * v * (1.0f - share));
+        const float d = dy[r * n + c] * Activation::slope(x[r * n + c] + bias[c]);
         dx[r * n + c] = d;
         sum[c] += d;
       }
@@ -370,6 +391,11 @@ AOT(bias_quick_gelu_grad) {
   total(partial.data(), blocks, n, out(p, 4));
   return 0;
 }
+
+AOT(bias_quick_gelu) { return bias_activation<QuickGelu>(p, s); }
+AOT(bias_quick_gelu_grad) { return bias_activation_grad<QuickGelu>(p, s); }
+AOT(bias_gelu) { return bias_activation<Gelu>(p, s); }
+AOT(bias_gelu_grad) { return bias_activation_grad<Gelu>(p, s); }
 
 // x [B, T, h d], bias [h d], h -> x + bias as heads [B, h, T, d]
 AOT(split_heads) {

@@ -91,18 +91,27 @@ def results(net, images, keys):
     return {"logits": logits, **{p.name: g for p, g in zip(weights, gradients)}, **moving}
 
 
-@pytest.mark.parametrize("options", [{}, {"kv_stride": 1}, {"cls_token": False}], ids=str)
-def test_training_equals_the_plain_network(built, options):
+VIT = {"embed_dim": 24, "depth": 2, "num_heads": 3, "patch_size": 8, "image_size": (40, 24)}
+NETS = {
+    "cvt": ("cvt_nano", TINY),
+    "cvt-kv_stride": ("cvt_nano", {**TINY, "kv_stride": 1}),
+    "cvt-no-cls_token": ("cvt_nano", {**TINY, "cls_token": False}),
+    "vit": ("vit_nano", VIT),
+}
+
+
+@pytest.mark.parametrize(("name", "options"), NETS.values(), ids=NETS)
+def test_training_equals_the_plain_network(built, name, options):
     """Logits, every gradient and every running statistic, under drop path, on odd sizes."""
     ms.set_context(mode=ms.PYNATIVE_MODE)
-    plain = create_model("cvt_nano", **TINY, drop_path_rate=0.5, **options).set_train(True)
-    turned = create_model("cvt_nano", **TINY, drop_path_rate=0.5, **options).set_train(True)
+    plain = create_model(name, **options, drop_path_rate=0.5).set_train(True)
+    turned = create_model(name, **options, drop_path_rate=0.5).set_train(True)
     for ours, theirs in zip(turned.get_parameters(), plain.get_parameters()):
         ours.set_data(theirs.value().copy())
     use_compiled(turned, built)
     images, keys = noise(3, 3, 40, 24), ms.Tensor(np.arange(3, dtype=np.int32))
     found = {net: results(net, images, keys) for net in (plain, turned)}
-    assert len(found[plain]) > 100
+    assert len(found[plain]) > 25
     for name, expected in found[plain].items():
         expected, value = expected.asnumpy(), found[turned][name].asnumpy()
         scale = max(np.abs(expected).max(), 0.1)

@@ -127,12 +127,14 @@ def test_convolution_of_an_evaluation(built, stride):
     np.testing.assert_allclose(found.asnumpy(), expected.asnumpy(), atol=2e-6)
 
 
-def test_bias_quick_gelu(built):
-    compare(
-        functions.BiasQuickGELU(built),
-        lambda x, b: (x + b) * ops.sigmoid(1.702 * (x + b)),
-        4 * normal(600, 9), normal(9),
-    )  # fmt: skip
+def test_bias_and_activation(built):
+    plain = {"quick_gelu": lambda x: x * ops.sigmoid(1.702 * x), "gelu": nn.GELU(False)}
+    for name, activation in plain.items():
+        compare(
+            functions.BiasActivation(built, name),
+            lambda x, b, run=activation: run(x + b),
+            4 * normal(600, 9), normal(9), tolerance=3e-6,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -140,7 +142,7 @@ def test_what_is_not_finite_stays_so(built, value):
     """The guards of the training step see it only then."""
     x = normal(4, 8)
     x[2, 3] = value
-    gelu = functions.BiasQuickGELU(built)(Tensor(x), Tensor(normal(8))).asnumpy()
+    gelu = functions.BiasActivation(built, "quick_gelu")(Tensor(x), Tensor(normal(8))).asnumpy()
     norm = functions.LayerNorm(built, 1e-5)(Tensor(x), *map(Tensor, (normal(8), normal(8))))
     soft = functions.Softmax(built, 1.0)(Tensor(x)).asnumpy()
     assert not np.isfinite(gelu[2, 3]) and not np.isfinite(norm.asnumpy()[2]).any()
