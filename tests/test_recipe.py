@@ -11,14 +11,17 @@ from src import recipe
 from src.config import AugmentConfig, Config, DataConfig, ModelConfig, RuntimeConfig
 from src.data import open_source
 from src.errors import UserError
+from src.models.compiled import has_plain_convolutions
 from src.ranks import Ranks
 from src.recipe import (
+    accelerate,
     build_augmentation,
     build_model,
     build_preprocessing,
     open_checked,
     open_split,
     resolve_classes,
+    uses_compiled,
 )
 from tests.conftest import TINY
 
@@ -210,3 +213,37 @@ def test_ranks_skip_what_the_first_one_found(photos, monkeypatch):
     assert len(second) == 3 and second.digest() == first.digest()
     with pytest.raises(UserError, match="val/b/3.jpg: broken"):
         open_checked(photo_config(photos), "val", Fake(1, 2))
+
+
+def test_compiled_operators_are_used_where_they_can_be(built, caplog):
+    caplog.set_level("INFO", "cvt")
+    assert uses_compiled(RuntimeConfig()) and uses_compiled(RuntimeConfig(compiled_ops="always"))
+    assert not uses_compiled(RuntimeConfig(compiled_ops="never"))
+    assert not uses_compiled(RuntimeConfig(precision="float16"))
+    assert not has_plain_convolutions(accelerate(build_model(config()), RuntimeConfig()))
+    never = RuntimeConfig(compiled_ops="never")
+    assert has_plain_convolutions(accelerate(build_model(config()), never))
+    assert not caplog.records
+    with pytest.raises(UserError, match="are for the CPU in float32, .* CPU in float16"):
+        uses_compiled(RuntimeConfig(compiled_ops="always", precision="float16"))
+
+
+def test_without_a_compiler_the_log_says_so(monkeypatch, caplog):
+    caplog.set_level("INFO", "cvt")
+    monkeypatch.setattr("src.ops.library.COMPILERS", ("no-such-compiler",))
+    net = accelerate(build_model(config()), RuntimeConfig())
+    assert has_plain_convolutions(net)
+    assert "without compiled operators, so slower: no C++ compiler" in caplog.text
+    with pytest.raises(UserError, match="compiled_ops always: no C.. compiler found"):
+        uses_compiled(RuntimeConfig(compiled_ops="always"))
+
+
+@pytest.mark.parametrize(("name", "warned"), [("cvt_nano", False), ("resnet_nano", True)])
+def test_a_mindspore_with_slow_convolutions_is_named(built, monkeypatch, caplog, name, warned):
+    """In one line, and only where a network has convolutions left that meet it."""
+    monkeypatch.setattr(recipe, "mindspore_version", lambda: (2, 10))
+    net = build_model(Config(model=ModelConfig(name=name, image_size=32, num_classes=10)))
+    accelerate(net, RuntimeConfig())
+    assert ("100 times slower than 2.8" in caplog.text) == warned
+    accelerate(build_model(config()), RuntimeConfig(compiled_ops="never"))
+    assert "100 times slower than 2.8" in caplog.text

@@ -121,13 +121,12 @@ class Campaign:
             faults = []
             while True:
                 job = start(folder, ranks)
-                try:
-                    code = job.wait(rng.uniform(0.1, 0.8) * seconds)
-                except subprocess.TimeoutExpired:
-                    if len(faults) + turn < count:
-                        faults.append(self._strike(job, number, ranks, rng))
+                if len(faults) + turn < count and self._wait(job, folder, seconds, rng):
+                    fault = self._strike(job, number, ranks, rng)
+                    if fault["code"]:
+                        faults.append(fault)
                         continue
-                    code = job.wait()
+                code = job.wait()  # 0 behind a signal too: the run was at its end
                 break
             if code != 0:
                 raise SystemExit(f"a resumed run failed with {code}, see {folder}.out")
@@ -140,6 +139,26 @@ class Campaign:
             print(f"{kind}: {self.done(kind)} of {count}, different: {different[:3]}", flush=True)
             if not different:
                 shutil.rmtree(folder)
+
+    def _wait(
+        self, job: subprocess.Popen, folder: Path, seconds: float, rng: random.Random
+    ) -> bool:
+        """Wait for a random moment; whether the run is still there then.
+
+        Every second moment lies behind the first state that this run saves, in its steps, saves and
+        evaluations; the others anywhere, for half of so small a run is the start and compiling.
+        """
+        moment = rng.uniform(0.1, 0.8) * seconds
+        if rng.random() < 0.5:
+            began, last = time.time(), folder / "checkpoints" / "last.ckpt"
+            while job.poll() is None and not (last.exists() and last.stat().st_mtime >= began):
+                time.sleep(0.01)
+            moment = rng.uniform(0.0, 0.5) * seconds
+        try:
+            job.wait(moment)
+        except subprocess.TimeoutExpired:
+            return True
+        return False
 
     def _strike(self, job: subprocess.Popen, number: int, ranks: int, rng: random.Random) -> dict:
         """Send the signal; with more ranks to a random one of them."""
