@@ -12,7 +12,12 @@ from src.runtime import log_to, prepare_environment
 
 IMAGENET_CLASSES = 1000
 COUNTED = ("complexity", "scaling")
-ONLY = {"model_file": ("infer",), "images": ("data",), "seconds": ("infer", "train", "data")}
+ONLY = {
+    "model_file": ("infer",),
+    "images": ("data",),
+    "seconds": ("infer", "train", "data"),
+    "plain": ("infer", "train", "compile"),
+}
 
 
 @executable
@@ -73,6 +78,12 @@ def add_arguments(parser) -> None:
     measured.add_argument("--peer_python", type=str, help="interpreter that has the peers")
     measured.add_argument(
         "--model_file", type=str, help="exported .mindir or .onnx to measure too (infer)"
+    )
+    measured.add_argument(
+        "--plain",
+        action="store_true",
+        default=None,
+        help="measure ours without compiled operators too (infer, train, compile)",
     )
     parser.add_argument("--json", type=str, help="also write the figures to this file")
 

@@ -43,6 +43,7 @@ class Options:
         peer: names or scripts.
         peer_python: the peers' interpreter.
         model_file: an exported file to be a further side of "infer".
+        plain: whether ours without compiled operators is a further side.
     """
 
     mode: str
@@ -54,6 +55,7 @@ class Options:
     peer: Sequence[str] = ()
     peer_python: str | None = None
     model_file: str | None = None
+    plain: bool = False
 
 
 def measure(config: Config, options: Options) -> dict[str, Any]:

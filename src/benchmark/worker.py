@@ -23,12 +23,16 @@ def make(job: dict) -> Work:
     log_to()
     import mindspore
 
+    from src.recipe import uses_compiled
+
     config = load_config(Path(job["config_file"]))
+    config.runtime.compiled_ops = job.get("compiled_ops", config.runtime.compiled_ops)
     device, _ = setup(config.runtime)
     work = WORKS[job["mode"]](config, job)
+    compiled = job["mode"] in ("infer", "train") and uses_compiled(config.runtime)
     return dataclasses.replace(
         work,
-        what=f"{work.what}MindSpore {mindspore.__version__}",
+        what=f"{work.what}MindSpore {mindspore.__version__}" + ", compiled operators" * compiled,
         facts={**work.facts, "device": device},
     )
 

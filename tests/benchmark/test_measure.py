@@ -181,13 +181,15 @@ def test_another_network_is_no_peer(monkeypatch, log, capsys):
     assert "stand_in has 7 parameters, ours " in line
 
 
-def test_the_whole_step_is_trained(monkeypatch, tmp_path):
+def test_the_whole_step_is_trained(monkeypatch, tmp_path, built):
     file = tmp_path / "figures.json"
     words = ["--seconds=0.1", "--optimizer.clip_norm=1", "--training.ema_decay=0.9"]
     words += ["--augment.mixup=0.8", "--training.accumulate=2", "--runtime.mode=pynative"]
-    assert call(monkeypatch, "train", *words, f"--json={file}") == 0
-    ours, matmul = json.loads(file.read_text())["sides"]
-    assert len(ours["rounds"]) == 2 and ours["images_per_second"] > 0
+    assert call(monkeypatch, "train", *words, "--plain", f"--json={file}") == 0
+    ours, plain, matmul = json.loads(file.read_text())["sides"]
+    for side in (ours, plain):
+        assert len(side["rounds"]) == 2 and side["images_per_second"] > 0
+        assert ("compiled operators" in side["what"]) == (side is ours)
 
 
 def test_the_pipeline_is_measured_on_as_many_images_as_asked_for(monkeypatch, tmp_path):
