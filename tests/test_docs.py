@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 
 from src.command_line import default_output, load_config, parse
-from src.config import Config
+from src.config import Config, Study
 from src.data.samples import write_samples
 from src.launch import plan
 from src.models import list_models
@@ -31,6 +31,7 @@ from tests.conftest import ROOT
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 RECIPES = sorted((ROOT / "config").rglob("*.yaml"))
 OTHERS_PROGRAMS = ["source", "git", "cd", "pip", "curl", "printf", "atc", "converter_lite"]
+OTHERS_PROGRAMS += ["peers/bin/pip"]
 OWN_START = ("scripts/quickstart.sh", "scripts/run_tests.sh")  # they take no recipe
 
 
@@ -224,8 +225,12 @@ def test_code_compiles_and_finds_its_imports(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_yaml_is_a_recipe(page, tmp_path):
     for text in fences(page, "yaml"):
-        (tmp_path / "recipe.yaml").write_text(text)
-        assert load_config(tmp_path / "recipe.yaml").model.name in list_models()
+        file = tmp_path / "recipe.yaml"
+        file.write_text(text)
+        if "\nmodels:" in text:
+            parse(["--config", str(file)], "study.py", "", lambda _: None, schema=Study)
+        else:
+            assert load_config(file).model.name in list_models()
 
 
 def test_the_pyramid_example_learns(tmp_path):
