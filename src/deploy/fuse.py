@@ -78,9 +78,9 @@ class FusedCvT(nn.Cell):
 
     def construct(self, images: Tensor) -> Tensor:
         """Images float32 [B, C, H, W] -> logits float32 [B, num_classes], or features [B, C']."""
-        x, height, width = self.stage0(images)
-        x, height, width = self.stage1(to_map(x, height, width))
-        x, height, width = self.stage2(to_map(x, height, width))  # [B, T, C'], or [B, 1, C']
+        x, height, width = self.stage0(images, images.shape[2], images.shape[3])
+        x, height, width = self.stage1(x, height, width)
+        x, height, width = self.stage2(x, height, width)  # [B, T, C'], or [B, 1, C']
         feature = self.norm(x[:, 0]) if self.has_cls_token else self.norm(x).mean(1)
         return self.head(feature).astype(mstype.float32)
 
@@ -102,9 +102,9 @@ class FusedStage(nn.Cell):
             [FusedBlock(b, rewrites, only_cls and i == last) for i, b in enumerate(stage.blocks)]
         )
 
-    def construct(self, x: Tensor) -> tuple[Tensor, int, int]:
-        """x [B, C_in, H_in, W_in] -> tokens [B, T, C], or the class token's [B, 1, C]; H, W."""
-        x, height, width = self.patch_embed(x)  # [B, N, C]
+    def construct(self, x: Tensor, height: int, width: int) -> tuple[Tensor, int, int]:
+        """As `Stage`, always for the class token alone where that is all that counts."""
+        x, height, width = self.patch_embed(x, height, width)  # [B, N, C]
         if self.has_pos_embed:
             x = x + self.pos_embed
         if self.has_cls_token:
