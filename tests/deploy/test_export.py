@@ -13,8 +13,11 @@ from src.command_line import load_config
 from src.deploy import export as room
 from src.deploy import formats
 from src.deploy.export import ExportOptions
+from src.deploy.fuse import Rewrites
 from src.deploy.predictor import Predictor, read_description
 from src.errors import UserError
+from src.models.compiled import use_compiled
+from src.recipe import build_model, uses_compiled
 from tests.conftest import run_command
 
 
@@ -69,6 +72,22 @@ def test_unfused_and_half_as_large(run, tmp_path, caplog):
     assert half < plain and both < plain
     found = re.findall(r"difference of the logits (\S+) ", caplog.text)
     assert float(found[0]) <= 1e-6 and all(1e-6 < float(each) < 2e-2 for each in found[1:])
+
+
+@pytest.mark.parametrize("rewrites", [Rewrites(), None], ids=["fused", "unfused"])
+def test_compiled_operators_stay_out_of_files(run, built, tmp_path, rewrites):
+    """The run was trained in them; a file must run where they are not."""
+    config, checkpoint = run
+    assert uses_compiled(config.runtime)
+    for kind in ("mindir", "onnx"):
+        if kind == "onnx":
+            pytest.importorskip("onnxruntime")
+        path = tmp_path / f"m.{kind}"
+        room.export(config, checkpoint, path, ExportOptions(kind, rewrites=rewrites), "CPU")
+        assert b"MatMul" in path.read_bytes() and b"Custom" not in path.read_bytes()
+    net = use_compiled(build_model(config), built).set_train(False)
+    formats.write_model(net, (1, 3, 32, 32), tmp_path / "custom.mindir", "mindir")
+    assert b"Custom" in (tmp_path / "custom.mindir").read_bytes()
 
 
 def test_air_is_refused_off_ascend(run, tmp_path):
