@@ -16,6 +16,7 @@ from src.training.optimizer import SGD, AdamW
 FIRST_DYNAMIC_SCALE, LARGEST_SCALE, GROWTH_STEPS = 2.0**16, 2.0**24, 2000
 STATISTICS = (".moving_mean", ".moving_variance")
 
+_times = ops.MulNoNan()
 _square_sum = ops.MultitypeFuncGraph("square_sum")
 _scale = ops.MultitypeFuncGraph("scale")
 _average = ops.MultitypeFuncGraph("average")
@@ -31,9 +32,9 @@ def _square_sum_tensor(gradient):
     return ops.square(gradient).sum()
 
 
-@_scale.register("Tensor", "Tensor", "Tensor")
-def _scale_tensor(finite, factor, gradient):
-    return ops.where(finite, gradient * factor, Tensor(0.0, mstype.float32))
+@_scale.register("Tensor", "Tensor")
+def _scale_tensor(factor, gradient):
+    return _times(gradient, factor)  # 0 where the factor is 0, whatever the gradient
 
 
 @_average.register("Tensor", "Tensor", "Tensor")
@@ -196,7 +197,8 @@ class TrainStep(nn.Cell):
         finite = ops.logical_and(ops.isfinite(loss), ops.isfinite(norm))
         if self.clip_norm > 0.0:  # as torch.nn.utils.clip_grad_norm_
             factor = factor * ops.clamp(self.clip_norm / (norm + 1e-6), max=1.0)
-        gradients = self.map(ops.partial(_scale, finite, factor), gradients)
+        factor = ops.where(finite, factor, Tensor(0.0, mstype.float32))
+        gradients = self.map(ops.partial(_scale, factor), gradients)
         lr = ops.gather(self.learning_rates, self.step, 0)
         time = self.step - self.skipped + 1
         done = self.optimizer(gradients, lr, time, finite)
