@@ -12,6 +12,7 @@ from src.benchmark.worker import MATMUL_SIZE
 logger = logging.getLogger("cvt")
 
 PASSES = {"infer": 1, "train": 3}  # a backward pass costs two forward ones
+CLOCK_TICK = 0.01  # seconds; of a shorter round the system tells no processor time
 MOST_IDLE = 0.05  # cores that a side may keep busy while it is another's turn
 
 
@@ -51,7 +52,7 @@ def summarise(
                 rounds=speeds[name],
                 ratio=statistics.median(a / b for a, b in zip(ours, speeds[name])),
                 images_per_core_second=statistics.median(
-                    a["images"] / a["cpu_seconds"] for a in answers
+                    a["images"] / max(a["cpu_seconds"], CLOCK_TICK) for a in answers
                 ),
             )
         if macs is not None:

@@ -101,6 +101,14 @@ def test_ratios_and_operations_are_worked_out_round_by_round():
     assert "gflops" not in alone and "peak_memory" not in alone
 
 
+def test_a_round_too_short_for_the_clock_is_no_fault():
+    """The system tells processor time in ticks, so a short round may have taken none."""
+    start = {"what": "x", "first_call_seconds": 1.0, "prepare_seconds": 1.0}
+    answer = {"images": 4, "seconds": 0.1, "cpu_seconds": 0.0}
+    (side,) = summarise({"ours": start}, {"ours": [answer]}, "data", None)
+    assert side["images_per_core_second"] == pytest.approx(4 / 0.01)
+
+
 def test_a_side_that_works_out_of_turn_is_told(caplog):
     quiet = [{"seconds": 1.0, "idle_cpu_seconds": 0.0}] * 3
     busy = [{"seconds": 1.0, "idle_cpu_seconds": 0.2}] * 3
