@@ -1,7 +1,7 @@
 """The compiled operators as cells, each with its gradient: float32 tensors in and out.
 
 Shapes: B batch, H x W the token grid, T tokens (class token first where there is one, so T = H * W
-or 1 + H * W), C channels, h heads. `src/ops/kernels.cpp` holds the arithmetic;
+or 1 + H * W), C channels, h heads. `src/ops/kernels` holds the arithmetic;
 `library` is what `src.ops.library` made of it.
 """
 
@@ -17,16 +17,23 @@ from mindspore import dtype as mstype
 
 
 def _operator(
-    library: Path, name: str, shapes: Callable, bprop: Callable | None = None, outputs: int = 1
+    library: Path,
+    name: str,
+    shapes: Callable,
+    bprop: Callable | None = None,
+    outputs: int = 1,
+    recompute: bool = False,
 ) -> ops.Custom:
     """A function of the library.
 
     `shapes` leads from those of the inputs to that of the output, or to a tuple of those of the
     outputs. It and `bprop` may look at nothing else of the cell: to MindSpore two operators of one
-    name are the same.
+    name are the same. With `recompute` a training step in graph mode does not keep the outputs
+    until the backward pass, but computes them there again: for what is large and cheap.
     """
     types = mstype.float32 if outputs == 1 else (mstype.float32,) * outputs
-    return ops.Custom(f"{library}:{name}", shapes, lambda *_: types, func_type="aot", bprop=bprop)
+    made = ops.Custom(f"{library}:{name}", shapes, lambda *_: types, func_type="aot", bprop=bprop)
+    return made.add_prim_attr("recompute", recompute)
 
 
 def _sizes(*numbers: int) -> Tensor:
@@ -50,7 +57,7 @@ class LayerNorm(nn.Cell):
             rows = [math.prod(x[:-1])]
             return x, rows, rows
 
-        self.forward = _operator(library, "layer_norm", shapes, bprop, 3)
+        self.forward = _operator(library, "layer_norm", shapes, bprop, 3, recompute=True)
         self.eps = Tensor([eps], mstype.float32)
 
     def construct(self, x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
@@ -102,7 +109,7 @@ class ConvNorm(nn.Cell):
             y = shape(x, weight, gamma, beta, strides, grid)
             return y, y, gamma, gamma
 
-        self.forward = _operator(library, "conv_norm", shapes, bprop, 4)
+        self.forward = _operator(library, "conv_norm", shapes, bprop, 4, recompute=True)
         self.infer = _operator(library, "depthwise", shape)
         self.eps = Tensor([eps], mstype.float32)
         self.stride = _sizes(stride)
@@ -148,7 +155,7 @@ class BiasActivation(nn.Cell):
         def bprop(x, bias, out, dout):
             return backward(dout, x, bias)
 
-        self.forward = _operator(library, name, lambda x, bias: x, bprop)
+        self.forward = _operator(library, name, lambda x, bias: x, bprop, recompute=True)
 
     def construct(self, x: Tensor, bias: Tensor) -> Tensor:
         """x [M, C], bias [C] -> [M, C]."""
@@ -235,7 +242,7 @@ class Unfold(nn.Cell):
             windows = [(edge + 2 * (margin - 1) - size) // step + 1 for edge in grid]
             return [x[0] * math.prod(windows), size**2 * x[2]]
 
-        self.forward = _operator(library, "unfold", shape, bprop)
+        self.forward = _operator(library, "unfold", shape, bprop, recompute=True)
         self.sizes = _sizes(kernel_size, stride, padding + 1)
 
     def construct(self, x: Tensor, height: int, width: int) -> Tensor:

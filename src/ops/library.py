@@ -9,7 +9,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
+SOURCES = Path(__file__).with_name("kernels")
 # Neither errno nor trapping keeps loops from becoming vector code; NaN and infinity stay exact.
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-shared",
          "-fno-math-errno", "-fno-trapping-math")  # fmt: skip
@@ -37,7 +37,8 @@ def library(folder: Path) -> Path:
     if compiler is None:
         raise BuildError(f"no C++ compiler found ({', '.join(COMPILERS)})")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
-    parts = (SOURCE.read_text(), *FLAGS, compiler, version, _processor())
+    texts = [path.read_text() for path in sorted(SOURCES.glob("*.[ch]*"))]
+    parts = (*texts, *FLAGS, compiler, version, _processor())
     name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
     built = folder / f"kernels-{name}.so"
     if not built.exists():
@@ -53,7 +54,8 @@ def _compile(compiler: str, built: Path) -> None:
     """Compile aside, then rename: ranks that start together may all do it."""
     with tempfile.TemporaryDirectory(dir=built.parent) as folder:
         aside = Path(folder) / built.name
-        command = [compiler, *FLAGS, "-o", str(aside), str(SOURCE)]
+        sources = map(str, sorted(SOURCES.glob("*.cpp")))
+        command = [compiler, *FLAGS, "-o", str(aside), *sources]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS)
         except subprocess.TimeoutExpired:

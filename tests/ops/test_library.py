@@ -26,9 +26,11 @@ def test_another_source_or_processor_is_another_library(compiler, tmp_path, monk
     first = library(tmp_path)
     monkeypatch.setattr(module, "_processor", lambda: "another")
     second = library(tmp_path)
-    source = tmp_path / "kernels.cpp"
-    source.write_text(module.SOURCE.read_text() + "// changed\n")
-    monkeypatch.setattr(module, "SOURCE", source)
+    sources = tmp_path / "kernels"
+    shutil.copytree(module.SOURCES, sources)
+    with (sources / "common.h").open("a") as header:
+        header.write("// changed\n")
+    monkeypatch.setattr(module, "SOURCES", sources)
     assert len({first, second, library(tmp_path)}) == 3
 
 
@@ -39,9 +41,9 @@ def test_without_a_compiler(tmp_path, monkeypatch):
 
 
 def test_a_compiler_that_fails_leaves_nothing(compiler, tmp_path, monkeypatch):
-    source = tmp_path / "kernels.cpp"
-    source.write_text("this is no C++\n")
-    monkeypatch.setattr(module, "SOURCE", source)
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "broken.cpp").write_text("this is no C++\n")
+    monkeypatch.setattr(module, "SOURCES", tmp_path / "kernels")
     with pytest.raises(BuildError, match="failed: .*error"):
         library(tmp_path / "cache")
     assert not list((tmp_path / "cache").iterdir())

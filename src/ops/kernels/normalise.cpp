@@ -1,0 +1,100 @@
+// LayerNorm and softmax.
+
+#include "common.h"
+
+// x [..., C], gamma, beta, eps [1] -> y, mean [M], 1 / deviation [M]
+AOT(layer_norm) {
+  const int64_t n = s[1][0], rows = count(s[0], ndims[0]) / n;
+  In x = in(p, 0), gamma = in(p, 1), beta = in(p, 2);
+  Out y = out(p, 4), mean = out(p, 5), inverse = out(p, 6);
+  const float eps = in(p, 3)[0];
+  PARALLEL for (int64_t r = 0; r < rows; ++r) {
+    In a = x + r * n;
+    Out b = y + r * n;
+    float sum = 0, squares = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t c = 0; c < n; ++c) sum += a[c];
+    const float m = sum / n;
+#pragma omp simd reduction(+ : squares)
+    for (int64_t c = 0; c < n; ++c) squares += (a[c] - m) * (a[c] - m);
+    const float i = 1.0f / std::sqrt(squares / n + eps);
+    SIMD for (int64_t c = 0; c < n; ++c) b[c] = (a[c] - m) * i * gamma[c] + beta[c];
+    mean[r] = m;
+    inverse[r] = i;
+  }
+  return 0;
+}
+
+// dy, x [..., C], gamma [C], mean, 1 / deviation [M] -> dx, dgamma, dbeta
+AOT(layer_norm_grad) {
+  const int64_t n = s[2][0], rows = count(s[1], ndims[1]) / n, blocks = (rows + kBlock - 1) / kBlock;
+  In dy = in(p, 0), x = in(p, 1), gamma = in(p, 2), mean = in(p, 3), inverse = in(p, 4);
+  Out dx = out(p, 5);
+  std::vector<float> partial(2 * blocks * n, 0.0f);
+  PARALLEL for (int64_t k = 0; k < blocks; ++k) {
+    Out dgamma = &partial[k * n], dbeta = &partial[(blocks + k) * n];
+    for (int64_t r = k * kBlock; r < std::min(rows, (k + 1) * kBlock); ++r) {
+      In a = x + r * n, g = dy + r * n;
+      Out d = dx + r * n;
+      const float m = mean[r], i = inverse[r];
+      float sum = 0, dot = 0;
+#pragma omp simd reduction(+ : sum, dot)
+      for (int64_t c = 0; c < n; ++c) {
+        const float scaled = g[c] * gamma[c];
+        sum += scaled;
+        dot += scaled * ((a[c] - m) * i);
+      }
+      sum /= n;
+      dot /= n;
+      SIMD for (int64_t c = 0; c < n; ++c) {
+        const float hat = (a[c] - m) * i;
+        d[c] = (g[c] * gamma[c] - sum - hat * dot) * i;
+        dgamma[c] += g[c] * hat;
+        dbeta[c] += g[c];
+      }
+    }
+  }
+  total(&partial[0], blocks, n, out(p, 6));
+  total(&partial[blocks * n], blocks, n, out(p, 7));
+  return 0;
+}
+
+// x [..., C], scale [1] -> softmax(scale x), scale > 0
+AOT(softmax) {
+  const int64_t n = s[0][ndims[0] - 1], rows = count(s[0], ndims[0]) / n;
+  In x = in(p, 0);
+  Out y = out(p, 2);
+  const float scale = in(p, 1)[0];
+  PARALLEL for (int64_t r = 0; r < rows; ++r) {
+    In a = x + r * n;
+    Out b = y + r * n;
+    float top = a[0], sum = 0;
+#pragma omp simd reduction(max : top)
+    for (int64_t c = 0; c < n; ++c) top = a[c] > top ? a[c] : top;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t c = 0; c < n; ++c) {
+      b[c] = exponential(scale * (a[c] - top));
+      sum += b[c];
+    }
+    const float share = 1.0f / sum;
+    SIMD for (int64_t c = 0; c < n; ++c) b[c] *= share;
+  }
+  return 0;
+}
+
+// dy, y [..., C], scale [1] -> dx
+AOT(softmax_grad) {
+  const int64_t n = s[0][ndims[0] - 1], rows = count(s[0], ndims[0]) / n;
+  In dy = in(p, 0), y = in(p, 1);
+  Out dx = out(p, 3);
+  const float scale = in(p, 2)[0];
+  PARALLEL for (int64_t r = 0; r < rows; ++r) {
+    In g = dy + r * n, b = y + r * n;
+    Out d = dx + r * n;
+    float dot = 0;
+#pragma omp simd reduction(+ : dot)
+    for (int64_t c = 0; c < n; ++c) dot += g[c] * b[c];
+    SIMD for (int64_t c = 0; c < n; ++c) d[c] = scale * b[c] * (g[c] - dot);
+  }
+  return 0;
+}
