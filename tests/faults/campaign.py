@@ -153,7 +153,7 @@ class Campaign:
             began, last = time.time(), folder / "checkpoints" / "last.ckpt"
             while job.poll() is None and not (last.exists() and last.stat().st_mtime >= began):
                 time.sleep(0.01)
-            moment = rng.uniform(0.0, 0.5) * seconds
+            moment = rng.uniform(0.0, 0.3) * seconds
         try:
             job.wait(moment)
         except subprocess.TimeoutExpired:

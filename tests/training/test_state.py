@@ -14,7 +14,7 @@ from src.command_line import load_config
 from src.data import ArraySource
 from src.errors import UserError
 from src.training.run import train
-from src.training.state import Progress, save_state
+from src.training.state import Progress, refuse_changes, save_state
 from src.training.train_step import TrainStep
 from src.training.trainer import Trainer
 from tests.training.runs import assert_equal_runs, small
@@ -178,3 +178,17 @@ def test_a_signal_is_noted_behind_the_first_step_and_handlers_come_back():
         os.kill(os.getpid(), signal.SIGTERM)
         assert interruption.after_step() and interruption.signal == signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "words"),
+    [
+        (Progress(workers=1), Progress(workers=2), "1 data workers until here, 2 from now on"),
+        (Progress(compiled=True), Progress(), "with compiled operators until here, without from"),
+        (Progress(), Progress(compiled=True), "without compiled operators until here, with from"),
+        (Progress(compiled=True), Progress(compiled=True), ""),
+    ],
+)
+def test_what_makes_a_resumed_run_differ_is_said(before, now, words, tmp_path, caplog):
+    refuse_changes(before, now, tmp_path, accept=False)
+    assert words in caplog.text and bool(words) == bool(caplog.text)
