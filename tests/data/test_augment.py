@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from src.data.augment import RandomErasing, train_operations
+from src.data.augment import NormalizeAndErase, train_operations
 from src.data.keyed import Keyed
 from src.data.rand_augment import RandAugment
+from src.data.transforms import to_network
 from src.errors import UserError
 from tests.data.images import MEAN, STD, file_of, normalised, photo
 
@@ -110,7 +111,7 @@ def test_operations_stand_in_timms_order_and_only_where_asked_for():
     plain = ["RandomResizedCrop", "RandomHorizontalFlip", "Normalize", "HWC2CHW"]
     assert kinds() == plain
     every = {"rand_augment": "rand-m9-mstd0.5-inc1", "color_jitter": 0.4, "erasing_prob": 0.25}
-    keyed = [*plain[:2], "RandAugment", "RandomColorAdjust", *plain[2:], "RandomErasing"]
+    keyed = [*plain[:2], "RandAugment", "RandomColorAdjust", "NormalizeAndErase"]
     assert kinds(**every) == keyed
 
 
@@ -136,19 +137,20 @@ def test_keyed_operations_do_not_share_their_numbers():
     seen = {tuple(kind()(None, key)[0]) for kind in (First, Second) for key in keys(3)}
     assert len(seen) == 6
     assert np.array_equal(First()(None, keys(1)[0])[0], First()(None, keys(1)[0])[0])
-    assert RandAugment.stream != RandomErasing.stream
+    assert RandAugment.stream != NormalizeAndErase.stream
 
 
 @pytest.mark.parametrize("probability", [0.25, 1.0])
 def test_erasing_puts_noise_into_rectangles_of_the_official_sizes(probability):
     """Area uniform in 2 %..1/3, less what does not fit; log aspect in -+log(0.3)."""
     height, width, times = 60, 90, 1500
-    erase, image = RandomErasing(probability), np.full((3, height, width), 7, np.float32)
+    erase = NormalizeAndErase(**PLAIN, probability=probability)
+    image = np.full((height, width, 3), 7, np.uint8)
     areas, aspects, tops, noise = [], [], [], []
     for key in keys(times):
         erased, _ = erase(image, key)
         changed = erased != 7
-        assert erased.dtype == np.float32 and erased.shape == image.shape
+        assert erased.dtype == np.float32 and erased.shape == (3, height, width)
         if not changed.any():
             continue
         rows, columns = np.nonzero(changed[0].any(1))[0], np.nonzero(changed[0].any(0))[0]
@@ -170,8 +172,16 @@ def test_erasing_puts_noise_into_rectangles_of_the_official_sizes(probability):
 
 
 def test_erasing_gives_up_where_nothing_fits():
-    image = np.zeros((3, 1, 500), np.float32)
-    assert all((RandomErasing(1.0)(image, key)[0] == 0).all() for key in keys(20))
+    erase, image = NormalizeAndErase(**PLAIN, probability=1.0), np.zeros((1, 500, 3), np.uint8)
+    assert all((erase(image, key)[0] == 0).all() for key in keys(20))
+
+
+def test_normalising_before_erasing_gives_mindspores_own_values():
+    image = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    expected = image
+    for operation in to_network(MEAN, STD):
+        expected = operation(expected)
+    assert np.array_equal(NormalizeAndErase(MEAN, STD, 0.0)(image, keys(1)[0])[0], expected)
 
 
 def test_jitter_scales_each_property_by_factors_in_range():
