@@ -214,8 +214,9 @@ def test_ranks_skip_what_the_first_one_found(photos, monkeypatch):
         open_checked(photo_config(photos), "val", Fake(1, 2))
 
 
-def test_compiled_operators_are_used_where_they_can_be(built, caplog):
+def test_compiled_operators_are_used_where_they_can_be(built, monkeypatch, caplog):
     caplog.set_level("INFO", "cvt")
+    monkeypatch.setattr(recipe, "mindspore_version", lambda: (2, 8))
     assert uses_compiled(RuntimeConfig()) and uses_compiled(RuntimeConfig(compiled_ops="always"))
     assert not uses_compiled(RuntimeConfig(compiled_ops="never"))
     assert not uses_compiled(RuntimeConfig(precision="float16"))
