@@ -1,5 +1,8 @@
 """No operator of training or evaluation lacks Ascend support; no shape is dynamic."""
 
+import re
+
+import mindspore
 import pytest
 
 from tests.ascend.graphs import GRAPHS, read_graph
@@ -61,6 +64,13 @@ def test_nothing_speaks_for_what_ascend_lacks(primitive):
 
 
 def test_the_table_in_the_documents_is_this_audit(graphs):
-    """`python -m tests.ascend.operators` writes it anew."""
+    """`python -m tests.ascend.operators` writes it anew.
+
+    It is one version's: 2.7.1 splits where 2.8 slices, and each lists its own kernels.
+    """
+    page = PAGE.read_text()
+    version = re.search(r"MindSpore ([\d.]+)'s installed", page)[1]
+    if mindspore.__version__ != version:
+        pytest.skip(f"the table in docs/ascend.md is that of MindSpore {version}")
     audited = table({name: graphs[name] for name in GRAPHS})
-    assert TABLE.search(PAGE.read_text())[2] == audited
+    assert TABLE.search(page)[2] == audited
