@@ -74,6 +74,10 @@ def plan_sides(net: nn.Cell, config: Config, options: Options, job: dict) -> lis
         script = find_peer(name, options.mode)
         peer_job = {**job, "peer": name, "sizes": cvt_sizes(net) if name in HF else None}
         remedy = f"look at {python} and at docs/performance.md"
+        if Path(name).stem in ("matmul", *(plan.name for plan in plans)):
+            raise UserError(
+                f"--peer {name}: another side has the name {Path(name).stem}; rename it"
+            )
         plans.append(Plan(Path(name).stem, [python, str(script)], peer_job, remedy))
     return plans
 

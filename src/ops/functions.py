@@ -110,7 +110,18 @@ class ConvNorm(nn.Cell):
             return y, y, gamma, gamma
 
         self.forward = _operator(library, "conv_norm", shapes, bprop, 4, recompute=True)
-        self.infer = _operator(library, "depthwise", shape)
+        frozen_backward = _operator(
+            library,
+            "depthwise_grad",
+            lambda dy, x, weight, scale, *_: (x, weight, scale, scale),
+            outputs=4,
+        )
+
+        def frozen_bprop(x, weight, scale, shift, stride, grid, out, dout):
+            gradients = frozen_backward(dout, x, weight, scale, stride, grid)
+            return (*gradients, ops.zeros_like(stride), ops.zeros_like(grid))
+
+        self.frozen = _operator(library, "depthwise", shape, frozen_bprop)
         self.eps = Tensor([eps], mstype.float32)
         self.stride = _sizes(stride)
 
@@ -134,9 +145,9 @@ class ConvNorm(nn.Cell):
     def affine(
         self, x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, height: int, width: int
     ) -> Tensor:
-        """scale * convolution + shift, both [C]; for inference, without gradient."""
+        """scale * convolution + shift, both [C]: inference, or a frozen part of a training."""
         grid = ops.zeros((height, width), mstype.float32)
-        return self.infer(x, weight, scale, shift, self.stride, grid)
+        return self.frozen(x, weight, scale, shift, self.stride, grid)
 
 
 class BiasActivation(nn.Cell):

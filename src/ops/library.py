@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import shutil
@@ -31,7 +32,8 @@ def library(folder: Path) -> Path:
         folder: where libraries are kept; made where it is missing.
 
     Raises:
-        BuildError: no compiler, it failed, or the folder can't be written.
+        BuildError: no compiler, it failed, the folder can't be written, or what is there can't be
+            loaded.
     """
     compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None:
@@ -47,6 +49,12 @@ def library(folder: Path) -> Path:
             _compile(compiler, built)
         except OSError as error:
             raise BuildError(f"{folder}: {error.strerror}") from None
+    if ":" in str(built):  # MindSpore splits "path:function" there
+        raise BuildError(f"{built}: MindSpore can't read a path with a colon")
+    try:
+        ctypes.CDLL(str(built))
+    except OSError as error:  # damaged, or on a file system without execution
+        raise BuildError(f"can't be loaded, remove it: {error}") from None
     return built
 
 

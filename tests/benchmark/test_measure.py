@@ -182,6 +182,11 @@ def test_inference_beside_an_exported_file_and_a_peer(monkeypatch, log, tmp_path
     assert f"{peer['ratio']:.2f} x" in rows[2]
 
 
+def test_two_sides_of_one_name_are_refused(monkeypatch, capsys):
+    assert call(monkeypatch, "infer", "--peer", *2 * [str(STAND_IN)], PEER[1]) == 2
+    assert "another side has the name stand_in" in capsys.readouterr().err
+
+
 def test_another_network_is_no_peer(monkeypatch, log, capsys):
     monkeypatch.setenv("STAND_IN", "another network")
     assert call(monkeypatch, "infer", "--runtime.mode=pynative", *PEER) == 2

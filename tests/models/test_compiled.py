@@ -104,8 +104,12 @@ NETS = {
 }
 
 
-@pytest.mark.parametrize(("name", "options"), NETS.values(), ids=NETS)
-def test_training_equals_the_plain_network(built, name, options):
+@pytest.mark.parametrize(
+    ("name", "options", "frozen"),
+    [*((*net, False) for net in NETS.values()), (*NETS["cvt"], True)],
+    ids=[*NETS, "cvt-frozen"],
+)
+def test_training_equals_the_plain_network(built, name, options, frozen):
     """Logits, every gradient and every running statistic, under drop path, on odd sizes."""
     ms.set_context(mode=ms.PYNATIVE_MODE)
     plain = create_model(name, **options, drop_path_rate=0.5).set_train(True)
@@ -113,6 +117,9 @@ def test_training_equals_the_plain_network(built, name, options):
     for ours, theirs in zip(turned.get_parameters(), plain.get_parameters()):
         ours.set_data(theirs.value().copy())
     use_compiled(turned, built)
+    for net in (plain, turned):
+        if frozen:
+            net.stage1.set_train(False)
     images, keys = noise(3, 3, 40, 24), ms.Tensor(np.arange(3, dtype=np.int32))
     found = {net: results(net, images, keys) for net in (plain, turned)}
     assert len(found[plain]) > 25

@@ -118,13 +118,19 @@ def test_convolution_and_batch_norm(built, stride, cls, height, width):
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-def test_convolution_of_an_evaluation(built, stride):
-    x, weight, scale, shift = normal(2, 1 + 15, 8), normal(8, 1, 3, 3), normal(8), normal(8)
-    y, cls = plain_convolution(Tensor(x), Tensor(weight), stride, 3, 5)
-    expected = tokens_of(y * Tensor(scale[:, None, None]) + Tensor(shift[:, None, None]), cls)
+@pytest.mark.parametrize("cls", [0, 1])
+def test_convolution_with_statistics_that_stand_still(built, stride, cls):
+    """In an evaluation; in training behind a frozen part the gradient passes through it."""
     operator = functions.ConvNorm(built, stride, 1e-5)
-    found = operator.affine(*map(Tensor, (x, weight, scale, shift)), 3, 5)
-    np.testing.assert_allclose(found.asnumpy(), expected.asnumpy(), atol=2e-6)
+
+    def plain(x, weight, scale, shift):
+        y, token = plain_convolution(x, weight, stride, 3, 5)
+        return tokens_of(y * scale.reshape((1, -1, 1, 1)) + shift.reshape((1, -1, 1, 1)), token)
+
+    compare(
+        lambda *inputs: operator.affine(*inputs, 3, 5), plain,
+        normal(2, cls + 15, 8), normal(8, 1, 3, 3), normal(8), normal(8), tolerance=5e-6,
+    )  # fmt: skip
 
 
 def test_bias_and_activation(built):

@@ -54,3 +54,17 @@ def test_a_folder_that_can_not_be_written(compiler, tmp_path):
     file.write_text("")
     with pytest.raises(BuildError, match="file/cache: "):
         library(file / "cache")
+
+
+def test_a_damaged_library_is_named(compiler, tmp_path):
+    built = library(tmp_path)
+    damaged = tmp_path / "other" / built.name
+    damaged.parent.mkdir()
+    damaged.write_bytes(built.read_bytes()[:100])
+    with pytest.raises(BuildError, match=f"can't be loaded, remove it: .*{built.name}"):
+        library(damaged.parent)
+
+
+def test_a_path_that_mindspore_can_not_read(compiler, tmp_path):
+    with pytest.raises(BuildError, match="colon"):
+        library(tmp_path / "a:b")

@@ -98,6 +98,40 @@ AOT(depthwise) {
   return 0;
 }
 
+// dy, x, weight, scale, stride, grid -> dx, dweight, dscale, dshift
+AOT(depthwise_grad) {
+  const Depthwise conv(in(p, 2), s[1], s[4], s[5]);
+  const int64_t n = conv.channels, tokens = conv.rows * conv.columns, cls = conv.cls * n;
+  In dy = in(p, 0), x = in(p, 1), scale = in(p, 3);
+  Out dx = out(p, 6), dweight = out(p, 7);
+  const std::vector<float> one(n, 1.0f);
+  std::vector<float> sums(2 * conv.batch * n, 0.0f), kernels(conv.batch * 9 * n, 0.0f);
+  std::vector<float> z(conv.batch * conv.after());
+  PARALLEL for (int64_t b = 0; b < conv.batch; ++b) {
+    for (int64_t row = 0; row < conv.rows; ++row)
+      conv.forward_row(x, b, row, one.data(), conv.zeros.data(), z.data());
+    In g = dy + b * conv.after() + cls, a = &z[b * conv.after() + cls];
+    Out dot = &sums[b * n], sum = &sums[(conv.batch + b) * n];
+    std::vector<float> dz(tokens * n);
+    for (int64_t t = 0; t < tokens; ++t)
+      SIMD for (int64_t c = 0; c < n; ++c) {
+        dot[c] += g[t * n + c] * a[t * n + c];
+        sum[c] += g[t * n + c];
+        dz[t * n + c] = g[t * n + c] * scale[c];
+      }
+    Out mine = dx + b * conv.before();
+    std::copy(dy + b * conv.after(), dy + b * conv.after() + cls, mine);
+    conv.backward(x + b * conv.before() + cls, dz.data(), mine + cls, &kernels[b * 9 * n]);
+  }
+  total(&sums[0], conv.batch, n, out(p, 8));
+  total(&sums[conv.batch * n], conv.batch, n, out(p, 9));
+  std::vector<float> kernel(9 * n);
+  total(kernels.data(), conv.batch, 9 * n, kernel.data());
+  for (int64_t c = 0; c < n; ++c)
+    for (int k = 0; k < 9; ++k) dweight[c * 9 + k] = kernel[k * n + c];
+  return 0;
+}
+
 // Convolution and BatchNorm of a batch's own statistics.
 // x [B, T, C], weight, gamma, beta, eps, stride, grid -> y, z = conv(x), mean, biased variance
 AOT(conv_norm) {
