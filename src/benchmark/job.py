@@ -59,6 +59,8 @@ def plan_sides(net: nn.Cell, config: Config, options: Options, job: dict) -> lis
     if options.plain:
         plans.append(Plan("plain", WORKER, {**job, "compiled_ops": "never"}))
     if not options.peer:
+        if options.peer_python is not None:
+            raise UserError("--peer_python does nothing without --peer; name a peer")
         return plans
     python = options.peer_python
     if python is None or shutil.which(python) is None:

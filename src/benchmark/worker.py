@@ -82,7 +82,7 @@ def train(config: Config, job: dict) -> Work:
 
     batch, accumulate = job["batch_size"], config.training.accumulate
     config.training.epochs = max(config.training.epochs, STEPS)  # each of one step
-    config.training.epoch_steps = None
+    config.training.epoch_steps = None  # else the schedule has so many times as many
     classes = config.model.num_classes
     labels = np.arange(batch * accumulate, dtype=np.int32) % classes
     blank = np.zeros((len(labels), 1, 1, 3), np.uint8)

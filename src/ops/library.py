@@ -43,14 +43,14 @@ def library(folder: Path) -> Path:
     parts = (*texts, *FLAGS, compiler, version, _processor())
     name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
     built = folder / f"kernels-{name}.so"
+    if ":" in str(built):  # MindSpore splits "path:function" there
+        raise BuildError(f"{built}: MindSpore can't read a path with a colon")
     if not built.exists():
         try:
             folder.mkdir(parents=True, exist_ok=True)
             _compile(compiler, built)
         except OSError as error:
             raise BuildError(f"{folder}: {error.strerror}") from None
-    if ":" in str(built):  # MindSpore splits "path:function" there
-        raise BuildError(f"{built}: MindSpore can't read a path with a colon")
     try:
         ctypes.CDLL(str(built))
     except OSError as error:  # damaged, or on a file system without execution

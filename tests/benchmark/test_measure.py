@@ -182,6 +182,11 @@ def test_inference_beside_an_exported_file_and_a_peer(monkeypatch, log, tmp_path
     assert f"{peer['ratio']:.2f} x" in rows[2]
 
 
+def test_an_interpreter_without_a_peer_is_refused(monkeypatch, capsys):
+    assert call(monkeypatch, "infer", PEER[1]) == 2
+    assert "--peer_python does nothing without --peer" in capsys.readouterr().err
+
+
 def test_two_sides_of_one_name_are_refused(monkeypatch, capsys):
     assert call(monkeypatch, "infer", "--peer", *2 * [str(STAND_IN)], PEER[1]) == 2
     assert "another side has the name stand_in" in capsys.readouterr().err
@@ -198,11 +203,13 @@ def test_the_whole_step_is_trained(monkeypatch, tmp_path, built):
     file = tmp_path / "figures.json"
     words = ["--seconds=0.1", "--optimizer.clip_norm=1", "--training.ema_decay=0.9"]
     words += ["--augment.mixup=0.8", "--training.accumulate=2", "--runtime.mode=pynative"]
+    words += ["--training.epoch_steps=1000"]  # which a schedule of all steps would take GB for
     assert call(monkeypatch, "train", *words, "--plain", f"--json={file}") == 0
     ours, plain, matmul = json.loads(file.read_text())["sides"]
     for side in (ours, plain):
         assert len(side["rounds"]) == 2 and side["images_per_second"] > 0
         assert ("compiled operators" in side["what"]) == (side is ours)
+        assert side["peak_memory"] < 2e9
 
 
 def test_the_pipeline_is_measured_on_as_many_images_as_asked_for(monkeypatch, tmp_path):

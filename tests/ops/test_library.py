@@ -8,12 +8,6 @@ from src.ops import library as module
 from src.ops.library import BuildError, library
 
 
-@pytest.fixture
-def compiler():
-    if not any(map(shutil.which, module.COMPILERS)):
-        pytest.skip("no C++ compiler")
-
-
 def test_it_is_built_once(compiler, tmp_path):
     folder = tmp_path / "a cache"
     path = library(folder)

@@ -86,6 +86,15 @@ struct Depthwise {
   }
 };
 
+// Add up the images' gradients [B, 9, C] of the weight [C, 1, 3, 3].
+void total_kernel(const std::vector<float>& kernels, const Depthwise& conv, Out dweight) {
+  const int64_t n = conv.channels;
+  std::vector<float> kernel(9 * n);
+  total(kernels.data(), conv.batch, 9 * n, kernel.data());
+  for (int64_t c = 0; c < n; ++c)
+    for (int k = 0; k < 9; ++k) dweight[c * 9 + k] = kernel[k * n + c];
+}
+
 }  // namespace
 
 // x [B, T, C], weight [C, 1, 3, 3], scale, shift [C], stride, grid -> scale * conv(x) + shift
@@ -125,10 +134,7 @@ AOT(depthwise_grad) {
   }
   total(&sums[0], conv.batch, n, out(p, 8));
   total(&sums[conv.batch * n], conv.batch, n, out(p, 9));
-  std::vector<float> kernel(9 * n);
-  total(kernels.data(), conv.batch, 9 * n, kernel.data());
-  for (int64_t c = 0; c < n; ++c)
-    for (int k = 0; k < 9; ++k) dweight[c * 9 + k] = kernel[k * n + c];
+  total_kernel(kernels, conv, dweight);
   return 0;
 }
 
@@ -212,9 +218,6 @@ AOT(conv_norm_grad) {
     std::copy(dy + b * conv.after(), dy + b * conv.after() + cls, mine);
     conv.backward(image + cls, dz.data(), mine + cls, &kernels[b * 9 * n]);
   }
-  std::vector<float> kernel(9 * n);
-  total(kernels.data(), conv.batch, 9 * n, kernel.data());
-  for (int64_t c = 0; c < n; ++c)
-    for (int k = 0; k < 9; ++k) dweight[c * 9 + k] = kernel[k * n + c];
+  total_kernel(kernels, conv, dweight);
   return 0;
 }
