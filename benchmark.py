@@ -7,7 +7,7 @@ from jsonargparse.typing import PositiveInt
 from src.command_line import parse
 from src.config import Positive
 from src.errors import UserError, executable
-from src.reporting.figures import write_json
+from src.files import write_json
 from src.runtime import log_to, prepare_environment
 
 IMAGENET_CLASSES = 1000

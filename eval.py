@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from src.command_line import parse
 from src.errors import UserError, executable
-from src.reporting.figures import write_json
+from src.files import write_json
 from src.runtime import log_to, prepare_environment, setup
 
 

@@ -10,7 +10,6 @@ import dataclasses
 import difflib
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from src.config import Config, Study
 from src.errors import UserError
+from src.files import write_text
 
 
 class _Parser(ArgumentParser):
@@ -197,9 +197,7 @@ def save_config(config: Config, path: Path) -> None:
     """Write every key of a resolved configuration as YAML that `parse` reads back."""
     plain = dataclasses.asdict(config, dict_factory=_plain)
     text = yaml.dump(plain, Dumper=_Quoting, sort_keys=False, allow_unicode=True)
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(_guarded(_GUARD + text), encoding="utf-8")
-    os.replace(aside, path)
+    write_text(_guarded(_GUARD + text), path)
 
 
 def _guarded(text: str) -> str:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from src.data.images import examine
 from src.errors import UserError
-from src.reporting.figures import write_text
+from src.files import write_text
 
 _log = logging.getLogger("cvt")
 

@@ -24,7 +24,7 @@ from src.data.records import FORMAT, INDEX, UNFINISHED, load_index
 from src.data.shards import open_writer, seal, verify_shard
 from src.data.sources import open_source
 from src.errors import UserError
-from src.reporting.figures import write_json
+from src.files import write_json
 from src.reporting.progress import progress_bar
 
 _log = logging.getLogger("cvt")

@@ -9,7 +9,7 @@ from pathlib import Path
 from src.data.sources import IMAGE_EXTENSIONS, images_below
 from src.deploy.predictor import Predictor
 from src.errors import UserError
-from src.reporting.figures import write_json
+from src.files import write_json
 from src.reporting.progress import progress_bar
 from src.reporting.sheet import SHEET_SUFFIXES, Tile, draw_sheet
 

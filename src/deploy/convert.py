@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import os
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +12,7 @@ from mindspore import Tensor, nn, ops
 
 from src.config import Config, ModelConfig
 from src.errors import UserError
+from src.files import replacing
 from src.recipe import build_model, image_size, without_flash_attention
 from src.weights.checkpoint import save_weights
 from src.weights.load import load_tensors, load_weights, read_weights
@@ -63,16 +62,12 @@ def convert(
     net = build_model(without_flash_attention(config)).set_train(False)
     load_tensors(net, tensors, report)
     del tensors
-    unproven = target.with_name(f".{target.stem}.unproven{target.suffix}")
     try:
-        save_weights(net, unproven)
-        difference = _verify(net, unproven, config) if verify else None
-        os.replace(unproven, target)
+        with replacing(target) as unproven:
+            save_weights(net, unproven)
+            difference = _verify(net, unproven, config) if verify else None
     except OSError as error:
         raise UserError(f"{target}: {error.strerror}; give another --dst") from error
-    finally:
-        with contextlib.suppress(OSError):
-            unproven.unlink(missing_ok=True)
     return Conversion(config.model.name, report, difference)
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
-import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from src.data import Preprocessing, eval_batches
 from src.deploy.formats import Run, onnx_opset, open_model, require, write_model
 from src.deploy.fuse import Rewrites, fuse
 from src.errors import UserError
+from src.files import replacing, write_json
 from src.recipe import (
     build_model,
     build_preprocessing,
@@ -28,8 +27,7 @@ from src.recipe import (
     set_precision,
     without_flash_attention,
 )
-from src.reporting.figures import write_json
-from src.weights import load_weights, make_readable, sha256_of
+from src.weights import load_weights, sha256_of
 
 logger = logging.getLogger("cvt")
 CHECKED_IMAGES = 16
@@ -91,9 +89,7 @@ def export(
     shape = (options.batch_size, 3, *preprocessing.image_size)
     exported = _inference_network(net, config.runtime.precision, options)
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=output.parent, prefix=".export-") as folder:
-            partial = Path(folder) / output.name
+        with replacing(output) as partial:
             write_model(exported, shape, partial, options.file_format)
             if options.file_format == "air":
                 logger.info("an AIR file can't be loaded back by MindSpore, so it was not checked")
@@ -101,9 +97,7 @@ def export(
                 images = _images(config, preprocessing)
                 tolerance = options.largest_difference(config.runtime.precision)
                 _check(net, open_model(partial), images, options.batch_size, tolerance)
-            make_readable(partial)
             _describe(config, checkpoint, partial, output, options, preprocessing)
-            os.replace(partial, output)
     except OSError as error:
         raise UserError(f"{output}: {error.strerror}; give another --output") from error
     size = output.stat().st_size / 2**20

@@ -13,8 +13,8 @@ from src.errors import UserError
 from src.evaluation.evaluator import Result
 from src.evaluation.labels import Labelled
 from src.evaluation.metrics import Outcomes
+from src.files import write_csv, write_json
 from src.reporting.confusion import draw_confusion
-from src.reporting.figures import write_csv, write_json
 
 BINS = 15  # of the confidence, as in Guo et al.
 WORST = 50

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from src.errors import UserError
-from src.reporting.figures import write_csv, write_text
+from src.files import write_csv, write_text
 from src.reporting.studies import plot_by_cost, plot_by_epochs, plot_by_images
 from src.study.cells import Run, Trainings, look
 from src.study.grid import Cell

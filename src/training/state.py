@@ -20,6 +20,7 @@ import numpy as np
 
 from src.config import Config
 from src.errors import UserError
+from src.files import remove_unfinished, replacing
 from src.training.train_step import TrainStep
 from src.weights import load_state, save_checkpoint
 
@@ -73,9 +74,9 @@ def save_state(step: TrainStep, progress: Progress, checkpoints: Path, keep: int
     text = json.dumps(dataclasses.asdict(progress))
     save_checkpoint(state, path, progress=text)
     _name_last(path)
-    unfinished = checkpoints.glob(".*.partial.*")  # of a process that was killed
-    for old in (*_states(checkpoints)[keep:], *unfinished):
+    for old in _states(checkpoints)[keep:]:
         old.unlink(missing_ok=True)
+    remove_unfinished(checkpoints)
 
 
 def require_finite(state: dict, path: Path) -> None:
@@ -91,14 +92,12 @@ def require_finite(state: dict, path: Path) -> None:
 
 def _name_last(path: Path) -> None:
     """Give a state the name last.ckpt too, without copying it where the file system can."""
-    aside = path.with_name(f".{LAST}.partial")
     try:
-        aside.unlink(missing_ok=True)
-        try:
-            os.link(path, aside)
-        except OSError:
-            shutil.copyfile(path, aside)
-        os.replace(aside, path.with_name(LAST))
+        with replacing(path.with_name(LAST)) as unfinished:
+            try:
+                os.link(path, unfinished)
+            except OSError:
+                shutil.copyfile(path, unfinished)
     except OSError as error:
         raise UserError(f"{path.with_name(LAST)}: {error.strerror}") from None
 

@@ -23,9 +23,9 @@ from src.data import Source
 from src.data.loader import choose_workers
 from src.errors import UserError
 from src.evaluation.evaluator import Evaluator
+from src.files import write_text
 from src.ranks import ALONE, Ranks
 from src.recipe import build_preprocessing, open_checked, uses_compiled
-from src.reporting.figures import write_text
 from src.reporting.plots import plot_curves
 from src.reporting.progress import progress_bar
 from src.training.build import build_step

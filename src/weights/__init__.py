@@ -1,6 +1,6 @@
 """Weight files: the only room that reads or writes them."""
 
-from src.weights.checkpoint import make_readable, save_checkpoint, save_weights, sha256_of
+from src.weights.checkpoint import save_checkpoint, save_weights, sha256_of
 from src.weights.load import WEIGHT_SUFFIXES, load_state, load_weights
 from src.weights.report import LoadReport, WeightsMismatch
 
@@ -10,7 +10,6 @@ __all__ = [
     "WeightsMismatch",
     "load_state",
     "load_weights",
-    "make_readable",
     "save_checkpoint",
     "save_weights",
     "sha256_of",

@@ -13,12 +13,10 @@ holds twice the file in memory. Values of one tag are the slices of a tensor of 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
 import math
-import os
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -29,6 +27,7 @@ from mindspore import Tensor, nn
 from safetensors import SafetensorError, deserialize
 
 from src.errors import UserError
+from src.files import replacing
 from src.weights.content import AGAIN, WIDENED, Content, short, widen
 
 _CRC_MARK, _CRC_BYTES = b"crc_num", 17
@@ -62,36 +61,16 @@ def save_checkpoint(
     if kind not in ("ckpt", "safetensors"):
         raise UserError(f"{path}: the name must end in .ckpt or .safetensors")
     entries = [{"name": name, "data": tensor} for name, tensor in parameters.items()]
-    aside = path.with_name(f".{path.stem}.partial.{kind}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         logging.disable(logging.CRITICAL)  # MindSpore tells of a failure on the console, at length
-        try:
+        with replacing(path) as unfinished:
             ms.save_checkpoint(
-                entries, str(aside), append_dict=extra or None, crc_check=True, format=kind
+                entries, str(unfinished), append_dict=extra or None, crc_check=True, format=kind
             )
-        finally:
-            logging.disable(logging.NOTSET)
-        make_readable(aside)
-        with open(aside, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-        _flush_folder(path.parent)
     except (OSError, RuntimeError) as error:
-        for part in (aside, aside.with_suffix(".tmp")):  # MindSpore's own way of writing aside
-            with contextlib.suppress(OSError):
-                part.unlink()
         raise UserError(f"{path}: can't be written: {' '.join(str(error).split())}") from error
-
-
-def _flush_folder(folder: Path) -> None:
-    """Let a new name in a folder survive a power failure, where the system can."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def save_weights(weights: nn.Cell | Mapping[str, Tensor], path: str | Path) -> None:
@@ -103,13 +82,6 @@ def save_weights(weights: nn.Cell | Mapping[str, Tensor], path: str | Path) -> N
     if isinstance(weights, nn.Cell):
         weights = {parameter.name: parameter for parameter in weights.get_parameters()}
     save_checkpoint(weights, path)
-
-
-def make_readable(path: Path) -> None:
-    """Give a file that MindSpore wrote for its owner's eyes only the usual permissions."""
-    mask = os.umask(0)
-    os.umask(mask)
-    path.chmod(0o666 & ~mask)
 
 
 def read_checkpoint(path: str | Path) -> Content:

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from src.errors import UserError
-from src.reporting.figures import write_json
+from src.files import write_json
 from src.reporting.plots import plot_curves
 
 

@@ -1,0 +1,116 @@
+"""Atomic writers for text, JSON, CSV and whatever else writes a file by its name."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from src.errors import UserError
+
+PARTIAL = ".partial-"  # between the hidden name of an unfinished file's folder and its random end
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Yield a path to write to; when the block ends without an error, it replaces `path`.
+
+    The path yielded has the same name in a new private folder beside the target, so no link that
+    somebody planted is followed, and a reader sees the old file or the new one, whole. Missing
+    parent folders are created. The file gets the permissions that the user's umask gives, even if
+    the library that wrote it chose others, and survives a power failure.
+
+    Raises:
+        OSError: the file can't be written; the old one is untouched.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}{PARTIAL}"))
+    try:
+        unfinished = folder / path.name
+        yield unfinished
+        with open(folder / ".mode", "xb") as usual:  # created for the mode that it gets
+            mode = os.fstat(usual.fileno()).st_mode
+        unfinished.chmod(mode & 0o777)
+        with open(unfinished, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+        _flush_folder(path.parent)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a killed process left behind in `replacing`."""
+    for left in folder.glob(f".*{PARTIAL}*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def write_json(content: Any, path: str | Path) -> None:
+    """Write JSON.
+
+    Raises:
+        UserError: the file can't be written.
+    """
+    write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", path)
+
+
+def write_csv(head: Sequence[str], rows: Iterable[Sequence[Any]], path: str | Path) -> None:
+    """Write a table.
+
+    Raises:
+        UserError: the file can't be written.
+    """
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([head, *rows])
+    write_text(text.getvalue(), path)
+
+
+def write_text(text: str, path: str | Path) -> None:
+    """Write a UTF-8 text file; bytes of a file name that are not UTF-8 are escaped as \\udcXX.
+
+    Raises:
+        UserError: the file can't be written.
+    """
+    try:
+        with replacing(path) as unfinished:
+            unfinished.write_bytes(text.encode("utf-8", "backslashreplace"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; give a file that can be written") from None
+
+
+def require_writable(path: str | Path, option: str) -> None:
+    """Check that an output file can be written, before the work whose result it will hold.
+
+    Args:
+        path: the file; its parent folders need not exist yet.
+        option: how the user named it, as "--json".
+
+    Raises:
+        UserError: it is a folder, a parent is a file, or the folder can't be written to.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{option} {path}: is a folder; give a file")
+    parent = next(each for each in path.absolute().parents if os.path.lexists(each))
+    if not parent.is_dir():
+        raise UserError(f"{option} {path}: {parent} is no folder; give another file")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"{option} {path}: {parent} can't be written to; give another file")
+
+
+def _flush_folder(folder: Path) -> None:
+    """Let a new name in a folder survive a power failure, where the system can."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,76 @@
+"""Atomic writers: links, permissions, failures, early checks."""
+
+import json
+import os
+import stat
+
+import pytest
+
+from src.errors import UserError
+from src.files import remove_unfinished, replacing, require_writable, write_csv, write_json
+
+
+def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
+    target = tmp_path / "a.txt"
+    target.write_text("old")
+    with pytest.raises(RuntimeError), replacing(target) as unfinished:
+        unfinished.write_text("half")
+        raise RuntimeError
+    assert target.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_planted_links_are_not_followed(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    victim.chmod(0o600)
+    for name in (".a.json.partial", ".a.json.partial-x", "a.json"):
+        (tmp_path / name).symlink_to(victim)
+    write_json([1], tmp_path / "a.json")
+    assert victim.read_text() == "precious"
+    assert stat.S_IMODE(victim.stat().st_mode) == 0o600
+    assert json.loads((tmp_path / "a.json").read_text()) == [1]
+    assert not (tmp_path / "a.json").is_symlink()
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_the_umask_decides_the_permissions(tmp_path, mask, mode):
+    before = os.umask(mask)
+    try:
+        with replacing(tmp_path / "a") as unfinished:
+            unfinished.write_text("x")
+            unfinished.chmod(0o400)  # as MindSpore leaves its files
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == mode
+
+
+def test_parent_folders_are_created(tmp_path):
+    write_json({"é": 1}, tmp_path / "a/b/c.json")
+    assert json.loads((tmp_path / "a/b/c.json").read_text("utf-8")) == {"é": 1}
+
+
+def test_a_name_that_is_no_utf8_is_escaped(tmp_path):
+    name = os.fsdecode(b"caf\xe9.jpg")
+    write_csv(["file"], [[name]], tmp_path / "a.csv")
+    write_json([name], tmp_path / "a.json")
+    assert (tmp_path / "a.csv").read_text("utf-8") == "file\ncaf\\udce9.jpg\n"
+    assert json.loads((tmp_path / "a.json").read_text("utf-8")) == [name]
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    (tmp_path / ".last.ckpt.partial-abc").mkdir()
+    (tmp_path / ".last.ckpt.partial-abc" / "last.ckpt").write_text("half")
+    (tmp_path / "step-1.ckpt").write_text("whole")
+    remove_unfinished(tmp_path)
+    assert os.listdir(tmp_path) == ["step-1.ckpt"]
+
+
+def test_outputs_are_checked_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    require_writable(tmp_path / "new/folders/a.json", "--json")
+    with pytest.raises(UserError, match=r"--json .*: is a folder; give a file"):
+        require_writable(tmp_path, "--json")
+    with pytest.raises(UserError, match=r"--json .*file is no folder"):
+        require_writable(tmp_path / "file/a.json", "--json")
+    assert os.listdir(tmp_path) == ["file"]
