@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,16 +94,68 @@ def require_writable(path: str | Path, option: str) -> None:
         option: how the user named it, as "--json".
 
     Raises:
-        UserError: it is a folder, a parent is a file, or the folder can't be written to.
+        UserError: it is a folder or a device, a parent is a file, or the folder can't be written
+            to.
     """
     path = Path(path)
     if path.is_dir():
         raise UserError(f"{option} {path}: is a folder; give a file")
+    if path.exists() and not path.is_file():  # a device or a pipe would be replaced, not written to
+        raise UserError(f"{option} {path}: is no regular file; give the name of a file")
     parent = next(each for each in path.absolute().parents if os.path.lexists(each))
     if not parent.is_dir():
         raise UserError(f"{option} {path}: {parent} is no folder; give another file")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise UserError(f"{option} {path}: {parent} can't be written to; give another file")
+
+
+def require_replaceable(
+    path: str | Path, option: str, is_ours: Callable[[Path], bool], force: bool = False
+) -> None:
+    """Check that an output file can be written without losing a file of the user's.
+
+    Args:
+        path: the file; it may be missing, empty, or an earlier result.
+        option: how the user named it, as "--json".
+        is_ours: whether an existing file is an earlier result, as `is_json` and `is_csv` tell.
+        force: replace any file.
+
+    Raises:
+        UserError: it can't be written, or holds something else.
+    """
+    require_writable(path, option)
+    path = Path(path)
+    if force or not os.path.lexists(path):
+        return
+    try:
+        ours = path.is_file() and (path.stat().st_size == 0 or is_ours(path))
+    except OSError:
+        ours = False
+    if not ours:
+        raise UserError(
+            f"{option} {path}: exists and is no earlier result of this command; give another name, "
+            "or add --force to replace it"
+        )
+
+
+def is_json(path: Path, fits: Callable[[Any], bool]) -> bool:
+    """Whether a file holds JSON of a structure that `fits` recognises.
+
+    An escaped or foreign byte, or a structure in which `fits` does not find what it looks for,
+    means no.
+    """
+    try:
+        return bool(fits(json.loads(path.read_text(encoding="utf-8"))))
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return False
+
+
+def is_csv(path: Path, head: Sequence[str]) -> bool:
+    """Whether a file is a table of `write_csv` with these first columns."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="").writerow(head)
+    with open(path, "rb") as file:
+        return file.readline().rstrip(b"\n").startswith(text.getvalue().encode())
 
 
 def _flush_folder(folder: Path) -> None:

@@ -7,7 +7,16 @@ import stat
 import pytest
 
 from src.errors import UserError
-from src.files import remove_unfinished, replacing, require_writable, write_csv, write_json
+from src.files import (
+    is_csv,
+    is_json,
+    remove_unfinished,
+    replacing,
+    require_replaceable,
+    require_writable,
+    write_csv,
+    write_json,
+)
 
 
 def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -74,3 +83,42 @@ def test_outputs_are_checked_before_the_work(tmp_path):
     with pytest.raises(UserError, match=r"--json .*file is no folder"):
         require_writable(tmp_path / "file/a.json", "--json")
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_device_is_no_output(tmp_path):
+    with pytest.raises(UserError, match="--json /dev/null: is no regular file"):
+        require_writable("/dev/null", "--json")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="is no regular file"):
+        require_writable(tmp_path / "pipe", "--json")
+
+
+def ours(path):
+    return is_json(path, lambda content: {"top1", "loss"} <= content.keys())
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a,b\n1,2\n", "[1]", "7", '"top1 loss"', '{"top1": 1}', "[" * 100_000, "\0", "\ufeff{}"],
+)
+def test_a_file_of_the_users_is_not_replaced(tmp_path, text):
+    path = tmp_path / "a.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match="--json .*no earlier result of this command.*--force"):
+        require_replaceable(path, "--json", ours)
+    require_replaceable(path, "--json", ours, force=True)
+    assert path.read_text() == text
+
+
+def test_an_earlier_result_may_be_replaced(tmp_path):
+    require_replaceable(tmp_path / "new/a.json", "--json", ours)
+    write_json({"top1": 1, "loss": 2, "images": 3}, tmp_path / "a.json")
+    require_replaceable(tmp_path / "a.json", "--json", ours)
+    (tmp_path / "empty").touch()
+    require_replaceable(tmp_path / "empty", "--json", ours)
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="no earlier result"):
+        require_replaceable(tmp_path / "dangling", "--json", ours)
+    write_csv(["class", "images, all"], [[1, 2]], tmp_path / "a.csv")
+    assert is_csv(tmp_path / "a.csv", ["class", "images, all"])
+    assert is_csv(tmp_path / "a.csv", ["class"]) and not is_csv(tmp_path / "a.csv", ["name"])

@@ -52,8 +52,8 @@ def explain_file(predictor: Predictor, file: str, output: str) -> None:
             [Panel(f"head {i + 1}", heads[i], to_self[0, i]) for i in range(count)],
             path,
         )
-    except OSError as error:
-        raise UserError(f"--attention {path}: {error.strerror}; give another file") from error
+    except UserError as error:
+        raise UserError(f"--attention {error}") from None
     logger.info("wrote %s", path)
 
 

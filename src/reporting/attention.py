@@ -13,6 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure, SubFigure
 
+from src.reporting.pictures import literal, save_figure
+
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".pdf", ".svg")
 COLOURS = "inferno"
 _WIDTH = 10.0  # inches
@@ -46,7 +48,7 @@ def draw_attention(
         path: of the picture; the suffix decides the format.
 
     Raises:
-        OSError: it can't be written.
+        UserError: it can't be written.
     """
     if len(heads) == 1:
         heads = []  # it is the mean
@@ -55,7 +57,7 @@ def draw_attention(
     aspect = image.shape[0] / image.shape[1]
     heights = [aspect * _WIDTH / _COLUMNS + 0.5, rows * (aspect * _WIDTH / columns + 0.45)]
     figure = Figure(figsize=(_WIDTH, sum(heights) + 0.85), layout="constrained")
-    figure.suptitle(title, fontsize=14, fontweight="bold")
+    figure.suptitle(literal(title), fontsize=14, fontweight="bold")
     upper, *lower = figure.subfigures(
         2 if rows else 1, 1, height_ratios=heights[: 1 + bool(rows)], squeeze=False
     ).flat
@@ -68,7 +70,7 @@ def draw_attention(
         _legend(upper, [first, *others])
     else:
         _heads(lower[0], image, heads, rows, columns)
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path, dpi=130)
 
 
 def _heads(

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
-from src.errors import UserError
+from src.reporting.pictures import literal, save_figure
 
 MOST_NAMES = 50  # classes whose names are legible beside the picture
 _MOST_NUMBERS = 20
@@ -40,7 +40,7 @@ def draw_confusion(matrix: np.ndarray, names: Sequence[str], path: Path) -> None
     bar.set_label("% of the label's images")
     axes.set(xlabel="prediction", ylabel="label")
     if named:
-        short = [n if len(n) <= _LONGEST else f"{n[: _LONGEST - 1]}…" for n in names]
+        short = [literal(n if len(n) <= _LONGEST else f"{n[: _LONGEST - 1]}…") for n in names]
         axes.set_xticks(range(classes), short, rotation=90)
         axes.set_yticks(range(classes), short)
     if classes <= _MOST_NUMBERS:
@@ -48,7 +48,4 @@ def draw_confusion(matrix: np.ndarray, names: Sequence[str], path: Path) -> None
             colour = "white" if shares[row, column] > 50 else "black"
             style = {"ha": "center", "va": "center", "fontsize": 7, "color": colour}
             axes.text(column, row, str(matrix[row, column]), **style)
-    try:
-        figure.savefig(path, dpi=110)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; give a file that can be written") from None
+    save_figure(figure, path, dpi=110)

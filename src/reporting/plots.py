@@ -6,6 +6,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from src.reporting.pictures import save_figure
+
 
 def plot_curves(rows: list[dict], path: Path) -> None:
     """Draw loss and accuracy over the epochs of a run.
@@ -31,4 +33,4 @@ def plot_curves(rows: list[dict], path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.legend()
         axes.xaxis.get_major_locator().set_params(integer=True)
-    figure.savefig(path, dpi=100)
+    save_figure(figure, path, dpi=100)

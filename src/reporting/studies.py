@@ -10,6 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
+from src.reporting.pictures import save_figure
+
 MARKERS = "osD^vPX*<>hd"
 ACCURACY = "held-out top-1, %"
 Point = tuple[float, float]  # mean and standard deviation, NaN where there is only one value
@@ -102,4 +104,4 @@ def _save(figure: Figure, path: Path) -> None:
     for axes in figure.axes:
         axes.grid(alpha=0.3)
     figure.axes[0].legend()
-    figure.savefig(path, dpi=100)
+    save_figure(figure, path, dpi=100)

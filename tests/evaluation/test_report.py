@@ -136,6 +136,12 @@ def test_a_thousand_classes_are_drawn_without_names(tmp_path):
     assert dark.mean() > 0.9
 
 
+def test_class_names_with_dollars_are_drawn_as_they_stand(tmp_path):
+    draw_confusion(np.eye(2, dtype=int), [r"$\frac$", "US$ and AU$"], tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as picture:
+        assert min(picture.size) > 300
+
+
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_text("x")
     for name in ("file", "file/below"):

@@ -16,3 +16,10 @@ def test_a_picture_is_written(tmp_path, heads, size):
     draw_attention(image, "title", panels[0], panels[0], panels, tmp_path / "a.png")
     picture = np.asarray(Image.open(tmp_path / "a.png").convert("L"))
     assert picture.shape[1] > 1000 and picture.std() > 10, "not empty"
+
+
+def test_a_file_name_with_dollars_is_drawn_as_it_stands(tmp_path):
+    panel = Panel("mean", np.ones((8, 8)), 0.1)
+    image = np.zeros((8, 8, 3), np.uint8)
+    draw_attention(image, r"$\frac$.png: US$ 5, AU$ 6", panel, panel, [panel], tmp_path / "a.pdf")
+    assert (tmp_path / "a.pdf").stat().st_size > 1000

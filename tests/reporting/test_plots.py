@@ -1,13 +1,9 @@
-"""Curves of a run, and JSON."""
-
-import json
+"""Curves of a run."""
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from src.errors import UserError
-from src.files import write_json
 from src.reporting.plots import plot_curves
 
 
@@ -20,11 +16,3 @@ def row(epoch, top1):
 def test_curves_are_drawn_from_what_was_evaluated(tmp_path, top1s):
     plot_curves([row(i + 1, top1) for i, top1 in enumerate(top1s)], tmp_path / "curves.png")
     assert np.asarray(Image.open(tmp_path / "curves.png").convert("L")).std() > 5
-
-
-def test_json_is_whole_or_not_there(tmp_path):
-    write_json({"name": "ä", "top1": 1.5}, tmp_path / "a.json")
-    assert json.loads((tmp_path / "a.json").read_text()) == {"name": "ä", "top1": 1.5}
-    with pytest.raises(UserError, match="can be written"):
-        write_json({}, tmp_path / "nowhere" / "a.json")
-    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
