@@ -49,7 +49,7 @@ def infer(config: Config, job: dict) -> Work:
 
 def infer_file(config: Config, job: dict) -> Work:
     """An exported file, as infer.py runs it."""
-    from src.deploy.formats import open_model
+    from src.deploy.engines import open_model
 
     path = Path(job["model_file"])
     if path.suffix not in (".mindir", ".onnx") or not path.is_file():

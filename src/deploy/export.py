@@ -15,7 +15,8 @@ from mindspore import dtype as mstype
 
 from src.config import Config
 from src.data import Preprocessing, eval_batches
-from src.deploy.formats import Run, onnx_opset, open_model, require, write_model
+from src.deploy.engines import Run, open_model
+from src.deploy.formats import onnx_opset, require, write_model
 from src.deploy.fuse import Rewrites, fuse
 from src.errors import UserError
 from src.files import replacing, write_json

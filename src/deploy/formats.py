@@ -1,10 +1,9 @@
-"""Exported files: how each format is written, and opened to be run."""
+"""Exported files: how each format is written."""
 
 from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import mindspore as ms
@@ -14,7 +13,6 @@ from mindspore import Tensor, nn
 from src.errors import UserError
 
 INPUT, OUTPUT = "images", "logits"  # names of the ONNX graph's ends
-Run = Callable[[np.ndarray], np.ndarray]  # float32 [B, 3, H, W] -> logits [B, num_classes]
 
 
 def require(file_format: str, batch_size: int | None, device: str) -> None:
@@ -80,33 +78,6 @@ def _write_onnx(net: nn.Cell, example: Tensor, path: Path) -> None:
         ms.export(net, example, file_name=str(path), file_format="ONNX")
     else:
         export(net, example, file_name=str(path), input_names=[INPUT], output_names=[OUTPUT])
-
-
-def open_model(path: Path) -> Run:
-    """A function that runs an exported .mindir or .onnx.
-
-    Raises:
-        UserError: a damaged file, or no onnxruntime.
-    """
-    return _open_onnx(path) if path.suffix == ".onnx" else _open_mindir(path)
-
-
-def _open_mindir(path: Path) -> Run:
-    try:
-        graph = nn.GraphCell(ms.load(str(path)))
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"{path}: damaged, or no MINDIR file; export again") from error
-    return lambda images: graph(Tensor(images)).asnumpy()
-
-
-def _open_onnx(path: Path) -> Run:
-    runtime = _onnxruntime()
-    try:
-        session = runtime.InferenceSession(path, providers=runtime.get_available_providers())
-    except Exception as error:  # its exceptions have no base of their own
-        raise UserError(f"{path}: damaged, or no ONNX file; export again") from error
-    name = session.get_inputs()[0].name
-    return lambda images: session.run(None, {name: images})[0]
 
 
 def _onnxruntime():

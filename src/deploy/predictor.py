@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import NamedTuple, Union
 
 import numpy as np
-from mindspore import Tensor, nn
+from mindspore import nn
 from PIL import Image
 
 from src.command_line import load_config, run_config_of
 from src.data import Preprocessing
 from src.data.images import to_rgb
-from src.deploy.formats import Run, open_model
+from src.deploy.engines import Run, mindspore_session, open_model
 from src.errors import UserError
 from src.recipe import accelerate, build_model, build_preprocessing, without_flash_attention
 from src.weights import WEIGHT_SUFFIXES, load_weights
@@ -226,7 +226,7 @@ def _open_weights(path: Path, config: str | Path | None) -> _Opened:
     accelerate(net, settings.runtime).set_train(False)
     names = settings.data.class_names or []
     return (
-        lambda images: net(Tensor(images)).asnumpy(),
+        mindspore_session(net),
         net,
         build_preprocessing(settings),
         names,

@@ -1,0 +1,191 @@
+"""Engines that run exported files: OpenVINO and onnxruntime for .onnx, MindSpore for .mindir."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from src.deploy.contents import check_mindir, check_onnx
+from src.errors import UserError
+
+ENGINES = ("auto", "openvino", "onnxruntime", "mindspore")
+Run = Callable[[np.ndarray], np.ndarray]  # float32 [B, 3, H, W] -> logits [B, num_classes]
+# MindSpore 2.8 crashes where two threads run graphs at once, be they of one network or of two.
+_MINDSPORE = threading.RLock()
+
+
+class Session:
+    """A model that is open in an engine and can be called from any thread of its process.
+
+    Args:
+        run: float32 [B, 3, H, W] -> logits [B, num_classes].
+        engine: the engine's name.
+        lock: held during a call, where the engine takes one call at a time.
+    """
+
+    def __init__(self, run: Run, engine: str, lock: Any = None) -> None:
+        self.engine = engine
+        self._run = run
+        self._lock = lock or contextlib.nullcontext()
+        self._process = os.getpid()
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """Run the model.
+
+        Args:
+            images: float32 [B, 3, H, W].
+
+        Returns:
+            Logits, float32 [B, num_classes].
+
+        Raises:
+            UserError: this process is a fork of the one that opened the model.
+        """
+        if os.getpid() != self._process:  # engines' threads do not survive a fork
+            raise UserError(
+                f"the model was opened in process {self._process} and does not work after a fork "
+                f"in process {os.getpid()}: open it in each worker (gunicorn: without --preload; "
+                'multiprocessing: the start method "spawn")'
+            )
+        with self._lock:
+            return np.asarray(self._run(images), np.float32)
+
+
+def open_model(path: str | Path, engine: str = "auto", threads: int | None = None) -> Session:
+    """Open an exported .mindir or .onnx.
+
+    Args:
+        path: the file.
+        engine: one of `ENGINES`; auto takes MindSpore for a .mindir, and for an .onnx OpenVINO
+            where it is installed, else onnxruntime.
+        threads: that compute; None leaves it to the engine.
+
+    Raises:
+        UserError: a damaged or unsafe file, or an engine that is missing or does not take it.
+    """
+    path = Path(path)
+    check_engine(path, engine)
+    if path.suffix == ".mindir":
+        check_mindir(path)
+        return _open_mindspore(path, threads)
+    check_onnx(path)
+    if engine == "auto":
+        engine = "openvino" if _import("openvino") else "onnxruntime"
+    return _OPENERS[engine](path, threads)
+
+
+def check_engine(path: Path, engine: str) -> None:
+    """Refuse an engine that does not run files of this kind.
+
+    Raises:
+        UserError: with the engines that do.
+    """
+    if engine not in ENGINES:
+        raise UserError(f"engine {engine}: must be one of {', '.join(ENGINES)}")
+    fitting = ("openvino", "onnxruntime") if path.suffix == ".onnx" else ("mindspore",)
+    if engine not in ("auto", *fitting):
+        kind = path.suffix or "such files"
+        raise UserError(f"engine {engine}: {kind} is run by {' or '.join(fitting)}")
+
+
+def mindspore_session(network: Callable, threads: int | None = None) -> Session:
+    """Compile a network in graph mode, whatever the process's mode is, and leave that as it is.
+
+    Args:
+        network: a cell in evaluation mode, or a function of tensors.
+        threads: of MindSpore's CPU kernels and of the compiled operators; for the whole process.
+    """
+    import mindspore as ms
+
+    if threads is not None:
+        from src.ops.library import set_threads
+
+        set_threads(threads)
+        with contextlib.suppress(AttributeError, RuntimeError):  # set before, or MindSpore 2.7
+            ms.device_context.cpu.op_tuning.threads_num(threads)
+    compiled = network if isinstance(network, ms.nn.GraphCell) else ms.jit(network)
+    return Session(lambda images: compiled(ms.Tensor(images)).asnumpy(), "mindspore", _MINDSPORE)
+
+
+def _open_mindspore(path: Path, threads: int | None) -> Session:
+    import mindspore as ms
+
+    try:
+        with _MINDSPORE:
+            graph = ms.nn.GraphCell(ms.load(str(path)))
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: damaged, or no MINDIR file ({_reason(error)})") from error
+    return mindspore_session(graph, threads)
+
+
+def _open_onnxruntime(path: Path, threads: int | None) -> Session:
+    runtime = _import("onnxruntime")
+    if runtime is None:
+        raise UserError(
+            f"{path}: ONNX files are run by OpenVINO or onnxruntime: "
+            "pip install openvino, or pip install onnxruntime"
+        )
+    options = runtime.SessionOptions()
+    options.log_severity_level = 4  # what matters comes as an exception
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    try:
+        session = runtime.InferenceSession(
+            path, options, providers=runtime.get_available_providers()
+        )
+    except Exception as error:  # its exceptions have no base of their own
+        raise UserError(f"{path}: onnxruntime refuses it: {_reason(error)}") from error
+    given = session.get_inputs()[0]
+    dtype = np.float16 if given.type == "tensor(float16)" else np.float32
+
+    def run(images: np.ndarray) -> np.ndarray:
+        return session.run(None, {given.name: images.astype(dtype, copy=False)})[0]
+
+    return Session(run, "onnxruntime")
+
+
+def _open_openvino(path: Path, threads: int | None) -> Session:
+    openvino = _import("openvino")
+    if openvino is None:
+        raise UserError(f"{path}: OpenVINO is not installed: pip install openvino")
+    # Without the first it would compute in bfloat16 where the processor can.
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+    if threads is not None:
+        settings["INFERENCE_NUM_THREADS"] = threads
+    try:
+        compiled = openvino.Core().compile_model(str(path), "CPU", settings)
+    except Exception as error:
+        raise UserError(f"{path}: OpenVINO refuses it: {_reason(error)}") from error
+    dtype = compiled.input(0).element_type.to_dtype()
+    own = threading.local()  # a request runs one batch at a time
+
+    def run(images: np.ndarray) -> np.ndarray:
+        if not hasattr(own, "request"):
+            own.request = compiled.create_infer_request()
+        return own.request.infer({0: images.astype(dtype, copy=False)})[0].copy()
+
+    return Session(run, "openvino")
+
+
+_OPENERS = {"openvino": _open_openvino, "onnxruntime": _open_onnxruntime}
+
+
+def _import(name: str) -> Any:
+    """The module of an optional dependency, or None where it is not installed."""
+    try:
+        return __import__(name)
+    except ImportError:
+        return None
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an engine's message that says something, in at most 200 characters."""
+    lines = [" ".join(line.split()) for line in str(error).splitlines()]
+    spoken = (line for line in lines if line and not line.startswith(("-", "Exception from", "[")))
+    return next(spoken, type(error).__name__)[:200]
