@@ -12,6 +12,7 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,10 +23,12 @@ from src.config import Config
 from src.errors import UserError
 from src.files import remove_unfinished, replacing
 from src.training.train_step import TrainStep
-from src.weights import load_state, save_checkpoint
+from src.weights import load_state, save_checkpoint, sha256_of
 
 logger = logging.getLogger("cvt")
 LAST, BEST = "last.ckpt", "best.ckpt"
+_STATE_NAME = re.compile(r"step-(\d+)\.ckpt")
+_ABANDONED = re.compile(r"abandoned-(\d+)-.+")
 
 
 @dataclass
@@ -38,6 +41,7 @@ class Progress:
         losses: of those steps, without skipped ones.
         rows: what metrics.jsonl holds, one for each finished epoch.
         best_top1: the best so far, in per cent.
+        best_sha256: of the file best.ckpt with these weights; "" in states of earlier versions.
         settings: every key of the configuration.
         data: checksum of the training images' names and labels.
         world: devices.
@@ -50,6 +54,7 @@ class Progress:
     losses: list[float] = field(default_factory=list)
     rows: list[dict] = field(default_factory=list)
     best_top1: float = -1.0
+    best_sha256: str = ""
     settings: dict = field(default_factory=dict)
     data: int = 0
     world: int = 1
@@ -102,8 +107,11 @@ def _name_last(path: Path) -> None:
         raise UserError(f"{path.with_name(LAST)}: {error.strerror}") from None
 
 
-def load_newest(step: TrainStep, checkpoints: Path) -> Progress:
+def load_newest(step: TrainStep, checkpoints: Path) -> tuple[Progress, Path]:
     """Load the newest state that is whole; a damaged one is named and passed over.
+
+    Returns:
+        What the state says, and its file.
 
     Raises:
         UserError: no state, or none of them whole.
@@ -118,11 +126,58 @@ def load_newest(step: TrainStep, checkpoints: Path) -> Progress:
             continue
         if faults:
             logger.warning("going back to %s, the newest state that is whole", path.name)
-        return progress
+        return progress, path
     raise UserError(
         f"{checkpoints}: no state to resume from"
         + (f", {', '.join(faults)} can't be used" if faults else "; leave out --resume")
     )
+
+
+def leave_branch(
+    step: TrainStep, progress: Progress, state: Path, checkpoints: Path, keep: int
+) -> list[Path]:
+    """Set aside what was trained behind the state that a run is resumed from.
+
+    Otherwise the next resume would take up the abandoned branch, whose states are newer. Files are
+    renamed to "abandoned-<n>-<name>", never deleted. Where the folder lacks the state (it was set
+    aside before, or is of another folder), it is saved there.
+
+    Args:
+        step: with the state's parameters.
+        progress: what the state says; `best_top1` is reset where best.ckpt is not the state's.
+        state: the file.
+        checkpoints: the run's folder of states.
+        keep: states that are kept.
+
+    Returns:
+        The files set aside.
+    """
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    number = int(step.step.asnumpy())
+    is_own = _is_in(state.resolve(), checkpoints.resolve())
+    named = [path for path in _states(checkpoints) if path.name != LAST]
+    others = [path for path in named if _step_of(path) > number or not is_own]
+    best = checkpoints / BEST
+    if not best.is_file():
+        progress.best_top1, progress.best_sha256 = -1.0, ""
+    elif (others or not is_own) and sha256_of(best) != progress.best_sha256:
+        progress.best_top1, progress.best_sha256 = -1.0, ""
+        others = [*others, best]
+    used = [int(m[1]) for m in map(_ABANDONED.fullmatch, os.listdir(checkpoints)) if m]
+    aside = [path.with_name(f"abandoned-{max(used, default=0) + 1}-{path.name}") for path in others]
+    for path, new in zip(others, aside):
+        path.rename(new)
+    kept = checkpoints / f"step-{number:08}.ckpt"
+    if not (kept.is_file() and os.path.samefile(kept, state)):
+        save_state(step, progress, checkpoints, keep)
+    elif aside:
+        _name_last(kept)
+    return aside
+
+
+def _is_in(state: Path, checkpoints: Path) -> bool:
+    """Whether a file is one of a folder's own states."""
+    return state.parent == checkpoints and (state.name == LAST or _step_of(state) >= 0)
 
 
 def load_progress(step: TrainStep, path: Path) -> Progress:
@@ -134,8 +189,10 @@ def load_progress(step: TrainStep, path: Path) -> Progress:
     extra = load_state(step, path)
     try:
         return Progress(**json.loads(extra["progress"]))
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f"{path}: no state of a run, only weights; give --finetune") from None
+    except (TypeError, ValueError):
+        raise UserError(
+            f"{path}: no state that this version reads; give --finetune to start from its weights"
+        ) from None
 
 
 def figures_of(progress: Progress) -> str:
@@ -153,9 +210,16 @@ def has_figures(file: Path, progress: Progress) -> bool:
         return False
 
 
+def _step_of(state: Path) -> int:
+    """The step that a state's name gives; -1 for another file."""
+    found = _STATE_NAME.fullmatch(state.name)
+    return int(found[1]) if found else -1
+
+
 def _states(checkpoints: Path) -> list[Path]:
     """The states, newest first."""
-    states = sorted(checkpoints.glob("step-*.ckpt"), reverse=True)
+    named = [path for path in checkpoints.glob("step-*.ckpt") if _step_of(path) >= 0]
+    states = sorted(named, key=_step_of, reverse=True)
     last = checkpoints / LAST
     if last.is_file() and not any(os.path.samefile(last, state) for state in states):
         states.append(last)

@@ -37,13 +37,14 @@ from src.training.state import (
     figures_of,
     flat,
     has_figures,
+    leave_branch,
     load_newest,
     load_progress,
     refuse_changes,
     require_finite,
     save_state,
 )
-from src.weights import save_checkpoint
+from src.weights import save_checkpoint, sha256_of
 
 logger = logging.getLogger("cvt")
 LOG_SECONDS = 60.0  # between two lines within an epoch
@@ -110,11 +111,10 @@ class Trainer:
         """
         if self.ranks.is_first:
             checkpoints = self.output / "checkpoints"
-            found = (
-                load_newest(self.step, checkpoints)
-                if state is None
-                else load_progress(self.step, state)
-            )
+            if state is None:
+                found, state = load_newest(self.step, checkpoints)
+            else:
+                found = load_progress(self.step, state)
             refuse_changes(found, self.progress, self.output, accept_changes)
             now = self.progress
             self.progress = dataclasses.replace(
@@ -124,6 +124,7 @@ class Trainer:
                 workers=now.workers,
                 compiled=now.compiled,
             )
+            self._leave_branch(state)
         self.ranks.broadcast(self.step.get_parameters())
         text = json.dumps(dataclasses.asdict(self.progress))
         self.progress = Progress(**json.loads(self.ranks.share(text)))
@@ -133,14 +134,33 @@ class Trainer:
             self.progress.position,
         )  # fmt: skip
 
+    def _leave_branch(self, state: Path) -> None:
+        """Set aside what was trained behind an older state, its best weights and figures too."""
+        progress, checkpoints = self.progress, self.output / "checkpoints"
+        best, behind = progress.best_top1, progress.rows[-1:] if not progress.position else []
+        aside = leave_branch(self.step, progress, state, checkpoints, self.config.training.keep)
+        if progress.best_top1 < 0 and behind and behind[0]["top1"] == best:
+            self._keep_best(best)  # the state's own weights
+        if aside:
+            logger.warning(
+                "%s is not the newest state: the run goes on from it, and what was trained behind "
+                "it is set aside in %s: %s", state.name, checkpoints,
+                ", ".join(path.name for path in aside),
+            )  # fmt: skip
+
     def _compare_figures(self) -> None:
         """Notice a metrics.jsonl that the state does not bear out; it is written anew."""
         file = self.output / "metrics.jsonl"
         if self.ranks.is_first and not has_figures(file, self.progress):
             logger.warning(
-                "%s: not what the state holds (damaged, or interrupted); written anew from it", file
-            )
-            write_text(figures_of(self.progress), file)
+                "%s: not what the state holds (an older state, or damaged, or interrupted); "
+                "written anew from it", file,
+            )  # fmt: skip
+            self._write_figures()
+
+    def _write_figures(self) -> None:
+        write_text(figures_of(self.progress), self.output / "metrics.jsonl")
+        plot_curves(self.progress.rows, self.output / "curves.png")
 
     def fit(self) -> None:
         """Train to the last epoch.
@@ -325,16 +345,21 @@ class Trainer:
         progress.epoch, progress.position, progress.losses = row["epoch"], 0, []
         better = row["top1"] is not None and row["top1"] > progress.best_top1
         if better:
-            progress.best_top1 = row["top1"]
-            if self.ranks.is_first:
-                net = self.evaluated_net
-                weights = {p.name.removeprefix("ema."): p for p in net.get_parameters()}
-                require_finite(weights, self.output / "checkpoints" / BEST)
-                save_checkpoint(weights, self.output / "checkpoints" / BEST)
+            self._keep_best(row["top1"])
         self._save()
         if self.ranks.is_first:
-            write_text(figures_of(progress), self.output / "metrics.jsonl")
-            plot_curves(progress.rows, self.output / "curves.png")
+            self._write_figures()
+
+    def _keep_best(self, top1: float) -> None:
+        """Save the weights that are evaluated as the best ones."""
+        self.progress.best_top1 = top1
+        if self.ranks.is_first:
+            best = self.output / "checkpoints" / BEST
+            net = self.evaluated_net
+            weights = {p.name.removeprefix("ema."): p for p in net.get_parameters()}
+            require_finite(weights, best)
+            save_checkpoint(weights, best)
+            self.progress.best_sha256 = sha256_of(best)
 
     def _save(self) -> None:
         self._require_equal_ranks()

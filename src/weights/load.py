@@ -125,11 +125,16 @@ def load_state(cell: nn.Cell, path: str | Path) -> dict[str, float]:
     """Load every parameter of a training step; returns the numbers saved beside them.
 
     Raises:
-        UserError: an unreadable file, or one of another network or recipe.
+        UserError: an unreadable file, one of weights only, or of another network or recipe.
     """
     tensors = read_checkpoint(path).tensors
     parameters = {parameter.name: parameter for parameter in cell.get_parameters()}
     extra = {n: t.item() for n, t in tensors.items() if n not in parameters and t.ndim == 0}
+    if not extra:
+        raise UserError(
+            f"{path}: holds weights only, no state of a run; give --resume alone for the run's "
+            "newest state, or start a new run with --finetune and this file"
+        )
     tensors = {name: tensor for name, tensor in tensors.items() if name not in extra}
     report = LoadReport(str(path))
     _compare(parameters, tensors, report)
