@@ -3,25 +3,53 @@
 from __future__ import annotations
 
 import functools
+import io
 import os
 import signal
 import sys
+import unicodedata
 from collections.abc import Callable
+
+_JOINERS = "\u200c\u200d"  # invisible, but letters of Persian, Indic scripts and emoji
 
 
 class UserError(ValueError):
     """Something the user can put right; executables print it as one line and exit with code 2."""
 
 
+def printable(text: object) -> str:
+    """Escape what a terminal would obey or can't show, so that text from files is safe to print.
+
+    Control characters, those that reorder text, and bytes of a file name that are not UTF-8 become
+    `\\n`, `\\x1b`, `\\u202e`, `\\xff`; every other letter stays.
+    """
+    return "".join(map(_printable, str(text)))
+
+
+def _printable(letter: str) -> str:
+    if letter.isprintable() or letter in _JOINERS or unicodedata.category(letter) == "Zs":
+        return letter
+    if "\udc80" <= letter <= "\udcff":  # how Python holds a byte that is not UTF-8
+        return f"\\x{ord(letter) - 0xDC00:02x}"
+    return letter.encode("unicode_escape").decode("ascii")
+
+
 def executable(main: Callable[[list[str]], None]) -> Callable[[], None]:
-    """Make `main(argv)` a program: a UserError becomes one line on stderr and exit code 2."""
+    """Make `main(argv)` a program: a UserError becomes one line on stderr and exit code 2.
+
+    Letters that the terminal's encoding lacks are printed as escapes instead of ending the program.
+    """
 
     @functools.wraps(main)
     def program() -> None:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
         try:
             main(sys.argv[1:])
         except UserError as error:
-            print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
+            message = printable(f"{os.path.basename(sys.argv[0])}: error: {error}")
+            print(message, file=sys.stderr)
             sys.exit(2)
         except BrokenPipeError:  # the reader of a pipe went away, as head does
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from src.config import RuntimeConfig
-from src.errors import UserError
+from src.errors import UserError, printable
 
 if TYPE_CHECKING:
     from src.ranks import Ranks
@@ -125,18 +125,26 @@ def log_to(file: Path | None = None) -> None:
         logger.removeHandler(handler)
         handler.close()
     console = ConsoleHandler()
-    console.setFormatter(logging.Formatter("%(message)s"))
+    console.setFormatter(_PrintableFormatter("%(message)s"))
     logger.addHandler(console)
     if file is None:
         logger.addHandler(logging.handlers.MemoryHandler(1000, logging.CRITICAL + 1, None, False))
         return
-    to_file = logging.FileHandler(file, encoding="utf-8")
+    to_file = logging.FileHandler(file, encoding="utf-8", errors="backslashreplace")
     # A full disk ends the run with one line where it can lose something: at the next state.
     to_file.handleError = lambda record: None
-    to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    to_file.setFormatter(_PrintableFormatter("%(asctime)s %(levelname)s %(message)s"))
     for record in (record for handler in earlier for record in handler.buffer):
         to_file.handle(record)
     logger.addHandler(to_file)
+
+
+class _PrintableFormatter(logging.Formatter):
+    """Escapes control characters of file and class names; line breaks are the message's own."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record as text."""
+        return "\n".join(map(printable, super().format(record).split("\n")))
 
 
 class ConsoleHandler(logging.Handler):

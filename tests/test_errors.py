@@ -1,11 +1,12 @@
 """How an executable reports what the user can put right."""
 
+import os
 import subprocess
 import sys
 
 import pytest
 
-from src.errors import UserError, executable
+from src.errors import UserError, executable, printable
 from tests.conftest import ROOT
 
 
@@ -38,3 +39,31 @@ def test_a_reader_that_went_away_is_no_fault():
     words = f'"{sys.executable}" -c "{code}" | head -1; exit ${{PIPESTATUS[0]}}'
     done = subprocess.run(["bash", "-c", words], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (141, "0\n", "")
+
+
+def test_text_from_files_is_safe_to_print():
+    assert printable("dir/\x1b[31mred\r\n") == "dir/\\x1b[31mred\\r\\n"
+    assert printable("a\u202eb\x9b\udcff") == "a\\u202eb\\x9b\\xff"
+    for kept in ("狗 ñ", "می\u200cخواهم", "👩\u200d🔬", "full\u3000width", "C:\\x"):
+        assert printable(kept) == kept
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8", "gbk"])
+def test_no_letter_ends_a_program(encoding):
+    code = (
+        "import src.errors as e\n"
+        "def main(argv):\n"
+        "    print('out 狗 \\udcff')\n"
+        "    raise e.UserError('caf\\udce9/狗\\x1b[2J: is wrong')\n"
+        "e.executable(main)()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+    )
+    dog = "狗".encode(encoding, "backslashreplace")
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == b"out " + dog + b" \\udcff\n"
+    assert done.stderr == b"-c: error: caf\\xe9/" + dog + b"\\x1b[2J: is wrong\n"

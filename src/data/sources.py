@@ -22,8 +22,7 @@ _log = logging.getLogger("cvt")
 
 SOURCES = ("digits", "imagefolder", "mindrecord", "cifar10", "cifar100", "mnist")
 
-# What vision.Decode turns into the pixels that Pillow gives (tried); it refuses webp and gif.
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff")
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp")
 
 
 def open_source(

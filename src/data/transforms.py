@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from mindspore.dataset import vision
 
+from src.data.headers import MAX_PIXELS
 from src.data.images import decode
 from src.errors import UserError
 
@@ -120,11 +121,12 @@ class Preprocessing:
             operations.append(_CenterCrop(self.image_size))
         return operations + to_network(self.mean, self.std)
 
-    def __call__(self, image: np.ndarray | bytes) -> np.ndarray:
+    def __call__(self, image: np.ndarray | bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         """Run the same operations on one image.
 
         Args:
             image: uint8 [H, W, 3], RGB, or an encoded file as `bytes` or uint8 [bytes].
+            max_pixels: refuse larger files by their header.
 
         Returns:
             float32 [3, H, W].
@@ -142,7 +144,7 @@ class Preprocessing:
             )
         operations = self.operations(encoded)
         if encoded:
-            image = decode(image)
+            image = decode(image, max_pixels)
             operations = operations[1:]
         for operation in operations:
             image = operation(image)

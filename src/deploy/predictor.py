@@ -15,7 +15,7 @@ from PIL import Image
 
 from src.command_line import load_config, run_config_of
 from src.data import Preprocessing
-from src.data.images import to_rgb
+from src.data.images import to_pixels
 from src.deploy.engines import Run, mindspore_session, open_model
 from src.errors import UserError
 from src.recipe import accelerate, build_model, build_preprocessing, without_flash_attention
@@ -90,7 +90,7 @@ class Predictor:
         name = f"{image}: " if isinstance(image, (str, os.PathLike)) else ""
         try:
             if isinstance(image, Image.Image):
-                image = np.asarray(to_rgb(image))
+                image = to_pixels(image)
             elif name:
                 image = Path(image).read_bytes()
             elif not isinstance(image, (bytes, np.ndarray)):
