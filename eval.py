@@ -35,7 +35,9 @@ def main(argv: list[str]) -> None:
     _, ranks = setup(config.runtime)
     report = bool(arguments.report)
     folder = open_folder(arguments.report) if report and ranks.is_first else None
-    result, images = evaluate_checkpoint(config, arguments.ckpt, ranks, keep_outcomes=report)
+    # Only the user names files to write, not a configuration found beside a checkpoint.
+    named = any(word.split("=")[0] == "--data.index" for word in argv)
+    result, images = evaluate_checkpoint(config, arguments.ckpt, ranks, report, named)
     if not ranks.is_first:
         return
     figures = write_report(result, images, folder) if folder else result.to_dict()

@@ -175,7 +175,8 @@ def open_checked(
         split: "train" or "val".
         ranks: those that open the split.
         run: a run's folder, with an index of the images unless `data.index` names another.
-        keep: whether to write the run's index; the one of `data.index` always is.
+        keep: whether to write the index. A configuration that came with a checkpoint must not
+            decide what is written where.
 
     Raises:
         UserError: images are broken, and more of them than may be skipped.
@@ -196,7 +197,7 @@ def open_checked(
         files = [source.file(k) for k in range(len(source))]
         entries = check_files(
             files, Path(data.path).expanduser(), index,
-            write=keep or data.index is not None, workers=data.workers, progress=progress_bar,
+            write=keep, workers=data.workers, progress=progress_bar,
         )  # fmt: skip
         faults = {k: entry.fault for k, entry in enumerate(entries) if entry.fault}
         turned = sum(entry.turned for entry in entries)

