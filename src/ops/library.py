@@ -6,20 +6,39 @@ import ctypes
 import hashlib
 import os
 import shutil
+import stat
 import subprocess
 import tempfile
 from pathlib import Path
 
 SOURCES = Path(__file__).with_name("kernels")
 # Neither errno nor trapping keeps loops from becoming vector code; NaN and infinity stay exact.
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-shared",
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp-simd", "-pthread", "-fPIC", "-shared",
          "-fno-math-errno", "-fno-trapping-math")  # fmt: skip
 COMPILERS = ("g++", "clang++", "c++")
 BUILD_SECONDS = 120
 
 
+_loaded: dict[Path, ctypes.CDLL] = {}
+_threads = 0
+
+
 class BuildError(Exception):
     """Why there is no library here; one line."""
+
+
+def set_threads(number: int | None) -> None:
+    """Let the operators compute in so many threads, in this process, from now on.
+
+    Results do not depend on it, to the bit.
+
+    Args:
+        number: None takes OMP_NUM_THREADS where it is set, else the cores that the process may use.
+    """
+    global _threads
+    _threads = number or 0
+    for loaded in _loaded.values():
+        loaded.cvt_set_threads(_threads)
 
 
 def library(folder: Path) -> Path:
@@ -29,11 +48,11 @@ def library(folder: Path) -> Path:
     used where it does not belong.
 
     Args:
-        folder: where libraries are kept; made where it is missing.
+        folder: where libraries are kept; created for this user alone where it is missing.
 
     Raises:
         BuildError: no compiler, it failed, the folder can't be written, or what is there can't be
-            loaded.
+            loaded or could be another user's work.
     """
     compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None:
@@ -42,20 +61,38 @@ def library(folder: Path) -> Path:
     texts = [path.read_text() for path in sorted(SOURCES.glob("*.[ch]*"))]
     parts = (*texts, *FLAGS, compiler, version, _processor())
     name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+    folder = folder.resolve()
     built = folder / f"kernels-{name}.so"
     if ":" in str(built):  # MindSpore splits "path:function" there
         raise BuildError(f"{built}: MindSpore can't read a path with a colon")
-    if not built.exists():
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            _compile(compiler, built)
-        except OSError as error:
-            raise BuildError(f"{folder}: {error.strerror}") from None
+    if built in _loaded and built.exists():
+        return built
     try:
-        ctypes.CDLL(str(built))
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
+        _require_own(folder)
+        if not os.path.lexists(built):
+            _compile(compiler, built)
+        _require_own(built)
+    except OSError as error:
+        raise BuildError(f"{folder}: {error.strerror}") from None
+    try:
+        _loaded[built] = ctypes.CDLL(str(built))
     except OSError as error:  # damaged, or on a file system without execution
         raise BuildError(f"can't be loaded, remove it: {error}") from None
+    set_threads(_threads)
     return built
+
+
+def _require_own(path: Path) -> None:
+    """Refuse what another user could have put there: its code would run here."""
+    found = os.lstat(path)
+    if not (stat.S_ISDIR(found.st_mode) or stat.S_ISREG(found.st_mode)):
+        raise BuildError(f"{path}: is a link or a special file; remove it")
+    if found.st_uid not in (0, os.getuid()):
+        raise BuildError(f"{path}: belongs to another user; remove it, or set XDG_CACHE_HOME")
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise BuildError(f"{path}: others may write to it; remove it")
 
 
 def _compile(compiler: str, built: Path) -> None:
@@ -71,6 +108,7 @@ def _compile(compiler: str, built: Path) -> None:
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["no message"])[0]
             raise BuildError(f"{compiler} failed: {reason}")
+        aside.chmod(0o700)
         os.replace(aside, built)
 
 

@@ -249,3 +249,13 @@ def test_sums_do_not_depend_on_the_number_of_threads(built, tmp_path):
         for threads in ("1", "2")
     }  # fmt: skip
     assert len(sums) == 1
+
+
+def test_shapes_that_do_not_belong_together_raise(built):
+    """A grid that the tokens do not fill; without the check the operator reads beyond them."""
+    operator = functions.ConvNorm(built, 1, 1e-5)
+    with pytest.raises(Exception, match="(?i)depthwise|custom|launch"):
+        operator.affine(
+            Tensor(normal(1, 4, 8)), Tensor(normal(8, 1, 3, 3)), Tensor(normal(8)),
+            Tensor(normal(8)), 9, 9,
+        ).asnumpy()  # fmt: skip

@@ -1,5 +1,6 @@
 """The library is built once, where it belongs, and its absence has a reason."""
 
+import os
 import shutil
 
 import pytest
@@ -62,3 +63,50 @@ def test_a_damaged_library_is_named(compiler, tmp_path):
 def test_a_path_that_mindspore_can_not_read(compiler, tmp_path):
     with pytest.raises(BuildError, match="colon"):
         library(tmp_path / "a:b")
+
+
+def test_the_folder_and_the_file_are_this_user_s_alone(compiler, tmp_path):
+    before = os.umask(0o002)
+    try:
+        built = library(tmp_path / "new")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o700
+    assert not built.stat().st_mode & 0o077
+
+
+@pytest.mark.parametrize("mode", [0o720, 0o702])
+def test_what_others_may_write_is_not_loaded(compiler, tmp_path, mode, monkeypatch):
+    """The name alone is no proof of who wrote a library."""
+    monkeypatch.setattr(module, "_loaded", {})
+    built = library(tmp_path / "cache")
+    module._loaded.clear()
+    built.parent.chmod(mode)
+    with pytest.raises(BuildError, match="cache: others may write to it"):
+        library(built.parent)
+    built.parent.chmod(0o700)
+    built.chmod(mode)
+    with pytest.raises(BuildError, match="kernels-.*so: others may write to it"):
+        library(built.parent)
+
+
+def test_a_link_is_not_loaded(compiler, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_loaded", {})
+    built = library(tmp_path / "cache")
+    module._loaded.clear()
+    other = tmp_path / "other" / built.name
+    other.parent.mkdir(mode=0o700)
+    other.symlink_to(built)
+    with pytest.raises(BuildError, match="is a link"):
+        library(other.parent)
+
+
+def test_a_foreign_folder_is_not_used(compiler, tmp_path):
+    """Root alone can make one."""
+    if os.getuid():
+        pytest.skip("only root can give a folder to another user")
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    os.chown(folder, 12345, -1)
+    with pytest.raises(BuildError, match="cache: belongs to another user"):
+        library(folder)

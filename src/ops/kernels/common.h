@@ -2,7 +2,7 @@
 // there is one (T = cls + H W), then the grid row by row, channels innermost. All float32.
 //
 // Called by MindSpore's ops.Custom (func_type "aot"): inputs, then outputs, with their shapes; 0 is
-// success. Integers, like the grid H x W, arrive as the shape of a tensor. Every sum has a fixed
+// success, which shapes that do not belong together are not: MindSpore then raises an error. Integers, like the grid H x W, arrive as the shape of a tensor. Every sum has a fixed
 // order, whatever the number of threads: partial sums by image or by block of rows, added up in
 // double, in turn.
 
@@ -12,12 +12,17 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 #include <vector>
 
+#include "threads.h"
+
 #define AOT(name)                                                                              \
-  extern "C" int name(int, void** p, int* ndims, int64_t** s, const char**, void*, void*)
-#define PARALLEL _Pragma("omp parallel for schedule(static)")
+  extern "C" int name(int params, void** p, int* ndims, int64_t** s, const char**, void*, void*)
 #define SIMD _Pragma("omp simd")
+#define REQUIRE(condition) do { if (!(condition)) return 1; } while (false)
+#define SHAPED(i, ...) REQUIRE(has_shape(s[i], ndims[i], {__VA_ARGS__}))
+#define VECTOR(i, n) REQUIRE(count(s[i], ndims[i]) == (n))
 
 using In = const float* __restrict;
 using Out = float* __restrict;
@@ -31,6 +36,10 @@ inline int64_t count(const int64_t* shape, int ndim) {
   int64_t n = 1;
   for (int i = 0; i < ndim; ++i) n *= shape[i];
   return n;
+}
+
+inline bool has_shape(const int64_t* shape, int ndim, std::initializer_list<int64_t> wanted) {
+  return ndim == static_cast<int>(wanted.size()) && std::equal(wanted.begin(), wanted.end(), shape);
 }
 
 // Add up partial sums [n, c].

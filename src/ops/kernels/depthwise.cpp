@@ -18,6 +18,14 @@ struct Depthwise {
       for (int k = 0; k < 9; ++k) kernel[k * channels + c] = weight[c * 9 + k];
   }
 
+  // Whether tensors at these places belong together: x [B, cls + H W, C], weight [C, 1, 3, 3].
+  static bool fit(const int* ndims, int64_t** s, int x, int weight, int strides, int grid) {
+    if (ndims[x] != 3 || ndims[strides] != 1 || ndims[grid] != 2) return false;
+    const int64_t cls = s[x][1] - s[grid][0] * s[grid][1];
+    return s[strides][0] > 0 && s[grid][0] > 0 && s[grid][1] > 0 && (cls == 0 || cls == 1) &&
+           has_shape(s[weight], ndims[weight], {s[x][2], 1, 3, 3});
+  }
+
   int64_t before() const { return (cls + height * width) * channels; }  // floats of an image
   int64_t after() const { return (cls + rows * columns) * channels; }
 
@@ -99,24 +107,36 @@ void total_kernel(const std::vector<float>& kernels, const Depthwise& conv, Out 
 
 // x [B, T, C], weight [C, 1, 3, 3], scale, shift [C], stride, grid -> scale * conv(x) + shift
 AOT(depthwise) {
+  REQUIRE(params == 7 && Depthwise::fit(ndims, s, 0, 1, 4, 5));
   const Depthwise conv(in(p, 1), s[0], s[4], s[5]);
+  VECTOR(2, conv.channels);
+  VECTOR(3, conv.channels);
+  SHAPED(6, conv.batch, conv.cls + conv.rows * conv.columns, conv.channels);
   In x = in(p, 0), scale = in(p, 2), shift = in(p, 3);
   Out y = out(p, 6);
-  PARALLEL for (int64_t i = 0; i < conv.batch * conv.rows; ++i)
+  parallel(conv.batch * conv.rows, 9 * conv.columns * conv.channels, [&](int64_t i) {
     conv.forward_row(x, i / conv.rows, i % conv.rows, scale, shift, y);
+  });
   return 0;
 }
 
 // dy, x, weight, scale, stride, grid -> dx, dweight, dscale, dshift
 AOT(depthwise_grad) {
+  REQUIRE(params == 10 && Depthwise::fit(ndims, s, 1, 2, 4, 5));
   const Depthwise conv(in(p, 2), s[1], s[4], s[5]);
   const int64_t n = conv.channels, tokens = conv.rows * conv.columns, cls = conv.cls * n;
+  SHAPED(0, conv.batch, conv.cls + tokens, n);
+  VECTOR(3, n);
+  SHAPED(6, conv.batch, s[1][1], n);
+  SHAPED(7, n, 1, 3, 3);
+  VECTOR(8, n);
+  VECTOR(9, n);
   In dy = in(p, 0), x = in(p, 1), scale = in(p, 3);
   Out dx = out(p, 6), dweight = out(p, 7);
   const std::vector<float> one(n, 1.0f);
   std::vector<float> sums(2 * conv.batch * n, 0.0f), kernels(conv.batch * 9 * n, 0.0f);
   std::vector<float> z(conv.batch * conv.after());
-  PARALLEL for (int64_t b = 0; b < conv.batch; ++b) {
+  parallel(conv.batch, 30 * tokens * n, [&](int64_t b) {
     for (int64_t row = 0; row < conv.rows; ++row)
       conv.forward_row(x, b, row, one.data(), conv.zeros.data(), z.data());
     In g = dy + b * conv.after() + cls, a = &z[b * conv.after() + cls];
@@ -131,7 +151,7 @@ AOT(depthwise_grad) {
     Out mine = dx + b * conv.before();
     std::copy(dy + b * conv.after(), dy + b * conv.after() + cls, mine);
     conv.backward(x + b * conv.before() + cls, dz.data(), mine + cls, &kernels[b * 9 * n]);
-  }
+  });
   total(&sums[0], conv.batch, n, out(p, 8));
   total(&sums[conv.batch * n], conv.batch, n, out(p, 9));
   total_kernel(kernels, conv, dweight);
@@ -141,13 +161,21 @@ AOT(depthwise_grad) {
 // Convolution and BatchNorm of a batch's own statistics.
 // x [B, T, C], weight, gamma, beta, eps, stride, grid -> y, z = conv(x), mean, biased variance
 AOT(conv_norm) {
+  REQUIRE(params == 11 && Depthwise::fit(ndims, s, 0, 1, 5, 6));
   const Depthwise conv(in(p, 1), s[0], s[5], s[6]);
   const int64_t n = conv.channels, tokens = conv.rows * conv.columns, cls = conv.cls * n;
+  VECTOR(2, n);
+  VECTOR(3, n);
+  VECTOR(4, 1);
+  SHAPED(7, conv.batch, conv.cls + tokens, n);
+  SHAPED(8, conv.batch, conv.cls + tokens, n);
+  VECTOR(9, n);
+  VECTOR(10, n);
   In x = in(p, 0), gamma = in(p, 2), beta = in(p, 3);
   Out y = out(p, 7), z = out(p, 8), mean = out(p, 9), variance = out(p, 10);
   const std::vector<float> one(n, 1.0f);
   std::vector<float> means(conv.batch * n), squares(conv.batch * n);
-  PARALLEL for (int64_t b = 0; b < conv.batch; ++b) {
+  parallel(conv.batch, 12 * tokens * n, [&](int64_t b) {
     for (int64_t row = 0; row < conv.rows; ++row)
       conv.forward_row(x, b, row, one.data(), conv.zeros.data(), z);
     In mine = z + b * conv.after() + cls;
@@ -158,7 +186,7 @@ AOT(conv_norm) {
     for (int64_t t = 0; t < tokens; ++t)
       SIMD for (int64_t c = 0; c < n; ++c)
         q[c] += (mine[t * n + c] - m[c]) * (mine[t * n + c] - m[c]);
-  }
+  });
   std::vector<float> scale(n), shift(n);
   for (int64_t c = 0; c < n; ++c) {  // of the images' means and deviations, those of all
     double sum = 0, square = 0;
@@ -173,26 +201,33 @@ AOT(conv_norm) {
     scale[c] = gamma[c] / std::sqrt(variance[c] + in(p, 4)[0]);
     shift[c] = beta[c] - mean[c] * scale[c];
   }
-  PARALLEL for (int64_t b = 0; b < conv.batch; ++b) {
+  parallel(conv.batch, 2 * tokens * n, [&](int64_t b) {
     In from = z + b * conv.after();
     Out to = y + b * conv.after();
     std::copy(from, from + cls, to);
     for (int64_t t = 0; t < tokens; ++t)
       SIMD for (int64_t c = 0; c < n; ++c)
         to[cls + t * n + c] = from[cls + t * n + c] * scale[c] + shift[c];
-  }
+  });
   return 0;
 }
 
 // dy, x, weight, z, mean, variance, gamma, eps, stride, grid -> dx, dweight, dgamma, dbeta
 AOT(conv_norm_grad) {
+  REQUIRE(params == 14 && Depthwise::fit(ndims, s, 1, 2, 8, 9));
   const Depthwise conv(in(p, 2), s[1], s[8], s[9]);
   const int64_t n = conv.channels, tokens = conv.rows * conv.columns, cls = conv.cls * n;
+  SHAPED(0, conv.batch, conv.cls + tokens, n);
+  SHAPED(3, conv.batch, conv.cls + tokens, n);
+  for (int i : {4, 5, 6, 12, 13}) VECTOR(i, n);
+  VECTOR(7, 1);
+  SHAPED(10, conv.batch, s[1][1], n);
+  SHAPED(11, n, 1, 3, 3);
   In dy = in(p, 0), x = in(p, 1), z = in(p, 3), mean = in(p, 4), gamma = in(p, 6);
   Out dx = out(p, 10), dweight = out(p, 11), dgamma = out(p, 12), dbeta = out(p, 13);
   std::vector<float> inverse(n), sums(2 * conv.batch * n, 0.0f), kernels(conv.batch * 9 * n, 0.0f);
   for (int64_t c = 0; c < n; ++c) inverse[c] = 1.0f / std::sqrt(in(p, 5)[c] + in(p, 7)[0]);
-  PARALLEL for (int64_t b = 0; b < conv.batch; ++b) {
+  parallel(conv.batch, 3 * tokens * n, [&](int64_t b) {
     In g = dy + b * conv.after() + cls, a = z + b * conv.after() + cls;
     Out dot = &sums[b * n], sum = &sums[(conv.batch + b) * n];
     for (int64_t t = 0; t < tokens; ++t)
@@ -200,11 +235,11 @@ AOT(conv_norm_grad) {
         dot[c] += g[t * n + c] * ((a[t * n + c] - mean[c]) * inverse[c]);
         sum[c] += g[t * n + c];
       }
-  }
+  });
   total(&sums[0], conv.batch, n, dgamma);
   total(&sums[conv.batch * n], conv.batch, n, dbeta);
   const float number = static_cast<float>(conv.batch * tokens);
-  PARALLEL for (int64_t b = 0; b < conv.batch; ++b) {
+  parallel(conv.batch, 30 * tokens * n, [&](int64_t b) {
     In g = dy + b * conv.after() + cls, a = z + b * conv.after() + cls;
     std::vector<float> dz(tokens * n);
     for (int64_t t = 0; t < tokens; ++t)
@@ -217,7 +252,7 @@ AOT(conv_norm_grad) {
     Out mine = dx + b * conv.before();
     std::copy(dy + b * conv.after(), dy + b * conv.after() + cls, mine);
     conv.backward(image + cls, dz.data(), mine + cls, &kernels[b * 9 * n]);
-  }
+  });
   total_kernel(kernels, conv, dweight);
   return 0;
 }

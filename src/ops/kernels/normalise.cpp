@@ -4,11 +4,20 @@
 
 // x [..., C], gamma, beta, eps [1] -> y, mean [M], 1 / deviation [M]
 AOT(layer_norm) {
-  const int64_t n = s[1][0], rows = count(s[0], ndims[0]) / n;
+  REQUIRE(params == 7 && ndims[0] > 0);
+  const int64_t n = s[0][ndims[0] - 1];
+  REQUIRE(n > 0);
+  const int64_t rows = count(s[0], ndims[0]) / n;
+  VECTOR(1, n);
+  VECTOR(2, n);
+  VECTOR(3, 1);
+  VECTOR(4, rows * n);
+  VECTOR(5, rows);
+  VECTOR(6, rows);
   In x = in(p, 0), gamma = in(p, 1), beta = in(p, 2);
   Out y = out(p, 4), mean = out(p, 5), inverse = out(p, 6);
   const float eps = in(p, 3)[0];
-  PARALLEL for (int64_t r = 0; r < rows; ++r) {
+  parallel(rows, 3 * n, [&](int64_t r) {
     In a = x + r * n;
     Out b = y + r * n;
     float sum = 0, squares = 0;
@@ -21,17 +30,23 @@ AOT(layer_norm) {
     SIMD for (int64_t c = 0; c < n; ++c) b[c] = (a[c] - m) * i * gamma[c] + beta[c];
     mean[r] = m;
     inverse[r] = i;
-  }
+  });
   return 0;
 }
 
 // dy, x [..., C], gamma [C], mean, 1 / deviation [M] -> dx, dgamma, dbeta
 AOT(layer_norm_grad) {
-  const int64_t n = s[2][0], rows = count(s[1], ndims[1]) / n, blocks = (rows + kBlock - 1) / kBlock;
+  REQUIRE(params == 8 && ndims[1] > 0);
+  const int64_t n = s[1][ndims[1] - 1];
+  REQUIRE(n > 0);
+  const int64_t rows = count(s[1], ndims[1]) / n, blocks = (rows + kBlock - 1) / kBlock;
+  for (int i : {0, 5}) VECTOR(i, rows * n);
+  for (int i : {2, 6, 7}) VECTOR(i, n);
+  for (int i : {3, 4}) VECTOR(i, rows);
   In dy = in(p, 0), x = in(p, 1), gamma = in(p, 2), mean = in(p, 3), inverse = in(p, 4);
   Out dx = out(p, 5);
   std::vector<float> partial(2 * blocks * n, 0.0f);
-  PARALLEL for (int64_t k = 0; k < blocks; ++k) {
+  parallel(blocks, 6 * kBlock * n, [&](int64_t k) {
     Out dgamma = &partial[k * n], dbeta = &partial[(blocks + k) * n];
     for (int64_t r = k * kBlock; r < std::min(rows, (k + 1) * kBlock); ++r) {
       In a = x + r * n, g = dy + r * n;
@@ -53,7 +68,7 @@ AOT(layer_norm_grad) {
         dbeta[c] += g[c];
       }
     }
-  }
+  });
   total(&partial[0], blocks, n, out(p, 6));
   total(&partial[blocks * n], blocks, n, out(p, 7));
   return 0;
@@ -61,11 +76,16 @@ AOT(layer_norm_grad) {
 
 // x [..., C], scale [1] -> softmax(scale x), scale > 0
 AOT(softmax) {
-  const int64_t n = s[0][ndims[0] - 1], rows = count(s[0], ndims[0]) / n;
+  REQUIRE(params == 3 && ndims[0] > 0);
+  const int64_t n = s[0][ndims[0] - 1];
+  REQUIRE(n > 0);
+  const int64_t rows = count(s[0], ndims[0]) / n;
+  VECTOR(1, 1);
+  VECTOR(2, rows * n);
   In x = in(p, 0);
   Out y = out(p, 2);
   const float scale = in(p, 1)[0];
-  PARALLEL for (int64_t r = 0; r < rows; ++r) {
+  parallel(rows, 4 * n, [&](int64_t r) {
     In a = x + r * n;
     Out b = y + r * n;
     float top = a[0], sum = 0;
@@ -78,23 +98,29 @@ AOT(softmax) {
     }
     const float share = 1.0f / sum;
     SIMD for (int64_t c = 0; c < n; ++c) b[c] *= share;
-  }
+  });
   return 0;
 }
 
 // dy, y [..., C], scale [1] -> dx
 AOT(softmax_grad) {
-  const int64_t n = s[0][ndims[0] - 1], rows = count(s[0], ndims[0]) / n;
+  REQUIRE(params == 4 && ndims[0] > 0);
+  const int64_t n = s[0][ndims[0] - 1];
+  REQUIRE(n > 0);
+  const int64_t rows = count(s[0], ndims[0]) / n;
+  VECTOR(1, rows * n);
+  VECTOR(2, 1);
+  VECTOR(3, rows * n);
   In dy = in(p, 0), y = in(p, 1);
   Out dx = out(p, 3);
   const float scale = in(p, 2)[0];
-  PARALLEL for (int64_t r = 0; r < rows; ++r) {
+  parallel(rows, 3 * n, [&](int64_t r) {
     In g = dy + r * n, b = y + r * n;
     Out d = dx + r * n;
     float dot = 0;
 #pragma omp simd reduction(+ : dot)
     for (int64_t c = 0; c < n; ++c) dot += g[c] * b[c];
     SIMD for (int64_t c = 0; c < n; ++c) d[c] = scale * b[c] * (g[c] - dot);
-  }
+  });
   return 0;
 }

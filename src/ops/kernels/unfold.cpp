@@ -15,6 +15,14 @@ struct Windows {
         rows((height + 2 * padding - size) / stride + 1),
         columns((width + 2 * padding - size) / stride + 1) {}
 
+  // Whether x [B, H W, C], the sizes and the grid belong together.
+  static bool fit(const int* ndims, int64_t** s, int x, int sizes, int grid) {
+    if (ndims[x] != 3 || ndims[sizes] != 3 || ndims[grid] != 2) return false;
+    const int64_t size = s[sizes][0], margins = 2 * (s[sizes][2] - 1);
+    return size > 0 && s[sizes][1] > 0 && margins >= 0 && s[grid][0] + margins >= size &&
+           s[grid][1] + margins >= size && s[x][1] == s[grid][0] * s[grid][1];
+  }
+
   int64_t from_row(int64_t y, int64_t k) const { return y * stride + k - padding; }
 
   // The columns of a window that lie inside: the first, and how many.
@@ -29,11 +37,13 @@ struct Windows {
 
 // x [B, H W, C], sizes, grid -> [B N, k k C]
 AOT(unfold) {
+  REQUIRE(params == 4 && Windows::fit(ndims, s, 0, 1, 2));
   const Windows w(s[0], s[1], s[2]);
   const int64_t n = w.channels, run = w.size * n, length = w.size * run;
+  SHAPED(3, w.batch * w.rows * w.columns, length);
   In x = in(p, 0);
   Out y = out(p, 3);
-  PARALLEL for (int64_t i = 0; i < w.batch * w.rows; ++i) {
+  parallel(w.batch * w.rows, w.columns * length, [&](int64_t i) {
     In image = x + i / w.rows * w.tokens * n;
     Out row = y + i * w.columns * length;
     std::fill(row, row + w.columns * length, 0.0f);
@@ -47,17 +57,20 @@ AOT(unfold) {
         std::copy(from, from + count * n, row + u * length + k * run + first * n);
       }
     }
-  }
+  });
   return 0;
 }
 
 // dy [B N, k k C], sizes, grid, x -> dx [B, H W, C]
 AOT(unfold_grad) {
+  REQUIRE(params == 5 && Windows::fit(ndims, s, 3, 1, 2));
   const Windows w(s[3], s[1], s[2]);
   const int64_t n = w.channels, run = w.size * n, length = w.size * run;
+  SHAPED(0, w.batch * w.rows * w.columns, length);
+  SHAPED(4, w.batch, w.tokens, n);
   In dy = in(p, 0);
   Out dx = out(p, 4);
-  PARALLEL for (int64_t b = 0; b < w.batch; ++b) {
+  parallel(w.batch, w.rows * w.columns * length, [&](int64_t b) {
     Out image = dx + b * w.tokens * n;
     std::fill(image, image + w.tokens * n, 0.0f);
     for (int64_t i = 0; i < w.rows * w.columns; ++i) {
@@ -71,6 +84,6 @@ AOT(unfold_grad) {
         SIMD for (int64_t c = 0; c < count * n; ++c) to[c] += from[c];
       }
     }
-  }
+  });
   return 0;
 }
