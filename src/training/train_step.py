@@ -1,7 +1,8 @@
 """One optimisation step as a graph; everything that changes in training is a parameter of it.
 
-No value of it reaches the host and nothing branches: a step whose gradients are not finite runs to
-its end with a learning rate of zero and moments that stand still, so it leaves no trace.
+No value of it reaches the host and nothing branches: a step whose loss or gradients are not finite
+runs to its end with a learning rate of zero and moments that stand still, and BatchNorm's running
+statistics go back to what they were before its first part. So it leaves no trace.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from mindspore import Parameter, ParameterTuple, Tensor, nn, ops, value_and_grad
 from mindspore import dtype as mstype
 
 from src.models.stochastic import hash_bits, sample_keys
+from src.training.buckets import AllReduceBuckets, begins, pack, unpack
 from src.training.optimizer import SGD, AdamW
 
 FIRST_DYNAMIC_SCALE, LARGEST_SCALE, GROWTH_STEPS = 2.0**16, 2.0**24, 2000
@@ -20,10 +22,7 @@ _times = ops.MulNoNan()
 _square_sum = ops.MultitypeFuncGraph("square_sum")
 _scale = ops.MultitypeFuncGraph("scale")
 _average = ops.MultitypeFuncGraph("average")
-_copy = ops.MultitypeFuncGraph("copy")
 _restore = ops.MultitypeFuncGraph("restore")
-_all_reduce = ops.MultitypeFuncGraph("all_reduce")
-_all_reduce_statistic = ops.MultitypeFuncGraph("all_reduce_statistic")
 _accumulate = ops.MultitypeFuncGraph("accumulate")
 
 
@@ -43,31 +42,17 @@ def _average_tensor(decay, average, weight):
     return True
 
 
-@_copy.register("Tensor")
-def _copy_tensor(statistic):
-    return statistic * 1.0
-
-
-@_restore.register("Tensor", "Tensor", "Tensor")
-def _restore_tensor(finite, statistic, before):
-    ops.assign(statistic, ops.where(finite, statistic, before))
-    return True
-
-
-@_all_reduce.register("Function", "Tensor")
-def _all_reduce_tensor(reduce, gradient):
-    return reduce(gradient)
-
-
-@_all_reduce_statistic.register("Function", "Tensor", "Tensor")
-def _all_reduce_statistic_tensor(reduce, share, statistic):
-    ops.assign(statistic, reduce(statistic) * share)
+@_restore.register("Tensor", "Tensor", "Tensor", "Tensor")
+def _restore_tensor(finite, statistic, after, before):
+    # A variance may overflow where loss and gradients do not, and would stay infinite for ever.
+    usable = ops.logical_and(finite, ops.isfinite(after))
+    ops.assign(statistic, ops.where(usable, after, before))
     return True
 
 
 @_accumulate.register("Tensor", "Tensor", "Tensor")
 def _accumulate_tensor(keep, total, gradient):
-    ops.assign(total, total * keep + gradient)
+    ops.assign(total, _times(total, keep) + gradient)  # the last step's total may be NaN
     return True
 
 
@@ -83,7 +68,8 @@ class TrainStep(nn.Cell):
         ema_net: a second network that receives the moving average; None keeps none.
         ema_decay: of the average; it warms up as min(ema_decay, (1 + t) / (10 + t)).
         loss_scale: factor on the loss during the backward pass (for float16); None adapts it.
-        accumulate: batches whose mean gradient makes one step.
+        accumulate: batches ("parts") whose mean gradient makes one step. A part that is not finite
+            takes the whole step with it: nothing of its other parts stays either.
         mixing: whether images and labels are mixed as `src.data.mixing` draws it.
         seed: from which, with the step, the randomness inside the network follows.
         rank, world: this device among those that share the global batch.
@@ -128,8 +114,13 @@ class TrainStep(nn.Cell):
         self.statistics = ParameterTuple(
             [p for p in net.get_parameters() if p.name.endswith(STATISTICS)]
         )
-        # Fusion lets Ascend and GPU send all gradients as one message.
-        self.all_reduce = ops.AllReduce().add_prim_attr("fusion", 1) if world > 1 else None
+        self.statistic_begins = begins([int(p.size) for p in self.statistics])
+        if world > 1:
+            self.reduce_gradients = AllReduceBuckets(optimizer.parameters)
+            self.all_reduce = ops.AllReduce()
+            self.message_begins = begins([1, 1, *(int(p.size) for p in self.statistics)])
+            self.share = Tensor(1.0 / world, mstype.float32)
+            self.is_first = Tensor(float(rank == 0), mstype.float32)
         self.map = ops.HyperMap()  # compiles faster than a Python loop
         self.forward_backward = value_and_grad(self._forward, None, optimizer.parameters)
         self.parts = _Parts(self) if accumulate > 1 else None
@@ -158,12 +149,23 @@ class TrainStep(nn.Cell):
         self, images: Tensor, labels: Tensor, mix: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """A whole step of one batch; arguments and result as in `take`."""
+        before = self.copy_statistics()
+        images = ops.depend(images, before)  # the forward pass updates them in place
         loss, gradients = self.backward(images, labels, mix, Tensor(0, mstype.int32))
-        return self.update(loss, gradients)
+        return self.update(loss, gradients, before)
+
+    def copy_statistics(self) -> Tensor:
+        """BatchNorm's running statistics as one tensor, float32 [n], or [1] where there are none.
+
+        Concatenated, because a back end may take a mere copy away and leave the parameters.
+        """
+        if len(self.statistics) == 0:
+            return ops.zeros((1,), mstype.float32)
+        return pack(self.statistics)
 
     def _forward(self, images: Tensor, labels: Tensor, mix: Tensor | None, keys: Tensor) -> Tensor:
         if self.mixing:
-            others = labels[::-1]
+            others = ops.flip(labels, (0,))
             images = mix_images(images, mix)
             loss = self.loss(self.net(images, keys), labels, others, mix[0])
         else:
@@ -177,24 +179,27 @@ class TrainStep(nn.Cell):
         key = hash_bits(ops.bitwise_xor(hash_bits(self.seed), self.step))
         place = ops.arange(images.shape[0]).astype(mstype.int32) + part * images.shape[0]
         keys = sample_keys(key, place * self.world + self.rank)
-        before = self.map(_copy, self.statistics)
-        loss, gradients = self.forward_backward(images, labels, mix, keys)
-        before, loss = ops.depend(before, loss), loss
-        self.map(ops.partial(_restore, ops.isfinite(loss)), self.statistics, before)
-        if self.world > 1:
-            share = Tensor(1.0 / self.world, mstype.float32)
-            self.map(ops.partial(_all_reduce_statistic, self.all_reduce, share), self.statistics)
-        return loss, gradients
+        return self.forward_backward(images, labels, mix, keys)
 
-    def update(self, loss: Tensor, gradients: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """Update everything from the scaled sums over the parts."""
+    def update(
+        self, loss: Tensor, gradients: tuple[Tensor, ...], before: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Update everything from the scaled sums over the parts.
+
+        before: the running statistics as `copy_statistics` gave them before the first part.
+        """
         if self.world > 1:
-            loss = self.all_reduce(loss)
-            gradients = self.map(ops.partial(_all_reduce, self.all_reduce), gradients)
+            gradients = self.reduce_gradients(gradients)
         factor = 1.0 / (self.loss_scale * (self.accumulate * self.world))
+        norm = self.gradient_norm(gradients) * factor
+        after = self.statistics
+        if self.world > 1:
+            loss, norm, after = self._agree(loss, norm)
         loss = loss * factor
-        norm = ops.sqrt(ops.addn(self.map(_square_sum, gradients))) * factor
         finite = ops.logical_and(ops.isfinite(loss), ops.isfinite(norm))
+        if len(self.statistics) > 0:
+            before = unpack(before, self.statistic_begins, self.statistics)
+            self.map(ops.partial(_restore, finite), self.statistics, after, before)
         if self.clip_norm > 0.0:  # as torch.nn.utils.clip_grad_norm_
             factor = factor * ops.clamp(self.clip_norm / (norm + 1e-6), max=1.0)
         factor = ops.where(finite, factor, Tensor(0.0, mstype.float32))
@@ -210,6 +215,24 @@ class TrainStep(nn.Cell):
         ops.assign_add(self.skipped, 1 - finite.astype(mstype.int32))
         ops.assign_add(self.step, Tensor(1, mstype.int32))
         return loss, norm
+
+    def gradient_norm(self, gradients: tuple[Tensor, ...]) -> Tensor:
+        """Global L2 norm, a float32 scalar."""
+        return ops.sqrt(ops.addn(self.map(_square_sum, gradients)))
+
+    def _agree(self, loss: Tensor, norm: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """Sum of the losses, the first device's norm and the mean of the running statistics.
+
+        All in one message. Each device could take the norm of the same gradients itself, but a
+        device's reductions need not be repeatable: a last bit of difference in the clipping factor
+        would drive the weights apart.
+        """
+        mine = _times(norm, self.is_first)
+        own = (loss, mine) + self.statistics  # noqa: RUF005 - the graph's parser has no star
+        shared = unpack(self.all_reduce(pack(own)), self.message_begins, own)
+        if len(self.statistics) == 0:
+            return shared[0], shared[1], ()
+        return shared[0], shared[1], self.map(ops.partial(_scale, self.share), shared[2:])
 
     def _update_average(self, finite: Tensor) -> None:
         time = (self.step - self.skipped).astype(mstype.float32)
@@ -234,7 +257,7 @@ def mix_images(images: Tensor, mix: Tensor) -> Tensor:
     inside_columns = ops.logical_and(columns >= mix[4], columns < mix[5])
     inside = ops.logical_and(inside_rows, inside_columns).astype(mstype.float32)  # [H, W]
     share = mix[1] * (1.0 - inside)
-    return images * share + images[::-1] * (1.0 - share)
+    return images * share + ops.flip(images, (0,)) * (1.0 - share)
 
 
 class _Parts:
@@ -242,35 +265,45 @@ class _Parts:
 
     def __init__(self, step: TrainStep) -> None:
         sums = ParameterTuple(step.optimizer.parameters).clone("gradient_sum", init="zeros")
-        loss_sum = Parameter(Tensor(0.0, mstype.float32), name="loss_sum", requires_grad=False)
-        self.add = _Add(step, sums, loss_sum)
-        self.update = _Update(step, sums, loss_sum)
+        loss_sum = _state("loss_sum", 0.0, mstype.float32)
+        size = max(sum(int(p.size) for p in step.statistics), 1)
+        before = Parameter(
+            Tensor(np.zeros(size, np.float32)), name="statistics_before", requires_grad=False
+        )
+        self.add = _Add(step, sums, loss_sum, before)
+        self.update = _Update(step, sums, loss_sum, before)
 
 
 class _Add(nn.Cell):
-    def __init__(self, step: TrainStep, sums: ParameterTuple, loss_sum: Parameter) -> None:
+    def __init__(
+        self, step: TrainStep, sums: ParameterTuple, loss_sum: Parameter, before: Parameter
+    ) -> None:
         super().__init__(auto_prefix=False)
         self.step = step
-        self.sums, self.loss_sum = sums, loss_sum
+        self.sums, self.loss_sum, self.before = sums, loss_sum, before
         self.map = ops.HyperMap()
 
     def construct(self, images: Tensor, labels: Tensor, mix: Tensor | None, part: Tensor) -> bool:
         """Arguments as in `TrainStep.take`."""
+        ops.assign(self.before, ops.where(part > 0, self.before, self.step.copy_statistics()))
+        images = ops.depend(images, self.before)
         loss, gradients = self.step.backward(images, labels, mix, part)
         keep = (part > 0).astype(mstype.float32)
-        ops.assign(self.loss_sum, self.loss_sum * keep + loss)
+        ops.assign(self.loss_sum, _times(self.loss_sum, keep) + loss)
         return self.map(ops.partial(_accumulate, keep), self.sums, gradients)
 
 
 class _Update(nn.Cell):
-    def __init__(self, step: TrainStep, sums: ParameterTuple, loss_sum: Parameter) -> None:
+    def __init__(
+        self, step: TrainStep, sums: ParameterTuple, loss_sum: Parameter, before: Parameter
+    ) -> None:
         super().__init__(auto_prefix=False)
         self.step = step
-        self.sums, self.loss_sum = sums, loss_sum
+        self.sums, self.loss_sum, self.before = sums, loss_sum, before
 
     def construct(self) -> tuple[Tensor, Tensor]:
         """Loss and gradient norm of the step."""
-        return self.step.update(self.loss_sum, self.sums)
+        return self.step.update(self.loss_sum, self.sums, self.before)
 
 
 def _state(name: str, value: float, dtype: mstype) -> Parameter:

@@ -8,6 +8,8 @@ import pytest
 
 from src.models import create_model
 from src.models.compiled import use_compiled
+from src.models.layers import BatchNorm2d
+from src.recipe import set_precision
 from src.training.loss import LabelSmoothingCrossEntropy
 from src.training.optimizer import SGD, AdamW
 from src.training.train_step import GROWTH_STEPS, TrainStep, mix_images
@@ -200,6 +202,56 @@ def test_a_step_that_is_not_finite_leaves_no_trace(kind):
         step(*batch)
     for name, value in weights(net).items():  # the bias correction did not count it either
         np.testing.assert_allclose(found[name], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_an_overflow_of_gradients_with_a_finite_loss_leaves_no_trace(parts):
+    """At a scale of 2^24 float16 gradients overflow, the loss does not; good parts go as well."""
+    net, ema_net = (set_precision(create_model("cvt_nano", **TINY), "float16") for _ in range(2))
+    copy_into(ema_net, weights(net)).update_parameters_name("ema.")
+    options = {"ema_net": ema_net.set_train(False), "ema_decay": 0.9, "accumulate": parts}
+    step = tiny_step(net, loss_scale=1.0, **options)
+
+    def take(batch, *scales):
+        for part, scale in enumerate(scales):
+            ms.ops.assign(step.loss_scale, ms.Tensor(scale, ms.float32))
+            result = step.take(*batch, part=part)
+        ms.ops.assign(step.loss_scale, ms.Tensor(1.0, ms.float32))
+        return [float(x.asnumpy()) for x in result]
+
+    first, bad, last = batches(3, image=32)
+    good = (1.0,) * parts
+    take(first, *good)
+    before = everything(step)
+    loss, norm = take(bad, *good[1:], 2.0**24)
+    assert np.isfinite(loss) and not np.isfinite(norm), "an overflow of the gradients alone"
+    after = everything(step)
+    changed = {name for name in before if before[name].tobytes() != after[name].tobytes()}
+    assert changed == {"step", "skipped"}
+    assert (after["step"], after["skipped"]) == (2, 1)
+    assert np.isfinite(take(last, *good)).all(), "sums of a skipped step do not stay"
+    moved = "stage0.blocks.0.attn.conv_proj_q.bn.moving_mean"
+    assert not np.array_equal(everything(step)[moved], after[moved])
+
+
+def test_statistics_that_overflow_alone_keep_their_last_finite_value(pynative_mode):
+    """A variance above float32's range makes the normalised images zero, so the loss is finite."""
+
+    class Norm(ms.nn.Cell):
+        def __init__(self):
+            super().__init__()
+            self.bn = BatchNorm2d(3)
+            self.head = ms.nn.Dense(3, 4)
+
+        def construct(self, images, keys):
+            return self.head(self.bn(images).mean((2, 3)))
+
+    step = tiny_step(Norm())
+    images, labels = next(batches(1, image=8, classes=4))
+    images[:, 1] *= 1e25
+    assert np.isfinite([float(x.asnumpy()) for x in step(images, labels)]).all()
+    variance = step.net.bn.moving_variance.asnumpy()
+    assert variance[1] == 1 and (variance[[0, 2]] != 1).all()
 
 
 def test_the_dynamic_scale_grows_after_a_steady_time(pynative_mode):
