@@ -121,8 +121,8 @@ class DataConfig:
     path: Optional[str] = None
     train_folder: str = "train"
     val_folder: str = "val"
-    class_names: Optional[list[str]] = None
-    classes: Optional[list[str]] = None
+    class_names: Optional[list[Union[str, int]]] = None
+    classes: Optional[list[Union[str, int]]] = None
     labels: Literal["val", "real", "v2"] = "val"
     labels_file: Optional[str] = None
     train_images: Optional[PositiveInt] = None
@@ -135,6 +135,12 @@ class DataConfig:
     index: Optional[str] = None
     broken: Literal["auto", "skip", "stop"] = "auto"
     broken_share: ClosedUnitInterval = 0.01
+
+    def __post_init__(self) -> None:
+        for key in ("class_names", "classes"):  # [3, 8] is YAML for two numbers
+            names = getattr(self, key)
+            if names is not None:
+                setattr(self, key, [str(name) for name in names])
 
 
 @dataclass

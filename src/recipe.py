@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +19,12 @@ from src.data import (
     balanced,
     check_files,
     leave_out,
+    lost_classes,
     only_classes,
     open_source,
     train_operations,
 )
+from src.data.base import some_names
 from src.errors import UserError
 from src.models import create_model
 from src.models.attention import use_flash_attention
@@ -36,6 +38,7 @@ logger = logging.getLogger("cvt")
 
 MIXING_KEYS = ("mixup", "cutmix", "mixup_prob", "mixup_switch_prob")  # as Mixing's fields
 SLOW_CONVOLUTIONS = (2, 9)  # versions of MindSpore from here on
+MAX_SIDE = 8192  # pixels of a network's input
 INDEX_FILE = "images.json"  # in a run's folder
 
 
@@ -156,10 +159,19 @@ def open_split(config: Config, split: str) -> Source:
     """The images of "train" or "val", labelled in the order of `data.class_names`."""
     data = config.data
     folders = {"train_folder": data.train_folder, "val_folder": data.val_folder}
+    for key in ("classes", "class_names"):
+        names = getattr(data, key)
+        if names is not None and (not names or len(set(names)) < len(names)):
+            raise UserError(f"data.{key} {names}: must name each class once")
     names = None if data.classes else data.class_names
     source = open_source(data.source, data.path, split, class_names=names, **folders)
     if data.classes:
         source = only_classes(source, data.classes, data.class_names)
+    if split == "train" and len(source.class_names) < 2:
+        raise UserError(
+            f"{source.title}: only one class ({source.class_names[0]!r}), so there is nothing to "
+            "learn; add a folder for each further class"
+        )
     if data.train_images and split == "train":
         source = balanced(source, data.train_images, config.runtime.seed)
     return source
@@ -181,7 +193,10 @@ def open_checked(
     Raises:
         UserError: images are broken, and more of them than may be skipped.
     """
+    check_values(config)
     source, data = open_split(config, split), config.data
+    if split == "train" and len(source) and source.file(0) is not None:
+        open_split(config, "val")  # its faults are told before any image is read
     ranks.require_agreement(f"{split} images", source.digest())
     if not len(source) or source.file(0) is None:
         return source
@@ -207,7 +222,14 @@ def open_checked(
     skips = data.broken == "skip" or (data.broken == "auto" and split == "train")
     share = f"or raise data.broken_share (now {data.broken_share:g})"
     remedy = share if skips else "or let them be skipped with --data.broken skip"
-    return leave_out(source, faults, data.broken_share if skips else 0.0, remedy)
+    kept = leave_out(source, faults, data.broken_share if skips else 0.0, remedy)
+    lost = lost_classes(source, kept)
+    if lost:
+        message = f"{source.title}: not one image of {some_names(lost)} can be read"
+        if split == "train":
+            raise UserError(f"{message}; replace them, or remove the class folder")
+        logger.warning(message)
+    return kept
 
 
 def _of_the_first(ranks: Ranks, numbers: Iterable[int], count: int) -> list[int]:
@@ -239,16 +261,45 @@ def resolve_classes(config: Config, source: Source) -> Config:
     )
 
 
+def check_values(config: Config) -> None:
+    """Check keys of images and augmentation, also those whose range only MindSpore knows.
+
+    Raises:
+        UserError: names the key.
+    """
+    build_preprocessing(config)
+    build_augmentation(config, encoded=True)
+    build_mixing(config)
+
+
 def build_preprocessing(config: Config) -> Preprocessing:
-    """What evaluation and deployment do with an image."""
+    """What evaluation and deployment do with an image.
+
+    Raises:
+        UserError: a value out of range.
+    """
     size = image_size(config.model)
+    if max(size) > MAX_SIDE:
+        raise UserError(f"model.image_size {config.model.image_size}: at most {MAX_SIDE} pixels")
+    _check_normalisation("data.mean", config.data.mean, 0.0)
+    _check_normalisation("data.std", config.data.std, 1e-6)
     ratio = config.data.crop_ratio
-    if ratio is not None and ratio > 1:
+    if ratio is not None and not 0.05 <= ratio <= 1:
         raise UserError(
-            f"data.crop_ratio {ratio}: is the crop's share, at most 1; null for no crop"
+            f"data.crop_ratio {ratio}: is the crop's share, 0.05 to 1; null for no crop"
         )
     resize = None if ratio is None else int(max(size) / ratio)
     return Preprocessing(size, resize, config.data.mean, config.data.std, config.data.interpolation)
+
+
+def _check_normalisation(key: str, values: Sequence[float], least: float) -> None:
+    if all(least <= value <= 1 for value in values):
+        return
+    bytes_ = all(least <= value <= 255 for value in values)
+    hint = "; these are MindSpore's convention of 0..255, divide them by 255" if bytes_ else ""
+    raise UserError(
+        f"{key} {list(values)}: each must lie in {least:g} to 1, as pixels are scaled to 0..1{hint}"
+    )
 
 
 def build_augmentation(config: Config, encoded: bool) -> list:

@@ -5,7 +5,7 @@
 
 from src.data.augment import train_operations
 from src.data.base import ArraySource, FileSource, Source
-from src.data.broken import leave_out
+from src.data.broken import leave_out, lost_classes
 from src.data.index import check_files
 from src.data.loader import Batches, epoch_indices, eval_batches, find_broken, train_batches
 from src.data.mixing import Mixing
@@ -27,6 +27,7 @@ __all__ = [
     "eval_batches",
     "find_broken",
     "leave_out",
+    "lost_classes",
     "only_classes",
     "open_source",
     "train_batches",

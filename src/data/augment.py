@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from mindspore.dataset import vision
 
+from src.data.headers import MAX_ASPECT
 from src.data.keyed import Keyed
 from src.data.rand_augment import RandAugment
 from src.data.transforms import find_interpolation, to_network
@@ -52,6 +53,11 @@ def train_operations(
         UserError: a value makes no sense.
     """
     size, filtering = list(image_size), find_interpolation(interpolation)
+    if crop == "pad" and padding >= min(size):
+        raise UserError(
+            f"augment.padding {padding}: must be below the image size {size}, else a crop may hold "
+            "nothing of the image"
+        )
     operations = _crop(size, crop, scale, ratio, padding, filtering, encoded)
     if hflip > 0:
         operations.append(vision.RandomHorizontalFlip(hflip))
@@ -85,6 +91,8 @@ def _crop(
             f"augment.scale {list(scale)}, augment.ratio {list(ratio)}: each is a smallest and a "
             "largest value, and no crop exceeds the image (scale 1)"
         )
+    if ratio[0] < 1 / MAX_ASPECT or ratio[1] > MAX_ASPECT:
+        raise UserError(f"augment.ratio {list(ratio)}: must lie in 1/{MAX_ASPECT} to {MAX_ASPECT}")
     if crop == "random_resized":
         # Decodes only the part of a JPEG that is kept.
         cropping = vision.RandomCropDecodeResize if encoded else vision.RandomResizedCrop

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 import zlib
 from collections.abc import Sequence
 
@@ -44,11 +45,21 @@ class Source:
         """The image file that holds item `index` alone, if there is one."""
         return None
 
-    def digest(self) -> int:
-        """A checksum over every item's name and label, and the classes, in their order."""
+    def digest(self, *, by_name: bool = False) -> int:
+        """A checksum over every item and label, and the classes, in their order.
+
+        Args:
+            by_name: take the items' descriptions even where that means to read them, as states of
+                MindRecord runs did before shards stood for their items.
+        """
         number = zlib.crc32(repr(self.class_names).encode(), zlib.crc32(self.labels))
-        for index in range(len(self)):
-            number = zlib.crc32(self.describe(index).encode(), number)
+        return self.digest_items(np.arange(len(self)), number, by_name)
+
+    def digest_items(self, indices: np.ndarray, number: int, by_name: bool = False) -> int:
+        """Continue a checksum over some items: their descriptions, or what stands for them."""
+        for index in indices:
+            text = self.describe(int(index))
+            number = zlib.crc32(text.encode("utf-8", "surrogateescape"), number)
         return number
 
 
@@ -97,3 +108,8 @@ def some_names(names: Sequence[str], limit: int = 10) -> str:
     """At most `limit` names, for messages."""
     rest = len(names) - limit
     return ", ".join(map(str, names[:limit])) + (f" and {rest} more" if rest > 0 else "")
+
+
+def canonical(name: str) -> str:
+    """A name in Unicode's composed form: "é" is one code point or two, by the system it is from."""
+    return unicodedata.normalize("NFC", name)

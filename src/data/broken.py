@@ -39,6 +39,12 @@ def leave_out(source: Source, faults: dict[int, str], share: float, remedy: str)
     return Subset(source, kept, source.labels[kept], source.class_names)
 
 
+def lost_classes(source: Source, kept: Source) -> list[str]:
+    """Names of the classes that have images in `source` and none in `kept`."""
+    lost = np.setdiff1d(source.labels, kept.labels)
+    return [source.class_names[label] for label in lost]
+
+
 def _named(source: Source, indices: Sequence[int], faults: dict[int, str]) -> str:
     named = "; ".join(f"{source.describe(k)}: {faults[k]}" for k in indices[:_NAMED])
     rest = len(indices) - _NAMED

@@ -21,6 +21,12 @@ CIFAR10_NAMES = (
 )  # fmt: skip
 
 
+_PYTHON_MARKS = {  # files of the versions that are Python pickles
+    "cifar10": ("data_batch_1", "test_batch", "cifar-10-batches-py/data_batch_1"),
+    "cifar100": ("train", "test", "cifar-100-python/train"),
+}
+
+
 def _pad_to_32(images: np.ndarray) -> np.ndarray:
     """uint8 [N, 28, 28] -> [N, 32, 32], zeros around."""
     return np.pad(images, ((0, 0), (2, 2), (2, 2)))
@@ -68,21 +74,28 @@ def cifar(root: Path, name: str, split: str, title: str) -> ArraySource:
     else:
         standard, names_file = "cifar-100-binary", "fine_label_names.txt"
         wanted = ["train.bin" if split == "train" else "test.bin"]
-    folder = root / standard if (root / standard).is_dir() else root
-    present = [file for file in wanted if (folder / file).is_file()]
+    # As unpacked, and as MindSpore's tutorials rearrange it.
+    bases = [base for base in (root, root / standard) if base.is_dir()]
+    folders = [base / sub for sub in (".", split, *["test"] * (split == "val")) for base in bases]
+    found = {f: [file for file in wanted if (f / file).is_file()] for f in folders}
+    folder, present = next(((f, files) for f, files in found.items() if files), (bases[-1], []))
     if not present:
+        python = [p for p in (root / mark for mark in _PYTHON_MARKS[name]) if p.is_file()]
+        there = f"; {python[0]} is of the Python version, which is not read" if python else ""
         raise UserError(
-            f"{folder}: {some_names(wanted)} not found; unpack the binary version of {name} there"
+            f"{folder}: {some_names(wanted)} not found{there}; unpack the binary version of {name} "
+            "there"
         )
     missing = [file for file in wanted if file not in present]
     if missing:
         _log.warning("%s: going on without %s, not found there", folder, some_names(missing))
     class_names = CIFAR10_NAMES if ten else tuple(map(str, range(100)))
-    if (folder / names_file).is_file():
-        names = tuple((folder / names_file).read_text().split())
+    names_path = next(filter(Path.is_file, (f / names_file for f in (folder, *bases))), None)
+    if names_path is not None:
+        names = tuple(names_path.read_text(encoding="utf-8", errors="replace").split())
         if len(names) != len(class_names):
             raise UserError(
-                f"{folder / names_file}: {len(names)} class names instead of {len(class_names)}; "
+                f"{names_path}: {len(names)} class names instead of {len(class_names)}; "
                 "restore or remove the file"
             )
         class_names = names
@@ -118,8 +131,9 @@ def _check_labels(path: Path, labels: np.ndarray, classes: int) -> None:
 def mnist(root: Path, name: str, split: str, title: str) -> ArraySource:
     """MNIST's idx files (Fashion-MNIST has the same names and shapes), gzipped or not."""
     prefix = "train" if split == "train" else "t10k"
-    images = _idx(_find_idx(root, f"{prefix}-images", "idx3"), ndim=3)
-    path = _find_idx(root, f"{prefix}-labels", "idx1")
+    folder = _mnist_folder(root, prefix)
+    images = _idx(_find_idx(folder, f"{prefix}-images", "idx3"), ndim=3)
+    path = _find_idx(folder, f"{prefix}-labels", "idx1")
     labels = _idx(path, ndim=1)
     if len(images) != len(labels) or images.shape[1:] != (28, 28):
         raise UserError(
@@ -130,12 +144,34 @@ def mnist(root: Path, name: str, split: str, title: str) -> ArraySource:
     return ArraySource(_pad_to_32(images), labels, DIGITS, title)
 
 
+def _mnist_folder(root: Path, prefix: str) -> Path:
+    """The folder of the split's images: `root`, or below it as torchvision or MindSpore keep it."""
+    split = ("train",) if prefix == "train" else ("test", "val")
+    below = ("raw", "MNIST/raw", "FashionMNIST/raw", "MNIST_Data", *split)
+    below += tuple(f"MNIST_Data/{name}" for name in split)
+    found = [f for f in (root, *(root / name for name in below)) if _idx_in(f, f"{prefix}-images")]
+    if len(found) > 1 and found[0] != root:
+        raise UserError(
+            f"{root}: MNIST's files are in {found[0]} and in {found[1]}; give one of the two with "
+            "--data.path"
+        )
+    return found[0] if found else root
+
+
 def _find_idx(root: Path, stem: str, kind: str) -> Path:
-    candidates = [f"{stem}{dot}{kind}-ubyte{gz}" for dot in "-." for gz in ("", ".gz")]
-    for candidate in candidates:
-        if (root / candidate).is_file():
-            return root / candidate
-    raise UserError(f"{root}: none of {', '.join(candidates)} is there; download MNIST's idx files")
+    found = _idx_in(root, stem, kind)
+    if found is None:
+        names = ", ".join(_idx_names(stem, kind))
+        raise UserError(f"{root}: none of {names} is there; download MNIST's idx files")
+    return found
+
+
+def _idx_in(root: Path, stem: str, kind: str = "idx3") -> Path | None:
+    return next((root / name for name in _idx_names(stem, kind) if (root / name).is_file()), None)
+
+
+def _idx_names(stem: str, kind: str) -> list[str]:
+    return [f"{stem}{dot}{kind}-ubyte{gz}" for dot in "-." for gz in ("", ".gz")]
 
 
 def _idx(path: Path, ndim: int) -> np.ndarray:

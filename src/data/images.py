@@ -68,10 +68,17 @@ def prepare(content: np.ndarray) -> np.ndarray:
         UserError: the header shows that it can't be read, or the end of a JPEG is missing.
     """
     image = _open(content.tobytes())
+    return content if _is_straight(image) else _to_bmp(to_pixels(image))
+
+
+def is_ready(content: bytes) -> bool:
+    """Whether `prepare` leaves a file as it is. Raises UserError as `prepare` does."""
+    return _is_straight(_open(content))
+
+
+def _is_straight(image: Image.Image) -> bool:
     modes = _STRAIGHT.get(image.format, ())
-    if (modes is None or image.mode in modes) and _orientation(image) not in _UPRIGHT:
-        return content
-    return _to_bmp(to_pixels(image))
+    return (modes is None or image.mode in modes) and _orientation(image) not in _UPRIGHT
 
 
 def examine(content: bytes) -> tuple[str, bool]:

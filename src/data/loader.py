@@ -40,15 +40,17 @@ def epoch_indices(
     ends when it is as long as without: 1 / repeats of the samples are in it (repeated augmentation,
     Hoffer et al., 2020; DeiT's samplers.py).
 
-    With `length`, epochs are pieces of so many samples of one sequence of permutations, so that
-    whatever the length, no sample comes again before all have come.
+    With `length`, epochs are pieces of so many samples of one sequence of permutations, in which
+    each sample comes `repeats` times in a row: whatever the length, and across epochs, no sample
+    comes another time before all have come.
     """
-    length = count if length is None else length
-    first = epoch * length // count
-    passes = range(first, -(-(epoch + 1) * length // count))
-    order = np.concatenate([np.random.default_rng([seed, p]).permutation(count) for p in passes])
-    order = order[epoch * length - first * count :][:length]
-    return np.repeat(order, repeats)[:length][rank::world]
+    if length is None:
+        order = np.random.default_rng([seed, epoch]).permutation(count)
+        return np.repeat(order[: -(-count // repeats)], repeats)[:count][rank::world]
+    turns = np.arange(epoch * length, (epoch + 1) * length) // repeats
+    first, last = turns[0] // count, turns[-1] // count
+    passes = [np.random.default_rng([seed, p]).permutation(count) for p in range(first, last + 1)]
+    return np.concatenate(passes)[turns - first * count][rank::world]
 
 
 def train_batches(

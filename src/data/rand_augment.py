@@ -137,9 +137,9 @@ def parse_spec(spec: str) -> dict[str, float]:
             )
         values[match[1]] = float(match[2])
     whole = all(values[key].is_integer() for key in ("m", "n", "inc"))
-    if not whole or values["m"] > 10 or values["n"] < 1 or values["p"] > 1:
+    if not whole or values["m"] > 10 or not 1 <= values["n"] <= 20 or values["p"] > 1:
         raise UserError(
-            f"augment.rand_augment {spec}: m is whole and at most 10, n whole and at least 1, "
+            f"augment.rand_augment {spec}: m is whole and at most 10, n whole and 1 to 20, "
             "p at most 1"
         )
     if values["inc"] != 1:

@@ -15,16 +15,15 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import mindspore.dataset as ds
-import numpy as np
 from mindspore.mindrecord.common.exceptions import MindRecordException
 
 from src.data.base import Source
-from src.data.images import examine, prepare
+from src.data.images import examine, is_ready
 from src.data.records import FORMAT, INDEX, UNFINISHED, load_index
 from src.data.shards import open_writer, seal, verify_shard
 from src.data.sources import open_source
 from src.errors import UserError
-from src.files import write_json
+from src.files import remove_unfinished, write_json
 from src.reporting.progress import progress_bar
 
 _log = logging.getLogger("cvt")
@@ -168,6 +167,7 @@ class _Conversion:
         """Take away what an interruption, or another number of shards, has left behind."""
         (self._folder / UNFINISHED).unlink(missing_ok=True)
         shutil.rmtree(self._folder / _ASIDE, ignore_errors=True)
+        remove_unfinished(self._folder)
         for path in self._folder.glob("[0-9]" * 5 + ".mindrecord*"):
             if path.name not in names and path.name.replace(".db", "") not in names:
                 path.unlink()
@@ -261,10 +261,10 @@ class _Conversion:
         aside.mkdir()
         path = aside / f"{number:05d}.mindrecord"
         sizes, mark, origin = self._look_at(first, last)
-        labels, skipped = [], []
+        labels, skipped, unready = [], [], []
         try:
             writer = open_writer(path, sizes, mark)
-            for batch in self._records(first, last, sizes, pool, skipped):
+            for batch in self._records(first, last, sizes, pool, skipped, unready):
                 labels += [record["label"] for record in batch]
                 writer.write_raw_data(batch)
                 advance(len(batch))
@@ -282,21 +282,33 @@ class _Conversion:
             raise UserError(f"{self._folder}: cannot write {path.name}: {text}") from error
         runs = [[label, len(list(group))] for label, group in itertools.groupby(labels)]
         content = {"images": len(labels), "labels": runs, "skipped": skipped, "origin": origin}
+        content["unready"] = len(unready)
         return {"name": path.name, **content, **entry}
 
     def _records(
-        self, first: int, last: int, sizes: list[int], pool: ThreadPoolExecutor, skipped: list[str]
+        self,
+        first: int,
+        last: int,
+        sizes: list[int],
+        pool: ThreadPoolExecutor,
+        skipped: list[str],
+        unready: list[str],
     ) -> Iterator[list[dict[str, Any]]]:
-        """Records of the readable images in batches; names of the others go into `skipped`."""
+        """Records of the readable images in batches; names of the others go into `skipped`.
+
+        Names of those that MindSpore reads right only after `prepare` go into `unready`.
+        """
         paths = [self._source.describe(position) for position in range(first, last)]
         batch = []
-        for offset, content in enumerate(_ahead(pool, _read, paths, 4 * self._workers)):
+        for offset, read in enumerate(_ahead(pool, _read, paths, 4 * self._workers)):
             position = first + offset
-            if content is None:
+            if read is None:
                 if not self._options.skip_broken:
                     self._refuse(position, pool)
                 skipped.append(self._name(position))
                 continue
+            content, ready = read
+            unready += [self._name(position)] * (not ready)
             if len(content) != sizes[offset]:
                 raise UserError(f"{paths[offset]}: changes while it is read; start again later")
             label = int(self._source.labels[position])
@@ -330,11 +342,15 @@ def _of_file(function: Callable[[str], _T], path: str) -> _T:
         raise UserError(f"{path}: {error.strerror}; is the image folder still there?") from error
 
 
-def _read(path: str) -> bytes | None:
-    """An image file's bytes, such that MindSpore decodes them right; None if they are no image."""
+def _read(path: str) -> tuple[bytes, bool] | None:
+    """An image file's bytes, and whether MindSpore decodes them right; None if they are no image.
+
+    A record holds the file as it is: as the bitmap that `prepare` makes of a photograph that EXIF
+    turns it would be ten times as large.
+    """
     content = _of_file(lambda name: Path(name).read_bytes(), path)
     fault, _ = examine(content)
-    return None if fault else prepare(np.frombuffer(content, np.uint8)).tobytes()
+    return None if fault else (content, is_ready(content))
 
 
 def _ahead(

@@ -11,6 +11,7 @@ import functools
 import json
 import os
 import resource
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from typing import Any
 import mindspore.dataset as ds
 import numpy as np
 
-from src.data.base import Source, some_names
+from src.data.base import Source, canonical, some_names
+from src.data.images import prepare
 from src.data.shards import check_shard, verify_shard
 from src.errors import UserError
 from src.reporting.progress import progress_bar
@@ -51,6 +53,9 @@ class RecordSource(Source):
         self._folder = folder
         self._origin = index["source"]
         self._files = [str(folder / shard["name"]) for shard in index["shards"]]
+        self._checksums = [shard["sha256"] for shard in index["shards"]]
+        # Records that vision.Decode alone would read wrong, as photographs that EXIF turns.
+        self._unready = any(shard.get("unready") for shard in index["shards"])
         self._starts = np.cumsum([0] + [shard["images"] for shard in index["shards"]])
 
     @functools.cached_property
@@ -80,7 +85,19 @@ class RecordSource(Source):
         """MindSpore's own reader: its threads read in parallel and keep the order of `indices`."""
         sampler = ds.SubsetSampler(np.asarray(indices).tolist())
         readers = _readers(len(self._files), workers)
-        return ds.MindDataset(self._files, ["image"], num_parallel_workers=readers, sampler=sampler)
+        dataset = ds.MindDataset(
+            self._files, ["image"], num_parallel_workers=readers, sampler=sampler
+        )
+        if self._unready:
+            dataset = dataset.map(prepare, ["image"], num_parallel_workers=workers)
+        return dataset
+
+    def digest_items(self, indices: np.ndarray, number: int, by_name: bool = False) -> int:
+        """The shards' checksums stand for the items: their names would have to be read."""
+        if by_name:
+            return super().digest_items(indices, number)
+        number = zlib.crc32(np.ascontiguousarray(indices, np.int64), number)
+        return zlib.crc32("".join(self._checksums).encode(), number)
 
 
 def open_records(
@@ -108,16 +125,16 @@ def open_records(
     for shard in index["shards"]:
         check_shard(folder, shard)
     names = tuple(index["class_names"] if class_names is None else class_names)
-    new_label = {name: label for label, name in enumerate(names)}
+    new_label = {canonical(name): label for label, name in enumerate(names)}
     runs = np.array([run for shard in index["shards"] for run in shard["labels"]])  # label, images
     present = [index["class_names"][label] for label in sorted(set(runs[:, 0].tolist()))]
-    strange = [name for name in present if name not in new_label]
+    strange = [name for name in present if canonical(name) not in new_label]
     if strange:
         raise UserError(
             f"{folder}: {some_names(strange, 5)}: none of the {len(names)} known classes "
             f"({some_names(names, 5)}); use the data set that the model was trained for"
         )
-    table = np.array([new_label.get(name, -1) for name in index["class_names"]])
+    table = np.array([new_label.get(canonical(name), -1) for name in index["class_names"]])
     labels = np.repeat(table[runs[:, 0]], runs[:, 1])
     _readers(len(index["shards"]), 1)
     return RecordSource(folder, index, labels, names, title)

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from src.data.base import FileSource, Source, some_names
+from src.data.base import FileSource, Source, canonical, some_names
+from src.data.folders import IMAGE_EXTENSIONS, Walk, class_folders, loose_files, require_classes
 from src.data.formats import cifar, digits, mnist
 from src.data.records import open_records
 from src.errors import UserError
@@ -21,8 +22,6 @@ from src.errors import UserError
 _log = logging.getLogger("cvt")
 
 SOURCES = ("digits", "imagefolder", "mindrecord", "cifar10", "cifar100", "mnist")
-
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp")
 
 
 def open_source(
@@ -66,23 +65,15 @@ def open_source(
             folders = {"train_folder": train_folder, "val_folder": val_folder}
             return open_records(root, split, title, class_names, **folders)
         source = (mnist if name == "mnist" else cifar)(root, name, split, title)
-    if class_names is not None and tuple(class_names) != source.class_names:
+    if class_names is not None and list(map(canonical, class_names)) != list(
+        map(canonical, source.class_names)
+    ):
         raise UserError(
             f"{title} has the classes {some_names(source.class_names)}, the model "
             f"{some_names(class_names)}; use the data set that the model was trained for, in the "
             "same form"
         )
     return source
-
-
-def _natural(names: Sequence[str]) -> list[str]:
-    """Sorted; as integers if all are (ImageNet-V2's 0..999), where "10" comes after "9"."""
-    integers = all(name.isascii() and name.isdigit() for name in names)
-    return sorted(names, key=(lambda name: (int(name), name)) if integers else None)
-
-
-def _class_folders(folder: Path) -> list[str]:
-    return _natural([e.name for e in os.scandir(folder) if e.is_dir() and e.name[0] != "."])
 
 
 def _imagefolder(
@@ -96,52 +87,61 @@ def _imagefolder(
     """ImageNet's layout: root/train/<class>/**/*.jpg, root/val/<class>/**/*.jpg."""
     folder = root / (train_folder if split == "train" else val_folder)
     if not folder.is_dir():
-        there = some_names(sorted(e.name for e in os.scandir(root))) or "nothing"
-        raise UserError(
-            f"{root}: no folder {folder.name!r} for the {split} split, there is {there}; "
-            "arrange the images as train/<class>/*.jpg and val/<class>/*.jpg or name the folder"
-        )
-    found = _class_folders(folder)
-    if not found:
-        raise UserError(f"{folder}: no class folders in it; it should hold <class>/*.jpg")
+        raise UserError(_missing(root, folder, split))
+    found = require_classes(folder, split)
     if class_names is None:
         train = root / train_folder
-        class_names = (_class_folders(train) if train.is_dir() else None) or found
-    label_of = {name: label for label, name in enumerate(class_names)}
-    files, labels, skipped = [], [], [e.path for e in os.scandir(folder) if _is_file(e)]
+        class_names = (class_folders(train) if train.is_dir() else None) or found
+    label_of = {canonical(name): label for label, name in enumerate(class_names)}
+    strange = [name for name in found if canonical(name) not in label_of]
+    if strange:
+        raise UserError(
+            f"{folder / strange[0]}: {strange[0]!r} is none of the {len(label_of)} known classes "
+            f"({some_names(class_names, 5)}); rename or remove the folder"
+        )
+    walk = Walk([folder / name for name in found])
+    files, labels, skipped, empty = [], [], loose_files(folder), []
     for name in found:
-        if name not in label_of:
-            raise UserError(
-                f"{folder / name}: {name!r} is none of the {len(label_of)} known classes "
-                f"({some_names(class_names, 5)}); rename or remove the folder"
-            )
-        images, others = images_below(folder / name)
-        if not images:
-            raise UserError(
-                f"{folder / name}: no image in this class folder (looked for "
-                f"{' '.join(IMAGE_EXTENSIONS)}); add some or remove the folder"
-            )
+        images, others = walk.images(folder / name)
         files += images
-        labels += [label_of[name]] * len(images)
+        labels += [label_of[canonical(name)]] * len(images)
         skipped += others
+        empty += [name] * (not images)
+    if empty and (split == "train" or not files):
+        raise UserError(
+            f"{folder / empty[0]}: no image in this class folder (looked for "
+            f"{' '.join(IMAGE_EXTENSIONS)}); add some or remove the folder"
+        )
     if skipped:
         _log.warning(
             "%s: left out %d files that are not in a class folder or not %s, such as %s",
             folder, len(skipped), " ".join(IMAGE_EXTENSIONS), skipped[0],
         )  # fmt: skip
-    return FileSource(files, np.array(labels, np.int32), class_names, title)
+    source = FileSource(files, np.array(labels, np.int32), class_names, title)
+    if split == "val":
+        _tell_absent(folder, source)
+    return source
 
 
-def _is_file(entry: os.DirEntry) -> bool:
-    return entry.is_file() and entry.name[0] != "."
+def _missing(root: Path, folder: Path, split: str) -> str:
+    """The message for a split's folder that is not there, with a folder that it may be."""
+    there = sorted(entry.name for entry in os.scandir(root))
+    usual = ("test", "valid", "validation", "eval", "dev") if split == "val" else ("training",)
+    hint = next((f"--data.{split}_folder {name}" for name in there if name.lower() in usual), None)
+    return (
+        f"{root}: no folder {folder.name!r} for the {split} split, there is "
+        f"{some_names(there) or 'nothing'}; "
+        + (f"did you mean {hint}?" if hint else "arrange the images as train/<class>/*.jpg and "
+           "val/<class>/*.jpg or name the folder")
+    )  # fmt: skip
 
 
-def images_below(folder: Path) -> tuple[list[str], list[str]]:
-    """Images and other files at any depth, sorted; hidden files and folders are not seen."""
-    images, others = [], []
-    for place, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if name[0] != ".")
-        for name in sorted(name for name in names if name[0] != "."):
-            known = name.lower().endswith(IMAGE_EXTENSIONS)
-            (images if known else others).append(os.path.join(place, name))
-    return images, others
+def _tell_absent(folder: Path, source: FileSource) -> None:
+    """Say which classes an accuracy will tell nothing of."""
+    counts = np.bincount(source.labels, minlength=len(source.class_names))
+    absent = [name for name, count in zip(source.class_names, counts) if not count]
+    if absent:
+        _log.warning(
+            "%s: no images of %d of %d classes: %s", folder, len(absent), len(counts),
+            some_names(absent),
+        )  # fmt: skip

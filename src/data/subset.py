@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import mindspore.dataset as ds
 import numpy as np
 
-from src.data.base import Source
+from src.data.base import Source, canonical
 from src.errors import UserError
 
 
@@ -36,6 +36,10 @@ class Subset(Source):
         """As the whole source reads them."""
         return self._source.image_dataset(self._indices[indices], workers)
 
+    def digest_items(self, indices: np.ndarray, number: int, by_name: bool = False) -> int:
+        """As the whole source does."""
+        return self._source.digest_items(self._indices[indices], number, by_name)
+
     def describe(self, index: int) -> str:
         """The item as the whole source names it."""
         return self._source.describe(int(self._indices[index]))
@@ -59,16 +63,17 @@ def only_classes(
         UserError: a name that the source or `class_names` has not, or twice the same.
     """
     class_names = list(class_names or names)
-    for name in names:
-        if name not in source.class_names:
+    theirs = {canonical(name): label for label, name in enumerate(source.class_names)}
+    ours = {canonical(name): label for label, name in enumerate(class_names)}
+    new_labels = np.full(len(theirs), -1, np.int32)
+    for name in map(canonical, names):
+        if name not in theirs:
             raise UserError(f"data.classes: {source.title} has no class {name!r}")
-        if name not in class_names:
+        if name not in ours:
             raise UserError(f"data.classes: {name!r} is none of the run's classes {class_names}")
-    if len(set(names)) < len(names):
+        new_labels[theirs[name]] = ours[name]
+    if len(set(map(canonical, names))) < len(names):
         raise UserError(f"data.classes {list(names)}: names a class twice")
-    new_labels = np.full(len(source.class_names), -1, np.int32)
-    for name in names:
-        new_labels[source.class_names.index(name)] = class_names.index(name)
     labels = new_labels[source.labels]
     indices = np.flatnonzero(labels >= 0)
     return Subset(source, indices, labels[indices], class_names)

@@ -6,7 +6,7 @@ import logging
 import sys
 from pathlib import Path
 
-from src.data.sources import IMAGE_EXTENSIONS, images_below
+from src.data.folders import IMAGE_EXTENSIONS, images_below
 from src.deploy.predictor import Predictor
 from src.errors import UserError
 from src.files import write_json

@@ -155,7 +155,7 @@ def test_every_part_of_the_specification_counts():
         ("rand-m9-tweights-inc1", "'tweights' is unknown"),
         ("rand-m-inc1", "'m' is unknown"),
         ("rand-m11-inc1", "at most 10"),
-        ("rand-m9-n0-inc1", "at least 1"),
+        ("rand-m9-n0-inc1", "1 to 20"),
         ("rand-m9-p2-inc1", "p at most 1"),
         ("rand-m9-mstd0.5", "add -inc1"),
         ("rand-m9-mstd0.5-inc0", "add -inc1"),
