@@ -1,6 +1,7 @@
 """From keys to objects."""
 
 import dataclasses
+import shutil
 
 import mindspore as ms
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from PIL import Image
 
 from src import recipe
+from src.command_line import parse
 from src.config import AugmentConfig, Config, DataConfig, ModelConfig, RuntimeConfig
 from src.data import open_source
 from src.errors import UserError
@@ -188,6 +190,81 @@ def test_where_the_index_is_kept(photos):
     assert not named.exists(), "an evaluation writes nothing that a found config.yaml names"
     open_checked(config, "train", run=photos / "run")
     assert named.is_file() and not (photos / "run").exists()
+
+
+def test_a_class_without_a_readable_image_and_a_lone_class_are_refused(photos, caplog):
+    for split in ("train", "val"):
+        for path in (photos / split / "a").glob("*"):
+            path.write_bytes(b"")
+    keys = {"broken": "skip"}
+    settings = photo_config(photos, **keys)
+    settings.data.broken_share = 1.0
+    with pytest.raises(UserError, match="train.: not one image of a can be read"):
+        open_checked(settings, "train")
+    assert len(open_checked(settings, "val")) == 1
+    assert "val): not one image of a can be read" in caplog.text
+    shutil.rmtree(photos / "train" / "a")
+    shutil.rmtree(photos / "val" / "a")
+    with pytest.raises(UserError, match=r"only one class \('b'\)"):
+        open_checked(photo_config(photos), "train")
+
+
+WRONG_VALUES = {
+    "data.mean .123.675, 116.28, 103.53.: .*MindSpore's convention of 0..255, divide them by 255": {
+        "data": {"mean": (123.675, 116.28, 103.53)}
+    },
+    "data.std .58.395, 57.12, 57.375.: .*divide them by 255": {
+        "data": {"std": (58.395, 57.12, 57.375)}
+    },
+    "data.mean .-1, 0, 0.: each must lie in 0 to 1": {"data": {"mean": (-1, 0, 0)}},
+    "data.mean .nan": {"data": {"mean": (float("nan"), 0, 0)}},
+    "data.std .0, 0.2, 0.2.: each must lie in 1e-06 to 1": {"data": {"std": (0, 0.2, 0.2)}},
+    "data.std .-0.2": {"data": {"std": (-0.2, 0.2, 0.2)}},
+    "data.crop_ratio 1e-09": {"data": {"crop_ratio": 1e-9}},
+    "augment.padding 1000: must be below the image size": {
+        "augment": {"crop": "pad", "padding": 1000}
+    },
+    "augment.ratio .1e-09, 1.0.: must lie in": {"augment": {"ratio": (1e-9, 1.0)}},
+    "augment.ratio .1.0, 1000000000.0.: must lie in": {"augment": {"ratio": (1.0, 1e9)}},
+    "augment.scale .0.5, 0.1.": {"augment": {"scale": (0.5, 0.1)}},
+    "augment.rand_augment rand-m9-n99": {"augment": {"rand_augment": "rand-m9-n99-inc1"}},
+    "model.image_size 1000000: at most 8192": {"model": {"image_size": 1000000}},
+    "data.class_names .'a', 'b', 'a'.: must name each class once": {
+        "data": {"class_names": ["a", "b", "a"]}
+    },
+    "data.classes ..: must name": {"data": {"classes": []}},
+    "val/a: 2 images, such as 0.jpg, but no class folders": {"data": {"val_folder": "val/a"}},
+    "no folder 'valid' for the val split": {"data": {"val_folder": "valid"}},
+    "val2/z: 'z' is none of the 2 known classes": {"data": {"val_folder": "val2"}},
+}
+
+
+@pytest.mark.parametrize("words", WRONG_VALUES)
+def test_what_can_not_work_is_told_before_an_image_is_read(words, photos, monkeypatch):
+    (photos / "val2" / "z").mkdir(parents=True)
+    monkeypatch.setattr(recipe, "check_files", lambda *_, **__: pytest.fail("read the images"))
+    settings = photo_config(photos)
+    for group, keys in WRONG_VALUES[words].items():
+        for key, value in keys.items():
+            setattr(getattr(settings, group), key, value)
+    with pytest.raises(UserError, match=words):
+        open_checked(settings, "train")
+
+
+@pytest.mark.parametrize("alpha", [1e-300, 1e-9, 1e9, 1e300, 1.7e308])
+def test_every_alpha_mixes(alpha):
+    for keys in ({"mixup": alpha}, {"cutmix": alpha}):
+        mixing = recipe.build_mixing(config(augment=AugmentConfig(**keys)))
+        drawn = np.array([mixing.draw((8, 8), 1, k) for k in range(50)])
+        assert np.isfinite(drawn).all() and drawn.min() >= 0 and drawn[:, :2].max() <= 1
+
+
+def test_classes_named_by_numbers():
+    settings, _ = parse(
+        ["--data.source=digits", "--data.classes", "[3,8]"], "", "", lambda parser: None
+    )
+    assert settings.data.classes == ["3", "8"]
+    assert open_split(settings, "val").class_names == ("3", "8")
 
 
 def test_unchecked_images_are_said_to_be(photos, caplog):

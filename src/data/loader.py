@@ -46,7 +46,7 @@ def epoch_indices(
     """
     if length is None:
         order = np.random.default_rng([seed, epoch]).permutation(count)
-        return np.repeat(order[: -(-count // repeats)], repeats)[:count][rank::world]
+        return order[np.arange(count) // repeats][rank::world]
     turns = np.arange(epoch * length, (epoch + 1) * length) // repeats
     first, last = turns[0] // count, turns[-1] // count
     passes = [np.random.default_rng([seed, p]).permutation(count) for p in range(first, last + 1)]

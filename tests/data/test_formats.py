@@ -55,6 +55,30 @@ def test_cifar10(tmp_path, caplog):
     assert source.describe(7) == "image 7 of cifar10 (train)"
 
 
+def test_cifar_below_train_and_test(tmp_path):
+    """MindSpore's tutorials keep it so."""
+    folder = tmp_path / "cifar-10-batches-bin"
+    folder.mkdir()
+    parts = [cifar(folder / "train" / f"data_batch_{i}.bin", 2, seed=i) for i in range(1, 6)]
+    test = cifar(folder / "test" / "test_batch.bin", 3, seed=9)
+    (folder / "batches.meta.txt").write_text("\n".join("abcdefghij"))
+    for path in (tmp_path, folder):
+        source = open_source("cifar10", str(path), "train")
+        same(source, *(np.concatenate(column) for column in zip(*parts)))
+        assert source.class_names == tuple("abcdefghij")
+        same(open_source("cifar10", str(path), "val"), *test)
+
+
+@pytest.mark.parametrize("below", ["cifar-10-batches-py", "."])
+def test_cifars_python_version_is_named(tmp_path, below):
+    (tmp_path / below).mkdir(exist_ok=True)
+    (tmp_path / below / "data_batch_1").write_bytes(b"\x80\x02}q\x01.")
+    refused("cifar10", tmp_path, match="data_batch_1 is of the Python version, which is not read; ")
+    (tmp_path / "cifar-100-python").mkdir()
+    (tmp_path / "cifar-100-python" / "train").write_bytes(b"")
+    refused("cifar100", tmp_path, match="cifar-100-python/train is of the Python version")
+
+
 def test_cifar100_takes_the_fine_label(tmp_path):
     folder = tmp_path / "cifar-100-binary"
     written = cifar(folder / "train.bin", 5, coarse=True, classes=100)
@@ -105,6 +129,26 @@ def test_mnist(tmp_path, mnist, dot, packed):
     same(source, padded, mnist[1])
     assert source.class_names == tuple("0123456789")
     refused("mnist", tmp_path, "train", match="train-images-idx3-ubyte")
+
+
+@pytest.mark.parametrize(
+    "folders",
+    [("raw", "raw"), ("MNIST/raw", "MNIST/raw"), ("FashionMNIST/raw", "FashionMNIST/raw"),
+     ("train", "test"), ("MNIST_Data/train", "MNIST_Data/test")],
+)  # fmt: skip
+def test_mnist_where_torchvision_and_mindspore_keep_it(tmp_path, mnist, folders):
+    for folder, prefix, count in zip(folders, ("train", "t10k"), (7, 4)):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        for kind, array in zip(("images-idx3", "labels-idx1"), mnist):
+            (tmp_path / folder / f"{prefix}-{kind}-ubyte").write_bytes(idx(array[:count]))
+    assert [len(open_source("mnist", str(tmp_path), s)) for s in ("train", "val")] == [7, 4]
+
+
+def test_two_sets_of_mnists_files_are_not_mixed_up(tmp_path, mnist):
+    for folder in ("MNIST/raw", "FashionMNIST/raw"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "train-images-idx3-ubyte").write_bytes(idx(mnist[0]))
+    refused("mnist", tmp_path, match="MNIST's files are in .*MNIST/raw and in .*FashionMNIST/raw;")
 
 
 def test_mnist_faults(tmp_path, mnist):

@@ -131,6 +131,29 @@ def test_epochs_of_a_length_are_pieces_of_one_sequence_of_passes(count, length):
     assert [share.tolist() for share in shares] == [epochs[3][r::2].tolist() for r in (0, 1)]
 
 
+@pytest.mark.parametrize("count, length, repeats", [(10, 4, 3), (10, 25, 2), (7, 7, 5), (3, 8, 4)])
+def test_repeated_samples_do_not_come_again_before_all_have_come(count, length, repeats):
+    """Also across epochs of a given length: one sequence of passes, each sample in a row."""
+    keys = {"seed": 1, "length": length, "repeats": repeats}
+    shares = [[epoch_indices(count, epoch=e, rank=r, world=2, **keys) for r in (0, 1)]
+              for e in range(20)]  # fmt: skip
+    sequence = []
+    for epoch in shares:
+        merged = np.empty(length, int)
+        merged[0::2], merged[1::2] = epoch
+        sequence += merged.tolist()
+    passes = len(sequence) // (count * repeats)
+    assert passes >= 1
+    for k in range(passes):
+        order = sequence[k * count * repeats : (k + 1) * count * repeats]
+        assert sorted(order[::repeats]) == list(range(count))
+        assert order == [index for index in order[::repeats] for _ in range(repeats)]
+
+
+def test_a_huge_number_of_repeats_takes_no_memory():
+    assert len(set(epoch_indices(1000, seed=0, epoch=0, repeats=10**12).tolist())) == 1
+
+
 def test_an_epoch_of_a_number_of_batches():
     """Of 7 images, on two ranks, five batches of 4: each image 5 or 6 times, drawn anew."""
     seen, pictures = [], set()

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import zlib
 
 import numpy as np
 import pytest
@@ -276,3 +277,52 @@ def test_too_few_open_files_are_refused(records, monkeypatch):
     monkeypatch.setattr(resource, "setrlimit", lambda kind, limits: None)
     with pytest.raises(UserError, match="3 MindRecord shards need 268 open files, .* 260;"):
         open_source("mindrecord", str(records), "train")
+
+
+def test_photographs_of_phones_scans_and_prints_are_packed_as_they_are(tmp_path):
+    """EXIF turns them, or MindSpore alone would read other colours; a record is the file."""
+    rng = np.random.default_rng(3)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for split in ("train", "val"):
+        for name in "ab":
+            (tmp_path / "in" / split / name).mkdir(parents=True)
+            place = tmp_path / "in" / split / name
+            image = Image.fromarray(rng.integers(0, 256, (20, 31, 3), dtype=np.uint8))
+            image.save(place / "0 phone.jpg", exif=exif)
+            image.convert("CMYK").save(place / "1 print.jpg")
+            image.save(place / "2 scan.tif")
+            image.save(place / "3 web.webp")
+            image.save(place / "4 plain.jpg")
+    convert(tmp_path / "in", tmp_path / "out", Options(images_per_shard=8))
+    for split, make, operations in (
+        ("train", lambda *a: train_batches(*a, seed=1, epoch=0), train_operations),
+        ("val", eval_batches, None),
+    ):
+        files, records = both(tmp_path / "in", tmp_path / "out", split)
+        for k in range(10):
+            assert records[k][0].tobytes() == files[k][0].tobytes()
+        chain = operations((8, 8), MEAN, STD, encoded=True) if operations else EVAL.operations(True)
+        equal(collect(make(records, chain, 5)), collect(make(files, chain, 5)))
+    verify(tmp_path / "out")
+
+
+def test_a_start_reads_no_record(converted, monkeypatch):
+    """Of ImageNet that would be 140 GB; the shards' checksums and the labels stand for them."""
+    source = open_source("mindrecord", str(converted), "train")
+    named = source.digest(by_name=True)
+    monkeypatch.setattr(type(source), "_single", property(lambda self: pytest.fail("read")))
+    parts = [source, balanced(source, 9, 1), balanced(source, 9, 2), only_classes(source, ["2"])]
+    digests = [part.digest() for part in parts]
+    assert len({*digests, named}) == 5
+    source._checksums = ["0" * 64, *source._checksums[1:]]
+    assert not {part.digest() for part in parts} & {*digests}, "another shard"
+
+
+def test_the_former_digest_is_still_known(folder, converted):
+    """States of earlier versions hold it."""
+    source = open_source("mindrecord", str(converted), "val")
+    number = zlib.crc32(repr(source.class_names).encode(), zlib.crc32(source.labels))
+    for index in range(len(source)):
+        number = zlib.crc32(source.describe(index).encode(), number)
+    assert source.digest(by_name=True) == number

@@ -1,0 +1,180 @@
+"""Image folders as they are found: links, names, levels, leftovers of systems."""
+
+import logging
+import os
+import unicodedata
+
+import pytest
+from PIL import Image
+
+from src.data.folders import images_below
+from src.data.sources import open_source
+from src.data.subset import only_classes
+from src.errors import UserError
+
+
+def image(path, shade=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 6), (shade, shade, shade)).save(path)
+
+
+@pytest.fixture
+def flowers(tmp_path):
+    root = tmp_path / "flowers"
+    for split in ("train", "val"):
+        for name in ("daisy", "rose"):
+            image(root / split / name / "1.png")
+            image(root / split / name / "deep" / "2.png")
+    return root
+
+
+def labelled(root, split="train"):
+    """Images by their paths below the split, with their classes."""
+    source = open_source("imagefolder", str(root), split)
+    start = len(str(root / split)) + 1
+    names = [source.class_names[label] for label in source.labels]
+    return [(source.describe(k)[start:], name) for k, name in enumerate(names)]
+
+
+# links
+
+
+@pytest.mark.parametrize(
+    "link, target",
+    [
+        ("train/daisy/up", "../../train"),
+        ("train/daisy/up", ".."),
+        ("train/daisy/deep/here", "."),
+        ("train/daisy/all", "../.."),
+        ("train/daisy/other", "../rose"),
+        ("train/daisy/other", "../rose/deep"),
+        ("train/rose/deep/back", "../../daisy/deep"),
+    ],
+)
+def test_a_link_that_leads_back_adds_no_image(flowers, link, target, caplog):
+    expected = labelled(flowers)
+    (flowers / link).symlink_to(target)
+    assert labelled(flowers) == expected
+    assert "did not follow 1 links" in caplog.text and link in caplog.text
+    images, _ = images_below(flowers)
+    assert len(images) == len({os.path.realpath(path) for path in images}) == 8
+
+
+def test_a_loop_of_two_links_and_two_links_to_one_place(flowers, tmp_path):
+    image(tmp_path / "elsewhere" / "3.png")
+    (tmp_path / "elsewhere" / "again").symlink_to(tmp_path / "elsewhere")
+    for name in ("a", "b"):
+        (flowers / "train" / "daisy" / name).symlink_to(tmp_path / "elsewhere")
+    files = [file for file, _ in labelled(flowers)]
+    assert files[:3] == ["daisy/1.png", "daisy/a/3.png", "daisy/deep/2.png"] and len(files) == 5
+
+
+def test_links_that_lead_elsewhere_are_followed(flowers, tmp_path):
+    (flowers / "train" / "daisy").rename(tmp_path / "away")
+    (flowers / "train" / "daisy").symlink_to(tmp_path / "away")
+    (tmp_path / "link").symlink_to(flowers)
+    assert len(labelled(flowers)) == len(labelled(tmp_path / "link")) == 4
+    assert len(images_below(tmp_path / "link")[0]) == 8
+
+
+@pytest.mark.parametrize(
+    "target, words",
+    [
+        ("daisy", "is the same folder as 'daisy'"),
+        ("daisy/deep", "is a link into the class 'daisy'"),
+        (".", "is a link to a folder that holds it"),
+        ("..", "is a link to a folder that holds it"),
+    ],
+)
+def test_a_class_folder_that_leads_back_is_refused(flowers, target, words):
+    (flowers / "train" / "tulip").symlink_to(target)
+    with pytest.raises(UserError, match=f"tulip: {words}"):
+        labelled(flowers)
+
+
+# levels
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_one_folder_level_too_many_is_named(flowers, split):
+    (flowers / split).rename(flowers / "photos")
+    (flowers / split).mkdir()
+    (flowers / "photos").rename(flowers / split / "photos")
+    words = rf'{split}: only one class \("photos"\).*did you mean .*{split}/photos\? .*'
+    with pytest.raises(UserError, match=words + f"--data.{split}_folder {split}/photos"):
+        labelled(flowers, split)
+    folders = {f"{split}_folder": f"{split}/photos"}
+    assert len(open_source("imagefolder", str(flowers), split, **folders)) == 4
+
+
+def test_images_without_class_folders_and_a_folder_of_another_name(flowers):
+    for path in sorted((flowers / "val").rglob("*.png")):
+        path.rename(flowers / "val" / f"{path.parent.name}{path.name}")
+    for name in ("daisy", "rose"):
+        (flowers / "val" / name / "deep").rmdir()
+        (flowers / "val" / name).rmdir()
+    with pytest.raises(UserError, match="val: 3 images, such as .*png, but no class folders"):
+        labelled(flowers, "val")
+    (flowers / "val").rename(flowers / "Test")
+    with pytest.raises(UserError, match="did you mean --data.val_folder Test?"):
+        labelled(flowers, "val")
+
+
+# names
+
+
+def test_names_that_differ_in_their_unicode_form_only_match(tmp_path):
+    spelt = {form: unicodedata.normalize(form, "café") for form in ("NFC", "NFD")}
+    for split, form in (("train", "NFD"), ("val", "NFC")):
+        image(tmp_path / split / spelt[form] / "1.png")
+        image(tmp_path / split / "bar" / "1.png")
+    train, val = (open_source("imagefolder", str(tmp_path), split) for split in ("train", "val"))
+    assert train.class_names == val.class_names == ("bar", spelt["NFD"])
+    assert val.labels.tolist() == [0, 1]
+    assert len(only_classes(val, [spelt["NFC"]])) == 1
+    image(tmp_path / "val" / spelt["NFD"] / "1.png")
+    with pytest.raises(UserError, match="spelt alike"):
+        open_source("imagefolder", str(tmp_path), "val")
+
+
+def test_what_systems_leave_behind_is_no_image(flowers, caplog):
+    expected = labelled(flowers)
+    for name in ("@eaDir", ".thumbnails", "__MACOSX", "#recycle"):
+        image(flowers / "train" / "daisy" / name / "1.png")
+        image(flowers / "train" / "daisy" / "deep" / name / "1.png")
+        image(flowers / "train" / name / "1.png")
+    image(flowers / "train" / "daisy" / "._1.png")
+    assert labelled(flowers) == expected and caplog.text == ""
+
+
+def test_other_names_of_jpeg_and_webp_are_images(flowers):
+    Image.new("RGB", (8, 6)).save(flowers / "train/daisy/3.jfif", "JPEG")
+    Image.new("RGB", (8, 6)).save(flowers / "train/daisy/4.WEBP")
+    assert ("daisy/3.jfif", "daisy") in labelled(flowers)
+    assert ("daisy/4.WEBP", "daisy") in labelled(flowers)
+
+
+def test_a_name_that_is_no_utf_8_is_read_and_counted(flowers):
+    odd = os.fsdecode(os.fsencode(flowers / "train" / "daisy") + b"/caf\xe9.png")
+    Image.new("RGB", (8, 6)).save(odd)
+    for split in ("train", "val"):
+        odder = os.fsdecode(os.fsencode(flowers / split) + b"/\xe9t\xe9")
+        os.rename(flowers / split / "rose", odder)
+    source = open_source("imagefolder", str(flowers), "train")
+    assert len(source) == 5 and source.class_names == ("daisy", "\udce9t\udce9")
+    assert source[1][0][:4].tobytes() == b"\x89PNG"
+    assert source.digest() != open_source("imagefolder", str(flowers), "val").digest()
+
+
+# classes of the validation images
+
+
+def test_a_known_class_without_validation_images_is_told(flowers, caplog):
+    for path in (flowers / "val" / "rose").rglob("*.png"):
+        path.unlink()
+    with caplog.at_level(logging.WARNING):
+        assert {name for _, name in labelled(flowers, "val")} == {"daisy"}
+    assert "no images of 1 of 2 classes: rose" in caplog.text
+    image(flowers / "val" / "tulip" / "1.png")
+    with pytest.raises(UserError, match="'tulip' is none of the 2 known classes"):
+        labelled(flowers, "val")
