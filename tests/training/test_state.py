@@ -96,9 +96,20 @@ def test_changes_are_accepted_where_told_so(trained, few_digits, tmp_path, capsy
 
 def test_other_data_under_the_same_path_is_noticed(trained, few_digits, tmp_path, monkeypatch):
     train(small(trained, training__epochs=1), tmp_path / "run")
-    monkeypatch.setattr(ArraySource, "digest", lambda self: 5)
+    monkeypatch.setattr(ArraySource, "digest", lambda self, **_: 5)
     with pytest.raises(UserError, match="other training images or labels"):
         train(small(trained, training__epochs=1), tmp_path / "run", resume=True)
+
+
+def test_a_state_with_the_former_digest_of_records_resumes(
+    trained, few_digits, tmp_path, monkeypatch
+):
+    train(small(trained, training__epochs=1), tmp_path / "run")
+    former = ArraySource.digest
+    monkeypatch.setattr(
+        ArraySource, "digest", lambda self, by_name=False: former(self) if by_name else 5
+    )
+    train(small(trained, training__epochs=1), tmp_path / "run", resume=True)
 
 
 def test_a_state_that_is_not_finite_is_not_saved(trained, tmp_path):
