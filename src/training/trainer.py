@@ -115,10 +115,10 @@ class Trainer:
                 found, state = load_newest(self.step, checkpoints)
             else:
                 found = load_progress(self.step, state)
-            if found.data != self.progress.data:
-                # Earlier versions read all of MindRecord shards for it.
-                if found.data == self.source.digest(by_name=True):
-                    found = dataclasses.replace(found, data=self.progress.data)
+            # Earlier versions took the names in MindRecord shards, which means to read them all.
+            now = self.progress.data
+            if found.data != now and found.data == self.source.digest(by_name=True):
+                found = dataclasses.replace(found, data=now)
             refuse_changes(found, self.progress, self.output, accept_changes)
             now = self.progress
             self.progress = dataclasses.replace(
