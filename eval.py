@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from src.command_line import parse
+from pathlib import Path
+
+from src.command_line import find_checkpoint, parse
 from src.errors import UserError, executable
 from src.files import write_json
 from src.runtime import log_to, prepare_environment, setup
@@ -14,7 +16,10 @@ def main(argv: list[str]) -> None:
 
     def add_arguments(parser) -> None:
         parser.add_argument(
-            "--ckpt", type=str, required=True, help="weights: .ckpt, .safetensors, .pth, .bin"
+            "--ckpt",
+            type=str,
+            required=True,
+            help="weights (.ckpt, .safetensors, .pth, .bin) or a run's folder",
         )
         parser.add_argument("--json", type=str, help="also write the figures to this file")
         parser.add_argument(
@@ -25,6 +30,7 @@ def main(argv: list[str]) -> None:
 
     description = "Evaluate a checkpoint; --config is found in its run's folder."
     config, arguments = parse(argv, "eval.py", description, add_arguments, config_beside="ckpt")
+    arguments.ckpt = str(find_checkpoint(Path(arguments.ckpt)))
     prepare_environment()
     log_to()
     from src.evaluation.evaluator import evaluate_checkpoint

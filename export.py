@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jsonargparse.typing import PositiveFloat
 
-from src.command_line import parse
+from src.command_line import find_checkpoint, parse
 from src.errors import UserError, executable
 from src.runtime import log_to, prepare_environment, setup
 
@@ -19,7 +19,10 @@ def main(argv: list[str]) -> None:
 
     def add_arguments(parser) -> None:
         parser.add_argument(
-            "--ckpt", type=str, required=True, help="weights: .ckpt, .safetensors, .pth, .bin"
+            "--ckpt",
+            type=str,
+            required=True,
+            help="weights (.ckpt, .safetensors, .pth, .bin) or a run's folder",
         )
         parser.add_argument(
             "--format", choices=FORMATS, default="mindir", help="air: on Ascend only"
@@ -45,6 +48,7 @@ def main(argv: list[str]) -> None:
 
     description = "Export a checkpoint; --config is found in its run's folder."
     config, arguments = parse(argv, "export.py", description, add_arguments, config_beside="ckpt")
+    arguments.ckpt = str(find_checkpoint(Path(arguments.ckpt)))
     batch_size = None if arguments.batch_size == "dynamic" else _count(arguments.batch_size)
     checkpoint = Path(arguments.ckpt)
     output = Path(arguments.output or checkpoint.with_suffix(f".{arguments.format}"))

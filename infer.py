@@ -1,9 +1,13 @@
-"""Classify images: python infer.py --model model.mindir --input IMAGE_OR_FOLDER [--json F]."""
+"""Classify images: python infer.py --model model.mindir --input IMAGES_OR_FOLDERS [--json F]."""
 
 from __future__ import annotations
 
+import dataclasses
+
+from jsonargparse.typing import PositiveInt
+
 from src.command_line import parse
-from src.config import RuntimeOnly
+from src.config import RuntimeConfig, RuntimeOnly
 from src.errors import UserError, executable
 from src.runtime import log_to, prepare_environment, setup
 
@@ -11,41 +15,73 @@ from src.runtime import log_to, prepare_environment, setup
 @executable
 def main(argv: list[str]) -> None:
     """Print a line per image: path, class, probability."""
-
-    def add_arguments(parser) -> None:
-        parser.add_argument("--model", type=str, required=True, help="a .mindir, .onnx or weights")
-        parser.add_argument("--input", type=str, required=True, help="an image or a folder")
-        parser.add_argument("--top_k", type=int, default=5, help="candidates an image")
-        parser.add_argument(
-            "--batch_size", type=int, default=16, help="images at once, where the model allows it"
-        )
-        parser.add_argument("--json", type=str, help="also write the candidates to this file")
-        parser.add_argument(
-            "--sheet", type=str, help="also draw the images with their classes, as a .png or .jpg"
-        )
-        parser.add_argument(
-            "--attention",
-            type=str,
-            help="also draw what the network looks at, as a .png, .pdf, ...",
-        )
-
     description = "Classify images; --config is only for a .ckpt without its run's config.yaml."
     keys, arguments = parse(argv, "infer.py", description, add_arguments, schema=RuntimeOnly)
     if arguments.top_k < 1:
         raise UserError(f"--top_k {arguments.top_k}: must be 1 or more")
     prepare_environment()
     log_to()
-    from src.deploy.attention import explain_file
-    from src.deploy.classify import classify_files
-    from src.deploy.predictor import Predictor
+    from src.deploy.attention import check_attention, explain_file
+    from src.deploy.classify import check_outputs, classify_files
+    from src.deploy.predictor import RUNTIME_OF_WEIGHTS, Predictor
 
+    runtime = {key: getattr(keys.runtime, key) for key in _given(argv) if key in RUNTIME_OF_WEIGHTS}
+    check_outputs(arguments.json, arguments.sheet, arguments.force)
     if arguments.attention:
-        keys.runtime.mode = "pynative"  # the attention is read by hooks
+        check_attention(arguments.input, arguments.attention, arguments.force)
+        runtime["mode"] = keys.runtime.mode = "pynative"  # the attention is read by hooks
     setup(keys.runtime)
-    predictor = Predictor(arguments.model, arguments.config, arguments.batch_size)
+    predictor = Predictor(
+        arguments.model,
+        arguments.config,
+        arguments.batch_size,
+        engine=arguments.engine,
+        threads=arguments.threads,
+        runtime=runtime,
+    )
     if arguments.attention:
-        explain_file(predictor, arguments.input, arguments.attention)
-    classify_files(predictor, arguments.input, arguments.top_k, arguments.json, arguments.sheet)
+        explain_file(predictor, arguments.input[0], arguments.attention, arguments.force)
+    outputs = arguments.json, arguments.sheet, arguments.force
+    classify_files(predictor, arguments.input, arguments.top_k, *outputs)
+
+
+def add_arguments(parser) -> None:
+    """The options beside the keys of `runtime`."""
+    parser.add_argument(
+        "--model", type=str, required=True, help="a .mindir, .onnx, weights or a run's folder"
+    )
+    parser.add_argument(
+        "--input", type=str, nargs="+", required=True, help="images and folders of images"
+    )
+    parser.add_argument("--top_k", type=int, default=5, help="candidates an image")
+    parser.add_argument(
+        "--batch_size", type=int, default=16, help="images at once, where the model allows it"
+    )
+    parser.add_argument(
+        "--engine",
+        choices=("auto", "openvino", "onnxruntime", "mindspore"),
+        default="auto",
+        help="auto runs an .onnx by OpenVINO where it is installed, else by onnxruntime, and all "
+        "else by MindSpore",
+    )
+    parser.add_argument("--threads", type=PositiveInt, help="that compute (default: all cores)")
+    parser.add_argument("--json", type=str, help="also write the candidates to this file")
+    parser.add_argument(
+        "--sheet", type=str, help="also draw the images with their classes, as a .png or .jpg"
+    )
+    parser.add_argument(
+        "--attention", type=str, help="also draw what the network looks at, as a .png, .pdf, ..."
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="let outputs replace files that are no earlier ones"
+    )
+
+
+def _given(argv: list[str]) -> list[str]:
+    """The keys of `runtime` that the command line names; the others are the run's own."""
+    names = {word.split("=")[0] for word in argv}
+    fields = dataclasses.fields(RuntimeConfig)
+    return [field.name for field in fields if f"--runtime.{field.name}" in names]
 
 
 if __name__ == "__main__":

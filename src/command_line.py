@@ -63,6 +63,15 @@ def run_config_of(checkpoint: str) -> Path | None:
     )
 
 
+def find_checkpoint(place: Path) -> Path:
+    """The best weights of a run where its folder is given; any other path as it is."""
+    if place.is_dir():
+        for file in (place / "checkpoints/best.ckpt", place / "best.ckpt"):
+            if file.is_file():
+                return file
+    return place
+
+
 def default_output(recipe: str) -> str:
     """The folder of a recipe's run where none is given."""
     path = Path(recipe)

@@ -81,6 +81,16 @@ def set_precision(net: nn.Cell, precision: str) -> nn.Cell:
     return net
 
 
+def require_precision(precision: str) -> None:
+    """Refuse a precision that the present device has no kernels for.
+
+    Raises:
+        UserError: bfloat16 on the CPU.
+    """
+    if precision == "bfloat16" and current_device() == "CPU":
+        raise UserError("runtime.precision bfloat16: the CPU has no such kernels; take float32")
+
+
 def set_attention(net: nn.Cell, runtime: RuntimeConfig) -> nn.Cell:
     """Let attention compute in Ascend's fused kernel where the configuration asks for it.
 

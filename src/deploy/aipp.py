@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from src.deploy.predictor import read_description
+from src.deploy.description import read_description
 
 _TEMPLATE = """\
 aipp_op {{

@@ -87,9 +87,9 @@ def check_onnx(path: Path) -> None:
 
 def _parse(model: Any, path: Path, kind: str) -> Any:
     """Fill a protobuf message from a file."""
+    if not path.is_file() or path.stat().st_size >= _MAX_BYTES:
+        raise UserError(f"{path}: not a file of less than 2 GiB; export again")
     try:
-        if not path.is_file() or path.stat().st_size >= _MAX_BYTES:
-            raise UserError(f"{path}: not a file of less than 2 GiB; export again")
         model.ParseFromString(path.read_bytes())
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None

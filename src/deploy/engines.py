@@ -18,6 +18,23 @@ ENGINES = ("auto", "openvino", "onnxruntime", "mindspore")
 Run = Callable[[np.ndarray], np.ndarray]  # float32 [B, 3, H, W] -> logits [B, num_classes]
 # MindSpore 2.8 crashes where two threads run graphs at once, be they of one network or of two.
 _MINDSPORE = threading.RLock()
+_first_process: int | None = None  # that MindSpore has run in
+
+
+def claim_mindspore() -> None:
+    """Note that MindSpore runs in this process; refuse a fork of one, where it hangs.
+
+    Raises:
+        UserError: this process is such a fork.
+    """
+    global _first_process
+    if _first_process not in (None, os.getpid()):
+        raise UserError(
+            f"MindSpore ran in process {_first_process} and hangs in a fork of it, process "
+            f"{os.getpid()}: open no model before the fork (gunicorn: without --preload; "
+            'multiprocessing: the start method "spawn")'
+        )
+    _first_process = os.getpid()
 
 
 class Session:
@@ -26,12 +43,14 @@ class Session:
     Args:
         run: float32 [B, 3, H, W] -> logits [B, num_classes].
         engine: the engine's name.
+        file: that it opened; None for a network of ours, whose errors are our own.
         lock: held during a call, where the engine takes one call at a time.
     """
 
-    def __init__(self, run: Run, engine: str, lock: Any = None) -> None:
+    def __init__(self, run: Run, engine: str, file: Path | None = None, lock: Any = None) -> None:
         self.engine = engine
         self._run = run
+        self._file = file
         self._lock = lock or contextlib.nullcontext()
         self._process = os.getpid()
 
@@ -45,7 +64,8 @@ class Session:
             Logits, float32 [B, num_classes].
 
         Raises:
-            UserError: this process is a fork of the one that opened the model.
+            UserError: the engine refuses these images, or this process is a fork of the one that
+                opened the model.
         """
         if os.getpid() != self._process:  # engines' threads do not survive a fork
             raise UserError(
@@ -54,7 +74,15 @@ class Session:
                 'multiprocessing: the start method "spawn")'
             )
         with self._lock:
-            return np.asarray(self._run(images), np.float32)
+            try:
+                return np.asarray(self._run(images), np.float32)
+            except Exception as error:  # the engines' own, of many kinds
+                if self._file is None:
+                    raise
+                raise UserError(
+                    f"{self._file}: {self.engine} can't run it on images {list(images.shape)}: "
+                    f"{_reason(error)}"
+                ) from error
 
 
 def open_model(path: str | Path, engine: str = "auto", threads: int | None = None) -> Session:
@@ -94,34 +122,47 @@ def check_engine(path: Path, engine: str) -> None:
         raise UserError(f"engine {engine}: {kind} is run by {' or '.join(fitting)}")
 
 
-def mindspore_session(network: Callable, threads: int | None = None) -> Session:
+def mindspore_session(
+    network: Callable, threads: int | None = None, *, compiled: bool = True
+) -> Session:
     """Compile a network in graph mode, whatever the process's mode is, and leave that as it is.
 
     Args:
-        network: a cell in evaluation mode, or a function of tensors.
+        network: a cell in evaluation mode.
         threads: of MindSpore's CPU kernels and of the compiled operators; for the whole process.
+        compiled: whether to; False runs it in the process's mode.
     """
     import mindspore as ms
 
-    if threads is not None:
-        from src.ops.library import set_threads
+    claim_mindspore()
+    _set_mindspore_threads(threads)
+    run = ms.jit(network) if compiled else network
+    return Session(lambda images: run(ms.Tensor(images)).asnumpy(), "mindspore", lock=_MINDSPORE)
 
-        set_threads(threads)
-        with contextlib.suppress(AttributeError, RuntimeError):  # set before, or MindSpore 2.7
-            ms.device_context.cpu.op_tuning.threads_num(threads)
-    compiled = network if isinstance(network, ms.nn.GraphCell) else ms.jit(network)
-    return Session(lambda images: compiled(ms.Tensor(images)).asnumpy(), "mindspore", _MINDSPORE)
+
+def _set_mindspore_threads(threads: int | None) -> None:
+    if threads is None:
+        return
+    import mindspore as ms
+
+    from src.ops.library import set_threads
+
+    set_threads(threads)
+    with contextlib.suppress(AttributeError, RuntimeError):  # MindSpore 2.7, or set before
+        ms.device_context.cpu.op_tuning.threads_num(threads)
 
 
 def _open_mindspore(path: Path, threads: int | None) -> Session:
     import mindspore as ms
 
+    claim_mindspore()
+    _set_mindspore_threads(threads)
     try:
         with _MINDSPORE:
             graph = ms.nn.GraphCell(ms.load(str(path)))
     except (RuntimeError, ValueError, TypeError) as error:
         raise UserError(f"{path}: damaged, or no MINDIR file ({_reason(error)})") from error
-    return mindspore_session(graph, threads)
+    return Session(lambda images: graph(ms.Tensor(images)).asnumpy(), "mindspore", path, _MINDSPORE)
 
 
 def _open_onnxruntime(path: Path, threads: int | None) -> Session:
@@ -147,7 +188,7 @@ def _open_onnxruntime(path: Path, threads: int | None) -> Session:
     def run(images: np.ndarray) -> np.ndarray:
         return session.run(None, {given.name: images.astype(dtype, copy=False)})[0]
 
-    return Session(run, "onnxruntime")
+    return Session(run, "onnxruntime", path)
 
 
 def _open_openvino(path: Path, threads: int | None) -> Session:
@@ -170,7 +211,7 @@ def _open_openvino(path: Path, threads: int | None) -> Session:
             own.request = compiled.create_infer_request()
         return own.request.infer({0: images.astype(dtype, copy=False)})[0].copy()
 
-    return Session(run, "openvino")
+    return Session(run, "openvino", path)
 
 
 _OPENERS = {"openvino": _open_openvino, "onnxruntime": _open_onnxruntime}
@@ -185,7 +226,7 @@ def _import(name: str) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    """The first line of an engine's message that says something, in at most 200 characters."""
+    """The first line of an engine's message that says something, in at most 300 characters."""
     lines = [" ".join(line.split()) for line in str(error).splitlines()]
-    spoken = (line for line in lines if line and not line.startswith(("-", "Exception from", "[")))
-    return next(spoken, type(error).__name__)[:200]
+    spoken = (line for line in lines if line and not line.startswith(("-", "Exception from")))
+    return next(spoken, type(error).__name__)[:300]

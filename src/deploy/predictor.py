@@ -2,26 +2,41 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, Union
+from typing import Any, NamedTuple, Union
 
 import numpy as np
 from mindspore import nn
 from PIL import Image
 
-from src.command_line import load_config, run_config_of
+from src.command_line import find_checkpoint, load_config, run_config_of
 from src.data import Preprocessing
+from src.data.headers import MAX_PIXELS, check_size
 from src.data.images import to_pixels
-from src.deploy.engines import Run, mindspore_session, open_model
+from src.deploy.description import read_description
+from src.deploy.engines import (
+    Session,
+    check_engine,
+    claim_mindspore,
+    mindspore_session,
+    open_model,
+)
 from src.errors import UserError
-from src.recipe import accelerate, build_model, build_preprocessing, without_flash_attention
+from src.recipe import (
+    accelerate,
+    build_model,
+    build_preprocessing,
+    require_precision,
+    without_flash_attention,
+)
 from src.weights import WEIGHT_SUFFIXES, load_weights
 
 EXPORTED_SUFFIXES = (".mindir", ".onnx")
+RUNTIME_OF_WEIGHTS = ("mode", "precision", "flash_attention", "compiled_ops")
 ImageLike = Union[str, os.PathLike, bytes, Image.Image, np.ndarray]
 
 
@@ -34,39 +49,70 @@ class Prediction(NamedTuple):
 
 
 class Predictor:
-    """A classifier ready to use.
+    """A classifier ready to use, from any thread of its process.
 
         Predictor("model.mindir")(["a.jpg", "b.png"])
 
     An image is a file's path, a file's content as `bytes`, a PIL image, or uint8 [H, W, 3] in RGB.
+    The network is compiled in graph mode whatever the process's mode is, and that stays as it is.
 
     Args:
-        path: a .mindir or .onnx with its .json beside it, or weights (a .ckpt with its run's
-            config.yaml).
+        path: a .mindir or .onnx with its .json beside it, weights (a .ckpt with its run's
+            config.yaml), or a run's folder, whose checkpoints/best.ckpt is taken.
         config: a recipe for weights that have no config.yaml beside them.
         batch_size: images at once, where the file leaves it open.
+        engine: "openvino" or "onnxruntime" for an .onnx, "mindspore" for the others; "auto" takes
+            OpenVINO where it is installed.
+        threads: that compute; None takes all cores that the process may use. MindSpore and the
+            compiled operators have one number for the whole process, the last one that was given.
+        max_pixels: larger images are refused by their header, before they take memory.
+        runtime: keys of the recipe's group `runtime` to change, for weights: any of
+            `RUNTIME_OF_WEIGHTS`.
 
     Raises:
-        UserError: a file that is missing, damaged or of another kind.
+        UserError: a file that is missing, damaged or of another kind, an engine that is missing,
+            or a process that was forked from one in which MindSpore had run.
     """
 
-    def __init__(self, path: str | Path, config: str | Path | None = None, batch_size: int = 16):
-        path = Path(path)
+    def __init__(
+        self,
+        path: str | Path,
+        config: str | Path | None = None,
+        batch_size: int = 16,
+        *,
+        engine: str = "auto",
+        threads: int | None = None,
+        max_pixels: int = MAX_PIXELS,
+        runtime: Mapping[str, Any] | None = None,
+    ):
+        path = find_checkpoint(Path(path).expanduser())
+        for name, number in (
+            ("batch_size", batch_size),
+            ("threads", threads),
+            ("max_pixels", max_pixels),
+        ):
+            if number is not None and number < 1:
+                raise UserError(f"{name} {number}: must be 1 or more")
         if not path.is_file():
             raise UserError(f"{path}: no such file; give a .mindir, an .onnx or weights")
-        if batch_size < 1:
-            raise UserError(f"batch_size {batch_size}: must be 1 or more")
+        check_engine(path, engine)
         if path.suffix in EXPORTED_SUFFIXES:
-            opened = _open_exported(path, config)
+            opened = _open_exported(path, config, engine, threads, runtime)
         elif path.suffix in WEIGHT_SUFFIXES:
-            opened = _open_weights(path, config)
+            opened = _open_weights(path, config, threads, runtime or {})
         else:
             known = " ".join((*EXPORTED_SUFFIXES, *WEIGHT_SUFFIXES))
             raise UserError(f"{path}: must be one of {known}")
-        self._run, self._network, self.preprocessing, self.class_names, fixed = opened
-        self.batch_size = fixed or batch_size
-        self._filled_to = fixed or 0  # a compiled network takes the batch sizes that it has seen
+        self._run, self._network, self.preprocessing, self.class_names, self._fixed = opened
+        self.batch_size = self._fixed or batch_size
+        self.max_pixels = max_pixels
+        self._sizes: set[int] = set()  # batches that the network was compiled for
         self._path = path
+
+    @property
+    def engine(self) -> str:
+        """The engine that runs the model: "openvino", "onnxruntime" or "mindspore"."""
+        return self._run.engine
 
     @property
     def network(self) -> nn.Cell:
@@ -90,12 +136,13 @@ class Predictor:
         name = f"{image}: " if isinstance(image, (str, os.PathLike)) else ""
         try:
             if isinstance(image, Image.Image):
+                check_size(*image.size, self.max_pixels)
                 image = to_pixels(image)
             elif name:
                 image = Path(image).read_bytes()
             elif not isinstance(image, (bytes, np.ndarray)):
                 raise ValueError(f"an image is a path, bytes, PIL image or array, not {image!r}")
-            return self.preprocessing(image)
+            return self.preprocessing(image, self.max_pixels)
         except OSError as error:
             reason = error.strerror or "not a readable image"
             raise UserError(f"{name}{reason}; give an image file") from None
@@ -128,13 +175,15 @@ class Predictor:
             isinstance(images, np.ndarray) and images.ndim < 4
         ):
             raise UserError("a Predictor takes several images: give a list, if need be of one")
-        remaining = iter(images)
+        remaining, largest = iter(images), 0
         while True:
             batch = [self._try(image) for image in islice(remaining, self.batch_size)]
             if not batch:
                 return
             readable = [each for each in batch if isinstance(each, np.ndarray)]
-            predictions = iter(self.classify(np.stack(readable), top_k) if readable else ())
+            logits = self._logits(np.stack(readable), largest) if readable else ()
+            largest = max(largest, len(readable))
+            predictions = iter(self._rank(logits, top_k))
             for each in batch:
                 yield next(predictions) if isinstance(each, np.ndarray) else each
 
@@ -146,7 +195,12 @@ class Predictor:
 
     def classify(self, inputs: np.ndarray, top_k: int = 5) -> list[list[Prediction]]:
         """As calling, for prepared inputs float32 [N, 3, H, W], N at most `batch_size`."""
-        logits = self.logits(inputs).astype(np.float64)
+        return self._rank(self.logits(inputs), top_k)
+
+    def _rank(self, logits: Sequence[np.ndarray], top_k: int) -> list[list[Prediction]]:
+        if not len(logits):
+            return []
+        logits = np.asarray(logits, np.float64)
         weights = np.exp(logits - logits.max(axis=1, keepdims=True))
         probabilities = weights / weights.sum(axis=1, keepdims=True)
         best = np.argsort(-probabilities, axis=1, kind="stable")[:, :top_k]
@@ -159,76 +213,84 @@ class Predictor:
         """Prepared inputs float32 [N, 3, H, W], N at most `batch_size` -> float32 [N, classes].
 
         Raises:
-            UserError: they are not finite.
+            UserError: they are not finite, or N is larger than the file's batch.
         """
-        if self._network is not None:
-            self._filled_to = max(self._filled_to, len(inputs))
-        missing = max(self._filled_to - len(inputs), 0)
-        logits = self._run(np.pad(inputs, ((0, missing), (0, 0), (0, 0), (0, 0))))[: len(inputs)]
+        return self._logits(inputs)
+
+    def _logits(self, inputs: np.ndarray, at_hand: int = 0) -> np.ndarray:
+        count = len(inputs)
+        size = self._batch_for(count, at_hand)
+        if size < count:
+            raise UserError(f"{self._path}: takes {size} images at once, not {count}")
+        if size > count:
+            inputs = np.pad(inputs, ((0, size - count), (0, 0), (0, 0), (0, 0)))
+        logits = self._run(inputs)[:count]
         if not np.isfinite(logits).all():
             raise UserError(f"{self._path}: its output is not finite: the weights are damaged")
+        if self.class_names and logits.shape[1:] != (len(self.class_names),):
+            raise UserError(
+                f"{self._path}: has {logits.shape[1:]} outputs and {len(self.class_names)} class "
+                "names: its .json or config.yaml is another model's"
+            )
         return logits
+
+    def _batch_for(self, count: int, at_hand: int) -> int:
+        """The batch to fill up to: a compiled one where that saves a compilation.
+
+        Args:
+            count: of images.
+            at_hand: a batch of the same stream, whose last one may be smaller.
+        """
+        if self._fixed or self._network is None:
+            return self._fixed or count
+        fitting = [size for size in self._sizes if count <= size <= max(2 * count, at_hand)]
+        size = min(fitting, default=count)
+        self._sizes.add(size)
+        return size
 
     def _name(self, label: int) -> str:
         return self.class_names[label] if label < len(self.class_names) else str(label)
 
 
-_Opened = tuple[Run, Union[nn.Cell, None], Preprocessing, list[str], Union[int, None]]
+_Opened = tuple[Session, Union[nn.Cell, None], Preprocessing, list[str], Union[int, None]]
 
 
-def read_description(path: str | Path) -> dict:
-    """What export.py wrote beside an exported file, its preprocessing as `Preprocessing`.
-
-    Args:
-        path: of the model, not of the .json.
-
-    Raises:
-        UserError: it is missing or not what export.py wrote.
-    """
-    beside = Path(f"{path}.json")
-    try:
-        description = json.loads(beside.read_text(encoding="utf-8"))
-        description["preprocessing"] = Preprocessing.from_dict(description["preprocessing"])
-        description["class_names"] = list(description["class_names"] or [])
-        description["input_shape"] = tuple(description["input_shape"])
-    except OSError:
-        raise UserError(
-            f"{beside}: missing; keep it beside the model, export.py wrote it"
-        ) from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{beside}: not what export.py wrote ({error}); export again") from None
-    return description
-
-
-def _open_exported(path: Path, config: str | Path | None) -> _Opened:
+def _open_exported(
+    path: Path,
+    config: str | Path | None,
+    engine: str,
+    threads: int | None,
+    runtime: Mapping[str, Any] | None,
+) -> _Opened:
     if config is not None:
         raise UserError(f"--config {config}: is for weights only; {path}.json has all that counts")
+    for key in runtime or ():
+        raise UserError(f"runtime.{key}: is for weights only; export.py settled it for {path}")
     description = read_description(path)
-    fixed = description["input_shape"][0]
-    return (
-        open_model(path),
-        None,
-        description["preprocessing"],
-        description["class_names"],
-        fixed,
-    )
+    session = open_model(path, engine, threads)
+    names, fixed = description["class_names"], description["input_shape"][0]
+    return session, None, description["preprocessing"], names, fixed
 
 
-def _open_weights(path: Path, config: str | Path | None) -> _Opened:
+def _open_weights(
+    path: Path, config: str | Path | None, threads: int | None, runtime: Mapping[str, Any]
+) -> _Opened:
     config = config or run_config_of(path)
     if config is None:
         raise UserError(f"{path}: no config.yaml of a run beside it; give --config")
     settings = load_config(Path(config))
     if settings.model.num_classes is None:
         raise UserError(f"{config}: model.num_classes is not set; give the run's config.yaml")
-    net = build_model(without_flash_attention(settings))
+    for key in set(runtime) - set(RUNTIME_OF_WEIGHTS):
+        raise UserError(f"runtime.{key}: choose from {', '.join(RUNTIME_OF_WEIGHTS)}")
+    if not runtime.get("flash_attention"):
+        settings = without_flash_attention(settings)
+    settings.runtime = dataclasses.replace(settings.runtime, **runtime)
+    claim_mindspore()
+    require_precision(settings.runtime.precision)
+    net = build_model(settings)
     load_weights(net, path)
     accelerate(net, settings.runtime).set_train(False)
-    names = settings.data.class_names or []
-    return (
-        mindspore_session(net),
-        net,
-        build_preprocessing(settings),
-        names,
-        None,
-    )
+    compiled = runtime.get("mode") != "pynative"
+    session = mindspore_session(net, threads, compiled=compiled)
+    return session, net, build_preprocessing(settings), settings.data.class_names or [], None

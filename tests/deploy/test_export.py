@@ -12,9 +12,10 @@ import pytest
 from src.command_line import load_config
 from src.deploy import export as room
 from src.deploy import formats
+from src.deploy.description import read_description
 from src.deploy.export import ExportOptions
 from src.deploy.fuse import Rewrites
-from src.deploy.predictor import Predictor, read_description
+from src.deploy.predictor import Predictor
 from src.errors import UserError
 from src.models.compiled import use_compiled
 from src.recipe import build_model, uses_compiled

@@ -1,0 +1,100 @@
+"""What export.py writes beside an exported file, read back with every value checked.
+
+The file may come from a stranger: a size in it decides how much memory is taken, a name is shown.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from src.data import Preprocessing
+from src.errors import UserError
+
+_MAX_BYTES = 16 << 20  # of the .json
+_MAX_EDGE = 4096  # pixels
+_MAX_FLOATS = 1 << 26  # of a batch, 256 MiB: 445 images of 224 px
+_MAX_CLASSES, _MAX_NAME = 100_000, 1_000
+
+
+def read_description(path: str | Path) -> dict[str, Any]:
+    """Read the description beside an exported file.
+
+    Args:
+        path: of the model, not of the .json.
+
+    Returns:
+        What export.py wrote, with `preprocessing` as `Preprocessing`, `class_names` as a list that
+        is empty where the names are unknown, and `input_shape` as (batch or None, 3, H, W).
+
+    Raises:
+        UserError: it is missing or not what export.py wrote.
+    """
+    beside = Path(f"{path}.json")
+    try:
+        if beside.stat().st_size > _MAX_BYTES or not beside.is_file():
+            raise ValueError("too large, or no file")
+        description = json.loads(beside.read_text(encoding="utf-8"))
+        if not isinstance(description, dict):
+            raise ValueError("no object of keys and values")
+        description["preprocessing"] = _preprocessing(description["preprocessing"])
+        description["class_names"] = _class_names(description["class_names"])
+        description["input_shape"] = _input_shape(
+            description["input_shape"], description["preprocessing"]
+        )
+    except OSError:
+        raise UserError(
+            f"{beside}: missing; keep it beside the model, export.py wrote it"
+        ) from None
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        reason = f"no key {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        raise UserError(
+            f"{beside}: not what export.py wrote ({reason[:200]}); export again"
+        ) from None
+    return description
+
+
+def _preprocessing(values: Any) -> Preprocessing:
+    if not isinstance(values, dict):
+        raise ValueError("preprocessing has no keys")
+    for key in ("image_size", "resize"):
+        sizes = values.get(key)
+        for size in sizes if isinstance(sizes, list) else [sizes]:
+            if size is None and key == "resize":
+                continue
+            if type(size) is not int or not 1 <= size <= _MAX_EDGE:
+                raise ValueError(f"preprocessing.{key} must lie in 1..{_MAX_EDGE} pixels")
+    for key in ("mean", "std"):
+        numbers = values.get(key)
+        if not isinstance(numbers, list) or not all(
+            type(number) in (int, float) and math.isfinite(number) for number in numbers
+        ):
+            raise ValueError(f"preprocessing.{key} must be three numbers")
+    if not isinstance(values.get("interpolation"), str):
+        raise ValueError("preprocessing.interpolation must be a name")
+    return Preprocessing.from_dict(values)
+
+
+def _class_names(names: Any) -> list[str]:
+    if names is None:
+        return []
+    if not isinstance(names, list) or len(names) > _MAX_CLASSES:
+        raise ValueError(f"class_names must be a list of at most {_MAX_CLASSES} names")
+    if not all(isinstance(name, str) and len(name) <= _MAX_NAME for name in names):
+        raise ValueError(f"class_names must be texts of at most {_MAX_NAME} letters")
+    return names
+
+
+def _input_shape(shape: Any, preprocessing: Preprocessing) -> tuple[int | None, int, int, int]:
+    if not isinstance(shape, list) or shape[1:] != [3, *preprocessing.image_size]:
+        raise ValueError("input_shape must be [batch, 3, *preprocessing.image_size]")
+    batch = shape[0]
+    if batch is not None and (
+        type(batch) is not int or not 1 <= batch <= _MAX_FLOATS // math.prod(shape[1:])
+    ):
+        raise ValueError(
+            f"input_shape[0] must be null, or 1..{_MAX_FLOATS // math.prod(shape[1:])} images"
+        )
+    return tuple(shape)

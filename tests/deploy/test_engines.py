@@ -1,0 +1,308 @@
+"""Engines on tiny graphs: from any thread, after a fork, and files that do more than arithmetic."""
+
+import os
+import threading
+from pathlib import Path
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import Tensor, nn
+
+from src.deploy import contents, engines
+from src.deploy.engines import Session, mindspore_session, open_model
+from src.errors import UserError
+from src.ops import functions
+
+onnx = pytest.importorskip("onnx")
+CLASSES, SHAPE = 5, (3, 3, 8, 8)
+ENGINES = ("mindspore", "onnxruntime", "openvino")
+
+
+class Tiny(nn.Cell):
+    """Flattens and multiplies: small, but run by the engines' threads."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense = nn.Dense(192, CLASSES, has_bias=False)
+        weight = np.random.default_rng(1).standard_normal((CLASSES, 192)).astype(np.float32)
+        self.dense.weight.set_data(Tensor(weight))
+
+    def construct(self, x):
+        return self.dense(x.reshape((x.shape[0], -1)))
+
+
+def onnx_model(weight: np.ndarray, batch="n") -> "onnx.ModelProto":
+    """Tiny as an ONNX graph; the weight's dtype is the arithmetic's."""
+    kind = onnx.helper.np_dtype_to_tensor_dtype(weight.dtype)
+    graph = onnx.helper.make_graph(
+        [
+            onnx.helper.make_node("Flatten", ["images"], ["flat"], axis=1),
+            onnx.helper.make_node("MatMul", ["flat", "w"], ["logits"]),
+        ],
+        "tiny",
+        [onnx.helper.make_tensor_value_info("images", kind, [batch, *SHAPE[1:]])],
+        [onnx.helper.make_tensor_value_info("logits", kind, [batch, CLASSES])],
+        [onnx.numpy_helper.from_array(weight, "w")],
+    )
+    opsets = [onnx.helper.make_opsetid("", 13)]
+    return onnx.helper.make_model(graph, opset_imports=opsets, ir_version=8)
+
+
+@pytest.fixture(scope="module")
+def weight():
+    return Tiny().dense.weight.asnumpy().T.copy()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, weight):
+    """The same network for each engine."""
+    folder = tmp_path_factory.mktemp("engines")
+    ms.set_context(mode=ms.GRAPH_MODE)
+    example = Tensor(shape=(None, *SHAPE[1:]), dtype=ms.float32)
+    ms.export(Tiny().set_train(False), example, file_name=str(folder / "t"), file_format="MINDIR")
+    onnx.save(onnx_model(weight), str(folder / "t.onnx"))
+    return {"mindspore": folder / "t.mindir", "onnxruntime": folder / "t.onnx",
+            "openvino": folder / "t.onnx"}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def images():
+    return np.random.default_rng(0).standard_normal(SHAPE).astype(np.float32)
+
+
+def open_with(files, engine, **options) -> Session:
+    if engine != "mindspore":
+        pytest.importorskip(engine)
+    return open_model(files[engine], engine, **options)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("threads", [None, 1, 2])
+def test_an_engine_computes_the_product(files, images, weight, engine, threads):
+    session = open_with(files, engine, threads=threads)
+    assert session.engine == engine
+    found = session(images)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, images.reshape(3, -1) @ weight, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_four_threads_get_what_one_gets(files, images, engine):
+    check_threads(open_with(files, engine), images)
+
+
+def test_four_threads_on_a_network(images):
+    check_threads(mindspore_session(Tiny().set_train(False)), images)
+
+
+def check_threads(session, images):
+    expected = {size: session(images[:size]) for size in (1, 3)}
+    wrong = []
+
+    def work(size):
+        try:
+            for _ in range(50):
+                if not np.array_equal(session(images[:size]), expected[size]):
+                    wrong.append(size)
+        except Exception as error:
+            wrong.append(error)
+
+    workers = [threading.Thread(target=work, args=(size,)) for size in (1, 3, 1, 3)]
+    for each in workers:
+        each.start()
+    for each in workers:
+        each.join()
+    assert not wrong
+
+
+def in_a_fork(action) -> str:
+    """What an action in a forked process returns; it has 20 seconds."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            said = action()
+        except UserError as error:
+            said = f"UserError: {error}"
+        except BaseException as error:
+            said = repr(error)
+        os.write(writer, str(said).encode())
+        os._exit(0)
+    limit = threading.Timer(20, os.kill, (child, 9))
+    limit.start()
+    os.waitpid(child, 0)
+    limit.cancel()
+    os.close(writer)
+    with os.fdopen(reader) as said:
+        return said.read()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_after_a_fork_one_line_says_what_to_do(files, images, engine):
+    session = open_with(files, engine)
+    session(images)
+    said = in_a_fork(lambda: session(images))
+    assert said.startswith("UserError: the model was opened in process") and "spawn" in said
+    session(images)  # the parent's still works
+
+
+def test_mindspore_is_not_used_in_a_fork_of_a_process_that_used_it(files, images):
+    """It would hang."""
+    open_model(files["mindspore"])(images)
+    said = in_a_fork(lambda: open_model(files["mindspore"])(images))
+    assert said.startswith("UserError: MindSpore ran in process") and "spawn" in said
+
+
+def test_the_mode_of_the_process_stays(images):
+    """And the network is compiled: in PyNative mode `construct` would run at each call."""
+    runs = []
+
+    class Counted(Tiny):
+        def construct(self, x):
+            runs.append(1)
+            return super().construct(x)
+
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+    session = mindspore_session(Tiny().set_train(False))
+    first = session(images)
+    assert ms.get_context("mode") == ms.PYNATIVE_MODE
+    plain = mindspore_session(Counted().set_train(False), compiled=False)
+    np.testing.assert_allclose(plain(images), first, atol=1e-5)
+    plain(images)
+    assert len(runs) == 2
+
+
+def test_float16_arithmetic(tmp_path, images, weight):
+    """The file takes float16; the caller need not know."""
+    onnx.save(onnx_model(weight.astype(np.float16)), str(tmp_path / "h.onnx"))
+    for engine in ("onnxruntime", "openvino"):
+        pytest.importorskip(engine)
+        found = open_model(tmp_path / "h.onnx", engine)(images)
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found, images.reshape(3, -1) @ weight, rtol=2e-2, atol=0.1)
+
+
+def test_the_engine_is_chosen(files, monkeypatch):
+    monkeypatch.setattr(engines, "_import", lambda name: None)
+    with pytest.raises(UserError, match="pip install openvino, or pip install onnxruntime"):
+        open_model(files["onnxruntime"])
+    monkeypatch.undo()
+    for name in ("openvino", "onnxruntime"):
+        pytest.importorskip(name)
+    assert open_model(files["openvino"]).engine == "openvino"
+    real = engines._import
+    monkeypatch.setattr(engines, "_import", lambda n: None if n == "openvino" else real(n))
+    assert open_model(files["openvino"]).engine == "onnxruntime"
+    with pytest.raises(UserError, match="OpenVINO is not installed"):
+        open_model(files["openvino"], "openvino")
+    with pytest.raises(UserError, match="engine mindspore: .onnx is run by openvino or onnxr"):
+        open_model(files["openvino"], "mindspore")
+    with pytest.raises(UserError, match="engine openvino: .mindir is run by mindspore"):
+        open_model(files["mindspore"], "openvino")
+    with pytest.raises(UserError, match="engine tvm: must be one of auto"):
+        open_model(files["mindspore"], "tvm")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_images_that_a_file_does_not_take(files, engine):
+    """As from a .json of another file: the engine's own words in one line."""
+    session = open_with(files, engine)
+    with pytest.raises(UserError, match=f"t.(onnx|mindir): {engine} can't run it on images"):
+        session(np.zeros((1, 3, 9, 9), np.float32))
+
+
+def test_the_reason_of_an_engine_is_told(tmp_path, weight):
+    model = onnx_model(weight)
+    model.graph.node[0].op_type = "NoSuchOperator"
+    onnx.save(model, str(tmp_path / "t.onnx"))
+    for engine in ("onnxruntime", "openvino"):
+        pytest.importorskip(engine)
+        with pytest.raises(UserError, match="t.onnx: .* refuses it: .*NoSuchOperator"):
+            open_model(tmp_path / "t.onnx", engine)
+
+
+@pytest.mark.parametrize("content", [b"", b"nothing", b"\x0a\xff\xff\xff\xff\x0f", b"\x08\x07"])
+@pytest.mark.parametrize("suffix", [".onnx", ".mindir"])
+def test_damaged_files(tmp_path, content, suffix):
+    (tmp_path / f"m{suffix}").write_bytes(content)
+    with pytest.raises(UserError, match="damaged, or no (ONNX|MINDIR) file"):
+        open_model(tmp_path / f"m{suffix}")
+
+
+def test_a_mindir_that_would_load_a_library_is_not_opened(built, tmp_path, monkeypatch):
+    """MindSpore loads it while it opens the file, so the file must not get that far."""
+
+    class Net(nn.Cell):
+        def __init__(self):
+            super().__init__()
+            self.softmax = functions.Softmax(built, 1.0)
+
+        def construct(self, x):
+            return self.softmax(x)
+
+    file = tmp_path / "custom.mindir"
+    ms.export(Net(), Tensor(np.zeros((2, 4), np.float32)), file_name=str(file),
+              file_format="MINDIR")  # fmt: skip
+    monkeypatch.setattr(ms, "load", lambda *_: pytest.fail("MindSpore has opened it"))
+    with pytest.raises(UserError, match="custom.mindir: not opened: its operator Custom"):
+        open_model(file)
+
+
+@pytest.mark.parametrize("place", ["primitive", "node", "function"])
+def test_an_operator_is_found_wherever_a_mindir_names_it(files, tmp_path, place):
+    from mindspore.train.mind_ir_pb2 import ModelProto
+
+    model = ModelProto.FromString(files["mindspore"].read_bytes())
+    if place == "primitive":
+        model.primitives.add(name="x", op_type="PyExecute")
+    elif place == "node":
+        model.graph.node.add(op_type="PyExecute")
+    else:
+        model.functions.add().node.add(op_type="PyExecute")
+    (tmp_path / "m.mindir").write_bytes(model.SerializeToString())
+    with pytest.raises(UserError, match="its operator PyExecute is none that"):
+        open_model(tmp_path / "m.mindir")
+
+
+def test_weights_in_other_files_are_not_read(files, tmp_path, weight):
+    """A name like ../../secret would be read by the engine."""
+    from mindspore.train.mind_ir_pb2 import ModelProto
+
+    model = ModelProto.FromString(files["mindspore"].read_bytes())
+    model.graph.parameter[0].external_data.location = "../secret"
+    (tmp_path / "m.mindir").write_bytes(model.SerializeToString())
+    with pytest.raises(UserError, match="m.mindir: not opened: it names other files"):
+        open_model(tmp_path / "m.mindir")
+    outside = onnx_model(weight)
+    tensor = outside.graph.initializer[0]
+    tensor.ClearField("raw_data")
+    tensor.data_location = tensor.EXTERNAL
+    tensor.external_data.add(key="location", value="../secret")
+    constant = onnx_model(weight)
+    inner = onnx.helper.make_graph(
+        [onnx.helper.make_node("Constant", [], ["c"], value=tensor)], "inner", [], []
+    )
+    constant.graph.node.append(onnx.helper.make_node("If", ["c"], [], then_branch=inner))
+    for name, each in (("weight", outside), ("inner constant", constant)):
+        path = tmp_path / f"{name}.onnx"
+        path.write_bytes(each.SerializeToString())
+        with pytest.raises(UserError, match=f"{name}.onnx: not opened: its weights lie in other"):
+            open_model(path)
+
+
+def test_operators_of_all_that_is_exported_are_known():
+    """Those seen in the MINDIRs of every network and option, as trained and as exported."""
+    seen = (
+        "Add AvgPool BatchMatMul BatchNorm BiasAdd BroadcastTo Concat Constant Conv2D Depend Div "
+        "Erf ExpandDims LayerNorm Load MakeTuple MatMul MaxPool Mul Muls PadV3 ReLU ReduceMean "
+        "Reshape Shape SiLU Sigmoid Softmax Split Squeeze StridedSlice Transpose TupleGetItem "
+        "UpdateState Cast"
+    )
+    assert not set(seen.split()) - set(contents._MINDIR_OPERATORS.split())
+
+
+def test_a_folder_is_no_file(tmp_path):
+    (tmp_path / "m.onnx").mkdir()
+    with pytest.raises(UserError, match="m.onnx: not a file"):
+        open_model(Path(tmp_path / "m.onnx"))
