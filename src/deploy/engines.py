@@ -226,7 +226,10 @@ def _import(name: str) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    """The first line of an engine's message that says something, in at most 300 characters."""
-    lines = [" ".join(line.split()) for line in str(error).splitlines()]
-    spoken = (line for line in lines if line and not line.startswith(("-", "Exception from")))
-    return next(spoken, type(error).__name__)[:300]
+    """What an engine's message says beside its own places in C++, in at most 300 characters."""
+    lines = (" ".join(line.split()) for line in str(error).splitlines())
+    places = ("Exception from", "Check '", "----")
+    return (
+        " ".join(line for line in lines if not line.startswith(places)).strip()[:300]
+        or type(error).__name__
+    )

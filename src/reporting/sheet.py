@@ -10,6 +10,8 @@ from typing import NamedTuple
 from matplotlib import font_manager
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from src.reporting.pictures import save_image
+
 SHEET_SUFFIXES = (".png", ".jpg", ".jpeg", ".pdf")
 _COLUMNS = 8
 _EDGE, _CAPTION, _GAP = 160, 44, 12  # pixels
@@ -38,7 +40,7 @@ def draw_sheet(tiles: Sequence[Tile], path: Path) -> None:
         path: of the picture, with one of `SHEET_SUFFIXES`.
 
     Raises:
-        OSError: it can't be written.
+        UserError: it can't be written.
     """
     columns = min(_COLUMNS, len(tiles))
     width, height = _EDGE + _GAP, _EDGE + _CAPTION + _GAP
@@ -47,7 +49,7 @@ def draw_sheet(tiles: Sequence[Tile], path: Path) -> None:
     for i, tile in enumerate(tiles):
         left, top = _GAP + i % columns * width, _GAP + i // columns * height
         sheet.paste(_draw_tile(tile), (left, top))
-    sheet.save(path)
+    save_image(sheet, path)
 
 
 def _draw_tile(tile: Tile) -> Image.Image:

@@ -1,6 +1,7 @@
 """Files and folders on the command line of infer.py, without a network."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -77,8 +78,9 @@ def test_a_sheet_shows_each_image(folder, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="--sheet s.txt: must end in one of .png"):
         classify_files(Brightness(), str(folder), 1, None, "s.txt")
     monkeypatch.undo()
-    with pytest.raises(UserError, match="give another file"):
-        classify_files(Brightness(), str(folder / "sub0/0.png"), 1, None, "nowhere/s.png")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="--sheet .*file is no folder; give another file"):
+        classify_files(Brightness(), str(folder / "sub0/0.png"), 1, None, f"{tmp_path}/file/s.png")
 
 
 def test_places_without_images_are_refused(tmp_path):
@@ -87,3 +89,63 @@ def test_places_without_images_are_refused(tmp_path):
     (tmp_path / "note.txt").touch()
     with pytest.raises(UserError, match="no images in it"):
         classify_files(Brightness(), str(tmp_path), 1, None)
+
+
+def test_several_files_and_folders(folder, tmp_path, capsys):
+    """In the order of the command line; what is named twice counts once."""
+    other = tmp_path / "z.png"
+    Image.new("RGB", (4, 4), (0, 0, 0)).save(other)
+    places = [str(other), str(folder / "sub0"), str(other)]
+    classify_files(Brightness(), places, 1, None)
+    printed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert printed == [str(other), str(folder / "sub0/0.png"), str(folder / "sub0/2.png")]
+    with pytest.raises(UserError, match="--input .*gone: no such file"):
+        classify_files(Brightness(), [*places, str(tmp_path / "gone")], 1, None)
+
+
+class Hostile(Brightness):
+    """Class names that a terminal would obey."""
+
+    def stream(self, paths, top_k):
+        for each in super().stream(paths, top_k):
+            yield [each[0]._replace(name="\x1b]0;owned\x07\nok")]
+
+
+def test_names_that_a_terminal_would_obey_are_escaped(tmp_path, capsys):
+    file = tmp_path / "a\x1b[2J\n.png"
+    Image.new("RGB", (4, 4)).save(file)
+    classify_files(Hostile(), [str(file)], 1, str(tmp_path / "out.json"))
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 1 and "\x1b" not in printed and "\x07" not in printed
+    assert r"a\x1b[2J\n.png  \x1b]0;owned\x07\nok  0.7500" in printed
+    written = json.loads((tmp_path / "out.json").read_text())[0]
+    assert written["file"] == str(file) and written["top"][0]["name"] == "\x1b]0;owned\x07\nok"
+
+
+def test_a_name_that_is_not_utf8(tmp_path, capsys):
+    name = os.fsdecode(bytes(tmp_path / "caf") + b"\xe9.png")
+    Image.new("RGB", (4, 4)).save(name)
+    classify_files(Brightness(), [str(tmp_path)], 1, str(tmp_path / "out.json"))
+    assert r"caf\xe9.png  dark" in capsys.readouterr().out
+    written = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    assert [entry["file"] for entry in written] == [name]
+
+
+def test_a_result_replaces_only_a_result(folder, tmp_path):
+    """Told before the first image is read."""
+    image = str(folder / "sub0/0.png")
+    labels, photo = tmp_path / "labels.json", tmp_path / "photo.png"
+    labels.write_text('{"0": "cat"}')
+    Image.new("RGB", (4, 4)).save(photo)
+    for outputs in ((str(labels), None), (None, str(photo)), ("gone.json/x", None)):
+        if outputs[0] == "gone.json/x":
+            (tmp_path / "gone.json").touch()
+            outputs = (str(tmp_path / "gone.json/x"), None)
+        with pytest.raises(UserError, match="--(json|sheet) .*(--force|is no folder)"):
+            classify_files(None, image, 1, *outputs)  # no predictor: nothing may be classified
+    assert labels.read_text() == '{"0": "cat"}'
+    results, sheet = tmp_path / "deep/er/r.json", tmp_path / "deep/s.png"
+    for _ in range(2):
+        classify_files(Brightness(), image, 1, str(results), str(sheet))
+    classify_files(Brightness(), image, 1, str(labels), None, force=True)
+    assert json.loads(labels.read_text()) == json.loads(results.read_text())
