@@ -5,14 +5,16 @@ project=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=scripts/environment.sh
 source "$project/scripts/environment.sh"
 
-# from_project WORD...: run the interpreter with these words from the user's folder.
+# from_project FILE WORD...: run one of the project's files in the user's folder. Nothing is imported
+# from there: an empty entry in PYTHONPATH, as CANN's set_env.sh leaves behind, would mean it.
 from_project() {
-  local user=$PWD
+  local user=$PWD entry paths=$project
+  while IFS= read -r -d: entry; do [ -z "$entry" ] || paths+=:$entry; done <<<"${PYTHONPATH-}:"
   cd "$project" || return
   environment requirements.txt
   cd "$user" || return
   case $PYTHON in .venv/*) PYTHON=$project/$PYTHON ;; esac
-  PYTHONPATH=$project${PYTHONPATH:+:$PYTHONPATH} exec "$PYTHON" "$@"
+  PYTHONPATH=$paths exec "$PYTHON" "$@"
 }
 
 # program NAME WORD...: show the command and run it; with --dry_run among the words only show it.

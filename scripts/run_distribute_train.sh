@@ -5,4 +5,4 @@
 set -euo pipefail
 # shellcheck source=scripts/command.sh
 source "$(dirname "${BASH_SOURCE[0]}")/command.sh"
-from_project -m src.launch "$@"
+from_project "$project/src/launch/__main__.py" "$@"

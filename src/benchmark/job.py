@@ -27,7 +27,8 @@ PEERS = {
 }
 HF = ("hf", "hf_compiled")
 SCRIPTS = Path(__file__).parent / "peers"
-WORKER = [sys.executable, "-m", "src.benchmark.worker"]
+# By path: with -m Python would import from the user's folder first.
+WORKER = [sys.executable, str(Path(__file__).with_name("worker.py"))]
 
 
 class Plan(NamedTuple):

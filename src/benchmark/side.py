@@ -34,7 +34,8 @@ class Side:
         self.is_peer = plan.remedy is not None
         self._plan = plan
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - it lives as long as the process
-        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        # An empty entry would mean the current folder.
+        path = filter(None, [str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
         threads = dict.fromkeys(THREAD_VARIABLES, str(len(cores)))
         try:
             with _on_cores(cores):
@@ -43,7 +44,7 @@ class Side:
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=self._log,
-                    env={**os.environ, **threads, "PYTHONPATH": path},
+                    env={**os.environ, **threads, "PYTHONPATH": os.pathsep.join(path)},
                     text=True,
                 )
         except OSError as error:

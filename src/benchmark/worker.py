@@ -1,4 +1,4 @@
-"""Our side of a measurement: python -m src.benchmark.worker, told by `src.benchmark.protocol`."""
+"""Our side of a measurement, a program of its own, told what to do by `src.benchmark.protocol`."""
 
 from __future__ import annotations
 

@@ -10,12 +10,15 @@ from src.launch.job import describe, run
 from src.launch.plan import read_plan
 
 USAGE = """\
-usage: bash scripts/run_distribute_train.sh CONFIG DATA [DEVICE_NUM] [--dry_run] [--key value ...]
+usage: bash scripts/run_distribute_train.sh CONFIG DATA [DEVICE_NUM] [--dry_run] [--bind_core]
+                                            [--key value ...]
 
   CONFIG       recipe, as config/imagenet/cvt_13_224.yaml
   DATA         the data's folder, or - for the recipe's own
   DEVICE_NUM   devices of this host; default: all that are visible
   --dry_run    show each rank's command and environment, start nothing
+  --bind_core  let msrun bind each rank to cores near its device; with a value, to the value's:
+               --bind_core='{"device0": ["0-11"], "device1": ["12-23"]}'
   --key value  for train.py: --output DIR, --resume, --optimizer.lr 1e-3 ...
 
 from the environment:
@@ -24,8 +27,8 @@ from the environment:
   NODE_RANK         number of this host, from 0
   MASTER_ADDR       address of host 0
   MASTER_PORT       its port for the ranks to meet (default 8118)
-  RANK_TABLE_FILE   HCCL rank table of older Ascend clusters; replaces the four above
   PYTHON            the interpreter
+for HCCL, where it is not already set: HCCL_CONNECT_TIMEOUT (1800), HCCL_EXEC_TIMEOUT (7140)
 """
 
 

@@ -20,14 +20,19 @@ from src.errors import UserError
 from src.launch.plan import Plan
 
 POLL_SECONDS = 0.5
+MSRUN = str(Path(__file__).with_name("msrun.py"))
+SET_BY_MSRUN = ("MS_WORKER_NUM", "MS_SCHED_HOST", "MS_SCHED_PORT", "MS_ROLE", "RANK_SIZE")
 REASON = re.compile(r"([\w.]+: )?[\w.]*(error|Error|Interrupt)\b.*: .")
+# What MindSpore's heartbeat says where a rank of another host, or that host, is gone.
+CLUSTER = re.compile(r"state of the cluster is error|meta server|heartbeat", re.IGNORECASE)
+ELSEWHERE = "; a rank of another host ended or can't be reached: its host's log has the reason"
 FAILED = re.compile(r"Worker process (\d+) exit with exception. Error code: (-?\d+)")
 
 
 def describe(plan: Plan) -> str:
     """Each rank's environment and command as a shell would take them."""
     where = f"host {plan.node_rank + 1} of {plan.node_num}, {plan.world} ranks in all"
-    by = f"rank table {plan.rank_table}" if plan.rank_table else " ".join(_msrun(plan))
+    by = shlex.join(["msrun", *_msrun_options(plan)])
     lines = [f"{where}; started by {by}"]
     for rank, own in plan.ranks.items():
         environment = {**plan.environment, **own}
@@ -48,7 +53,7 @@ def run(plan: Plan) -> int:
         plan.logs.mkdir(parents=True)
     except OSError as error:
         raise UserError(f"{plan.logs}: {error.strerror}; give another --output") from None
-    job = (_TableJob if plan.rank_table else _MsrunJob)(plan)
+    job = _Job(plan)
     signals = {
         number: signal.signal(number, job.stop) for number in (signal.SIGINT, signal.SIGTERM)
     }
@@ -85,14 +90,27 @@ class _Console:
 
 
 class _Job:
-    """What both starts share: the ranks' processes, and how the first failed one ended."""
+    """msrun with its ranks and, on the first host, the scheduler."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.ranks: dict[int, int] = {}  # process id -> rank
+        self.scheduler: int | None = None
         self.code = 0
-        self.failed: str | None = None
+        self.failed: str | None = None  # what ended first, and how
         self.stops = 0
+        with open(plan.logs / "msrun.log", "wb") as log:
+            log.write((shlex.join(["msrun", *_msrun_options(plan)]) + "\n").encode())
+        self.process = subprocess.Popen(
+            [sys.executable, MSRUN, *_msrun_options(plan)],
+            env=_environment(plan),
+            stdin=subprocess.PIPE,  # msrun.py sees by it that this process is gone
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C reaches the ranks through `stop`, once
+        )
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
 
     def stop(self, number: int, frame: object) -> None:
         """Hand a signal on to every rank; at the second one, end them at once."""
@@ -100,44 +118,19 @@ class _Job:
         for pid in self.ranks:
             _send(pid, signal.SIGTERM if self.stops == 1 else signal.SIGKILL)
 
-    def fail(self, pid: int, code: int) -> None:
-        """Note the first rank that did not end well."""
-        if self.failed is None:
-            rank = self.ranks.get(pid)
-            name = "a rank" if rank is None else f"rank {rank}"
-            cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-            self.failed = f"{name} (process {pid}) ended by {cause}"
-            self.code = 128 - code if code < 0 else code
+    def is_running(self) -> bool:
+        """Whether msrun is still there."""
+        self._find_processes()
+        return self.process.poll() is None
 
     def end(self) -> None:
         """Leave no process of the job."""
-        for pid in self.ranks:
-            _send(pid, signal.SIGKILL)
-
-
-class _MsrunJob(_Job):
-    """Ranks and scheduler under msrun."""
-
-    def __init__(self, plan: Plan) -> None:
-        super().__init__(plan)
-        environ = {**os.environ, "PYTHONUNBUFFERED": "1"}
-        environ["PATH"] = f"{Path(_interpreter()).parent}{os.pathsep}{environ.get('PATH', '')}"
-        # msrun tells of a failed rank at level 3, error; the ranks inherit the level.
-        environ["GLOG_v"] = min(environ.get("GLOG_v", "3"), "3")
-        if "LOCAL_WORLD_SIZE" in plan.environment:
-            environ["LOCAL_WORLD_SIZE"] = plan.environment["LOCAL_WORLD_SIZE"]
-        self.scheduler: int | None = None
-        with open(plan.logs / "msrun.log", "wb") as log:
-            log.write((" ".join(_msrun(plan)) + "\n").encode())
-        self.process = subprocess.Popen(
-            [sys.executable, *_msrun(plan)[1:]],
-            env=environ,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C reaches the ranks through `stop`, once
-        )
-        self.reader = threading.Thread(target=self._read, daemon=True)
-        self.reader.start()
+        for pid in (*self.ranks, self.scheduler, self.process.pid):
+            if pid is not None:
+                _send(pid, signal.SIGKILL)
+        self.reader.join(5)
+        if self.process.wait() != 0 and self.code == 0:
+            self.code, self.failed = 1, f"msrun failed ({self.plan.logs / 'msrun.log'})"
 
     def _read(self) -> None:
         """Keep msrun's words, and act when it says that a rank failed.
@@ -151,17 +144,21 @@ class _MsrunJob(_Job):
                 log.flush()
                 found = FAILED.search(line.decode("utf-8", "replace"))
                 if found:
-                    self._find_ranks()
-                    self.fail(int(found[1]), int(found[2]))
+                    self._find_processes()
+                    self._note_failure(int(found[1]), int(found[2]))
                     if self.scheduler is not None:
                         _send(self.scheduler, signal.SIGKILL)
 
-    def is_running(self) -> bool:
-        """Whether msrun is still there."""
-        self._find_ranks()
-        return self.process.poll() is None
+    def _note_failure(self, pid: int, code: int) -> None:
+        """Keep the first rank that did not end well."""
+        if self.failed is None:
+            rank = self.ranks.get(pid)
+            name = "a rank" if rank is None else f"rank {rank}"
+            cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+            self.failed = f"{name} (process {pid}) ended by {cause}"
+            self.code = 128 - code if code < 0 else code
 
-    def _find_ranks(self) -> None:
+    def _find_processes(self) -> None:
         try:
             children = psutil.Process(self.process.pid).children()
         except psutil.Error:
@@ -176,49 +173,15 @@ class _MsrunJob(_Job):
             elif environ.get("MS_ROLE") == "MS_WORKER":
                 self.ranks[child.pid] = int(environ["RANK_ID"])
 
-    def end(self) -> None:
-        """Leave no process of the job."""
-        super().end()
-        for pid in (self.scheduler, self.process.pid):
-            if pid is not None:
-                _send(pid, signal.SIGKILL)
-        self.reader.join(5)
-        if self.process.wait() != 0 and self.code == 0:
-            self.code, self.failed = 1, f"msrun failed ({self.plan.logs / 'msrun.log'})"
 
-
-class _TableJob(_Job):
-    """Ranks of a rank table: HCCL needs no scheduler."""
-
-    def __init__(self, plan: Plan) -> None:
-        super().__init__(plan)
-        self.processes: list[subprocess.Popen] = []
-        for rank, own in plan.ranks.items():
-            environ = {**os.environ, **plan.environment, **own, "PYTHONUNBUFFERED": "1"}
-            with open(_log(plan, rank), "wb") as log:
-                process = subprocess.Popen(
-                    [sys.executable, *plan.command],
-                    env=environ,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )
-            self.processes.append(process)
-            self.ranks[process.pid] = rank
-
-    def is_running(self) -> bool:
-        """Whether every rank is well and one still runs."""
-        for process in self.processes:
-            if process.poll():
-                self.fail(process.pid, process.returncode)
-        return self.failed is None and any(p.returncode is None for p in self.processes)
-
-    def end(self) -> None:
-        """Leave no process of the job."""
-        for process in self.processes:
-            if process.poll() is None:
-                process.kill()
-            process.wait()
+def _environment(plan: Plan) -> dict[str, str]:
+    """Return what msrun, and by it the ranks, get as environment."""
+    ours = {k: v for k, v in plan.environment.items() if k not in SET_BY_MSRUN}
+    environ = {**os.environ, **ours, "PYTHONUNBUFFERED": "1"}
+    environ["PATH"] = f"{Path(_interpreter()).parent}{os.pathsep}{environ.get('PATH', '')}"
+    # msrun tells of a failed rank at level 3, error; the ranks inherit the level.
+    environ["GLOG_v"] = min(environ.get("GLOG_v", "3"), "3")
+    return environ
 
 
 def _explain(plan: Plan, job: _Job) -> None:
@@ -231,7 +194,10 @@ def _explain(plan: Plan, job: _Job) -> None:
         log = _log(plan, rank)
         lines = log.read_text("utf-8", "replace").splitlines() if log.exists() else []
         reasons = [line for line in lines if REASON.match(line)]
-        print(f"  rank {rank}: {reasons[-1] if reasons else 'no error'}; {log}", file=sys.stderr)
+        reason = reasons[-1] if reasons else "no error of its own"
+        if plan.node_num > 1 and (not reasons or CLUSTER.search(reason)):
+            reason += ELSEWHERE
+        print(f"  rank {rank}: {reason}; {log}", file=sys.stderr)
 
 
 def _log(plan: Plan, rank: int) -> Path:
@@ -247,9 +213,8 @@ def _interpreter() -> str:
     raise UserError(f"{folder}: no python or python3 beside {Path(sys.executable).name}")
 
 
-def _msrun(plan: Plan) -> list[str]:
-    """msrun's command line; it gives each rank the environment that the plan shows."""
-    words = ["msrun", "-m", "mindspore.parallel.cluster.run"]
+def _msrun_options(plan: Plan) -> list[str]:
+    """Return msrun's command line; it gives each rank the environment that the plan shows."""
     options = {
         "worker_num": plan.world,
         "local_worker_num": len(plan.ranks),
@@ -260,8 +225,9 @@ def _msrun(plan: Plan) -> list[str]:
         "join": True,
         "tail_worker_log": -2,  # the console is ours
     }
-    words += [f"--{name}={value}" for name, value in options.items()]
-    return [*words, Path(_interpreter()).name, *plan.command]
+    if plan.bind_core is not None:
+        options["bind_core"] = plan.bind_core
+    return [*(f"--{k}={v}" for k, v in options.items()), Path(_interpreter()).name, *plan.command]
 
 
 def _send(pid: int, number: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import glob
+import json
 import os
 import socket
 import time
@@ -13,10 +14,13 @@ from pathlib import Path
 
 from src.command_line import default_output, parse, take_option
 from src.errors import UserError
-from src.launch.rank_table import ranks_of_this_host, read_rank_table
 
 ROOT = Path(__file__).resolve().parents[2]
 TARGETS = ("Ascend", "GPU", "CPU")
+# Seconds, where the user sets none. HCCL's own 120 and 1836 are too short for what a rank may wait
+# for: the others' compilation before the first collective of a graph, and rank 0 saving a state.
+# Within CANN's bounds (7200 and 17340), and a multiple of 68, to which the 910 rounds down.
+HCCL_TIMEOUTS = {"HCCL_CONNECT_TIMEOUT": "1800", "HCCL_EXEC_TIMEOUT": "7140"}
 FIRST_PORT, LAST_PORT = 1024, 65535
 
 
@@ -33,7 +37,7 @@ class Plan:
         command: of every rank, after the interpreter.
         logs: folder of the ranks' logs.
         environment: set for every rank.
-        rank_table: the start is by this table and without msrun.
+        bind_core: msrun's option, by which it binds ranks to cores; None leaves it out.
     """
 
     target: str
@@ -46,7 +50,7 @@ class Plan:
     command: list[str]
     logs: Path
     environment: dict[str, str] = field(default_factory=dict)
-    rank_table: str | None = None
+    bind_core: str | None = None
 
 
 def read_plan(argv: Sequence[str], environ: Mapping[str, str], usage: str) -> tuple[Plan, bool]:
@@ -58,23 +62,29 @@ def read_plan(argv: Sequence[str], environ: Mapping[str, str], usage: str) -> tu
     parser = argparse.ArgumentParser(usage=usage, add_help=False, allow_abbrev=False)
     parser.error = _refuse
     parser.add_argument("--dry_run", action="store_true")
+    parser.add_argument("--bind_core", nargs="?", const="True")
     parser.add_argument("config")
     parser.add_argument("data")
     parser.add_argument("devices", nargs="?")
     own, keys = _split(list(argv))
     arguments = parser.parse_args(own)
+    _check_bind_core(arguments.bind_core)
     target = environ.get("DEVICE_TARGET", "Ascend")
     if target not in TARGETS:
         raise UserError(f"DEVICE_TARGET={target}: choose one of {', '.join(TARGETS)}")
     command = _train_command(arguments.config, arguments.data, target, keys)
     logs = Path(command[-1]) / "ranks" / time.strftime("%Y%m%d-%H%M%S")
-    table = environ.get("RANK_TABLE_FILE")
-    if table:
-        plan = _plan_by_table(table, target, arguments.devices, command, logs, environ)
-    else:
-        plan = _plan_by_msrun(target, arguments.devices, command, logs, environ)
-        if not arguments.dry_run and plan.node_rank == 0:
-            _require_free(plan.master_port)
+    if "RANK_TABLE_FILE" in environ:
+        raise UserError(
+            "RANK_TABLE_FILE: jobs start by msrun, which needs no rank table; unset it, and give "
+            "NODE_NUM, NODE_RANK and MASTER_ADDR for several hosts"
+        )
+    plan = _plan(target, arguments.devices, command, logs, environ)
+    if arguments.bind_core is not None:
+        plan.bind_core = arguments.bind_core
+        plan.environment.pop("LOCAL_WORLD_SIZE", None)  # the cores are shared out already
+    if not arguments.dry_run and plan.node_rank == 0:
+        _require_free(plan.master_port)
     return plan, arguments.dry_run
 
 
@@ -86,9 +96,25 @@ def _split(argv: list[str]) -> tuple[list[str], list[str]]:
     """The script's own words, and the keys for train.py behind them."""
     own, keys = [], []
     for word in argv:
-        is_key = word.startswith("--") and word != "--dry_run"
-        (keys if keys and word != "--dry_run" or is_key else own).append(word)
-    return own, keys
+        is_own = word.partition("=")[0] in ("--dry_run", "--bind_core")
+        (own if is_own or not keys and not word.startswith("--") else keys).append(word)
+    return sorted(
+        own, key=lambda word: word.startswith("--")
+    ), keys  # a flag takes no word after it
+
+
+def _check_bind_core(value: str | None) -> None:
+    if value in (None, "True"):
+        return
+    try:
+        cores = json.loads(value)
+    except ValueError:
+        cores = None
+    if not isinstance(cores, dict) or not all(isinstance(c, list) for c in cores.values()):
+        raise UserError(
+            f"--bind_core={value}: leave the value out, or give msrun's form, as "
+            """--bind_core='{"device0": ["0-11"], "device1": ["12-23"]}'"""
+        )
 
 
 def _train_command(config: str, data: str, target: str, keys: list[str]) -> list[str]:
@@ -114,7 +140,7 @@ def _train_command(config: str, data: str, target: str, keys: list[str]) -> list
     return [str(ROOT / "train.py"), *words, "--output", str(output.resolve())]
 
 
-def _plan_by_msrun(
+def _plan(
     target: str, devices: str | None, command: list[str], logs: Path, environ: Mapping[str, str]
 ) -> Plan:
     node_num = _integer(environ, "NODE_NUM", 1, 1)
@@ -148,44 +174,13 @@ def _plan_by_msrun(
         "MS_ROLE": "MS_WORKER",
         "RANK_SIZE": str(world),
     }
+    if target == "Ascend":
+        environment.update({k: environ.get(k, v) for k, v in HCCL_TIMEOUTS.items()})
     if target == "CPU":
         environment["LOCAL_WORLD_SIZE"] = str(local)  # src.runtime shares the cores out by it
     return Plan(
         target, world, ranks, node_num, node_rank, address, port, command, logs, environment
     )
-
-
-def _plan_by_table(
-    table: str,
-    target: str,
-    devices: str | None,
-    command: list[str],
-    logs: Path,
-    environ: Mapping[str, str],
-) -> Plan:
-    if target != "Ascend":
-        raise UserError(f"RANK_TABLE_FILE is for Ascend, not DEVICE_TARGET={target}; unset one")
-    servers = read_rank_table(table)
-    server, devices_here = ranks_of_this_host(servers, environ.get("NODE_RANK"), table)
-    if devices is not None and _count(devices) != len(devices_here):
-        raise UserError(
-            f"DEVICE_NUM {devices}: {table} gives this host {len(devices_here)} devices; leave it "
-            "out, or write another table"
-        )
-    visible = visible_devices(target, environ)
-    for device in devices_here:
-        if visible and device.device_id not in visible:
-            raise UserError(f"{table}: device {device.device_id} is not on this host")
-    world = sum(len(devices) for devices in servers.values())
-    ranks = {
-        d.rank_id: {"RANK_ID": str(d.rank_id), "DEVICE_ID": str(d.device_id)} for d in devices_here
-    }
-    environment = {"RANK_TABLE_FILE": str(Path(table).resolve()), "RANK_SIZE": str(world)}
-    node_rank = list(servers).index(server)
-    return Plan(
-        target, world, ranks, len(servers), node_rank, server, 0, command, logs, environment,
-        rank_table=table,
-    )  # fmt: skip
 
 
 def _count(devices: str) -> int:

@@ -118,8 +118,36 @@ def test_a_stopped_job_saves_at_one_step_and_ends_with_143(tmp_path, free_port):
     assert int(newest.stem.partition("-")[2]) == 2 * (epoch - 1) + step, "two steps an epoch"
 
 
-def test_a_users_error_in_the_ranks_is_told_once_and_quickly(tmp_path, free_port):
-    """Here a batch larger than the data; the scheduler alone would wait ten minutes."""
+def test_a_killed_launcher_takes_its_ranks_along_and_the_job_resumes_at_once(tmp_path, free_port):
+    """SIGKILL, after which nothing can clean up; the port and the run's folder must be free."""
+    command = [*TRAIN, "2", "--output", "run", *TINY_KEYS[:2], *NO_CHANCE,
+               "--training.batch_size=16", "--evaluation.every=9"]  # fmt: skip
+    with open(tmp_path / "out", "w") as out:
+        job = subprocess.Popen(
+            [*command, "--training.epochs=5000"],
+            cwd=tmp_path, env=environment(free_port), stdout=out, stderr=out,
+        )  # fmt: skip
+    deadline = time.time() + 120
+    while time.time() < deadline and "epoch 2/" not in (tmp_path / "out").read_text():
+        assert job.poll() is None, (tmp_path / "out").read_text()
+        time.sleep(0.2)
+    processes = psutil.Process(job.pid).children(recursive=True)
+    job.kill()
+    _, alive = psutil.wait_procs(processes, timeout=5)
+    assert not alive
+    again = subprocess.run(
+        [*command, "--resume", "--accept_changes", "--training.epochs=2"],
+        cwd=tmp_path, env=environment(free_port), capture_output=True, text=True,
+    )  # fmt: skip
+    assert again.returncode == 0 and "resumed behind epoch" in again.stdout, again.stderr
+
+
+def test_a_users_error_in_the_ranks_is_told_once_and_quickly(hostile_folder, free_port):
+    """Here a batch larger than the data; the scheduler alone would wait ten minutes.
+
+    Neither msrun nor a rank imports from the folder that the job is started in.
+    """
+    tmp_path = hostile_folder
     start = time.time()
     done = subprocess.run(
         [*TRAIN, "2", "--output", "run", "--data.train_images=30"],
@@ -129,6 +157,7 @@ def test_a_users_error_in_the_ranks_is_told_once_and_quickly(tmp_path, free_port
     assert "train.py: error: digits (train): 30 images are not one batch of 64" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run" / "config.yaml").exists()
+    assert not list(hostile_folder.glob("ran-*"))
 
 
 def test_evaluation_counts_every_image_once_on_any_number_of_ranks(trained, tmp_path, free_port):

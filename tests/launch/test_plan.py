@@ -1,17 +1,17 @@
 """What the launch script accepts, shows and refuses; nothing is started here."""
 
-import json
+import os
 import shlex
 import socket
 import subprocess
+import sys
 
 import pytest
 
 from src.errors import UserError
-from src.launch.job import describe, run
-from src.launch.plan import Plan, read_plan
-from src.launch.rank_table import read_rank_table, write_rank_table
-from tests.conftest import ROOT, run_command
+from src.launch.job import describe
+from src.launch.plan import read_plan
+from tests.conftest import ROOT
 
 RECIPE = "config/digits/cvt_nano.yaml"
 ASCEND = {"ASCEND_RT_VISIBLE_DEVICES": "4,5", "MASTER_PORT": "18118"}
@@ -69,6 +69,8 @@ def test_paths_with_spaces_stay_whole(tmp_path):
         ([RECIPE, "-"], {"MASTER_PORT": "80"}, "MASTER_PORT=80"),
         ([RECIPE, "-"], {"MASTER_PORT": "70000"}, "MASTER_PORT=70000"),
         ([RECIPE, "-"], {"NODE_NUM": "x"}, "NODE_NUM=x: must be a whole number"),
+        ([RECIPE, "-"], {"RANK_TABLE_FILE": "t.json"}, "RANK_TABLE_FILE: jobs start by msrun"),
+        ([RECIPE, "-", "--bind_core=0-3"], {}, "--bind_core=0-3: leave the value out, or give"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_starts(argv, environ, message):
@@ -93,74 +95,30 @@ def test_the_script_exits_with_2_and_one_line(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-TABLE = {"10.0.0.1": ["192.1.0.1", "192.1.0.2"], "10.0.0.2": ["192.2.0.1", "192.2.0.2"]}
+def test_cores_are_bound_where_asked():
+    assert "--bind_core" not in describe(plan(RECIPE, "-", "2"))
+    for words in (["--bind_core"], ["--optimizer.lr=1e-4", "--bind_core"]):
+        found = plan(RECIPE, "-", "2", *words, DEVICE_TARGET="CPU")
+        assert "--bind_core=True" in describe(found).splitlines()[0]
+        assert "LOCAL_WORLD_SIZE" not in found.environment, "or a rank would halve its cores again"
+    cores = '{"device0": ["0-3"], "device1": ["4-7"]}'
+    found = plan(RECIPE, "-", f"--bind_core={cores}", "2")
+    assert f"--bind_core={cores}" in shlex.split(describe(found).splitlines()[0])
 
 
-def test_a_written_table_is_read_and_planned(tmp_path):
-    table = str(tmp_path / "table.json")
-    write_rank_table(table, TABLE)
-    environ = {"RANK_TABLE_FILE": table, "NODE_RANK": "1", "ASCEND_RT_VISIBLE_DEVICES": "0,1"}
-    found = plan(RECIPE, "-", **environ)
-    assert (found.world, list(found.ranks)) == (4, [2, 3])
-    assert found.ranks[3] == {"RANK_ID": "3", "DEVICE_ID": "1"}
-    assert found.environment == {"RANK_TABLE_FILE": table, "RANK_SIZE": "4"}
-    assert "msrun" not in describe(found)
-    for argv, more, message in (
-        (["3"], {}, "gives this host 2 devices"),
-        ([], {"DEVICE_TARGET": "CPU"}, "RANK_TABLE_FILE is for Ascend"),
-        ([], {"NODE_RANK": "2"}, "has 2 servers"),
-        ([], {"ASCEND_RT_VISIBLE_DEVICES": "0"}, "device 1 is not on this host"),
-    ):
-        with pytest.raises(UserError, match=message):
-            plan(RECIPE, "-", *argv, **{**environ, **more})
+def test_hccl_waits_for_what_ranks_wait_for_unless_the_user_said_otherwise():
+    found = plan(RECIPE, "-", "2", HCCL_EXEC_TIMEOUT="600").environment
+    assert (found["HCCL_CONNECT_TIMEOUT"], found["HCCL_EXEC_TIMEOUT"]) == ("1800", "600")
+    assert not [k for k in plan(RECIPE, "-", DEVICE_TARGET="CPU").environment if "HCCL" in k]
 
 
-@pytest.mark.parametrize(
-    "damage, message",
-    [
-        (lambda t: t.update(server_count="3"), "server_count 3"),
-        (lambda t: t["server_list"][0]["device"][1].update(rank_id="0"), "rank_id must be 0 to 3"),
-        (lambda t: t["server_list"][0]["device"][1].update(device_id="0"), "device_id twice"),
-        (lambda t: t["server_list"][1]["device"][1].update(device_ip="192.1.0.1"), "stands twice"),
-        (lambda t: t["server_list"][1].update(device=[]), "without devices"),
-        (lambda t: t["server_list"][1].update(server_id="host"), "no IP address"),
-        (lambda t: t.pop("server_list"), "no rank table"),
-    ],
-)
-def test_a_table_that_makes_no_job_is_refused(tmp_path, damage, message):
-    path = tmp_path / "table.json"
-    write_rank_table(str(path), TABLE)
-    table = json.loads(path.read_text())
-    damage(table)
-    path.write_text(json.dumps(table))
-    with pytest.raises(UserError, match=message):
-        read_rank_table(str(path))
-
-
-def test_the_table_program_writes_and_checks(tmp_path):
-    module = "src/launch/rank_table.py"
-    words = [f"{host}={','.join(ips)}" for host, ips in TABLE.items()]
-    done = run_command(module, "write", "t.json", *words, cwd=tmp_path, module=True)
-    assert done.returncode == 0 and "10.0.0.2: ranks 2, 3" in done.stdout
-    again = run_command(module, "write", "t.json", *words, cwd=tmp_path, module=True)
-    assert again.returncode == 2 and "exists" in again.stderr
-    check = run_command(module, "check", "t.json", cwd=tmp_path, module=True)
-    assert check.stdout == done.stdout
-
-
-def test_a_table_start_gives_each_rank_its_environment_and_ends_all_at_a_failure(tmp_path, capfd):
-    """With a stand-in for train.py, as there is no Ascend: rank 1 fails, rank 0 would sleep."""
-    script = tmp_path / "rank.py"
-    script.write_text(
-        "import os, sys, time\n"
-        "print(os.environ['RANK_ID'], os.environ['RANK_SIZE'], os.environ['RANK_TABLE_FILE'])\n"
-        "time.sleep(99) if os.environ['RANK_ID'] == '0' else sys.exit('train.py: error: no')\n"
+def test_the_users_folder_is_not_imported_from(hostile_folder, free_port):
+    """Nor is it where CANN's set_env.sh has left an empty entry in PYTHONPATH."""
+    script = ["bash", str(ROOT / "scripts/run_distribute_train.sh"), RECIPE, "-", "1", "--dry_run"]
+    environment = {**os.environ, "DEVICE_TARGET": "CPU", "PYTHON": sys.executable}
+    environment.update(MASTER_PORT=str(free_port), PYTHONPATH="/usr/local/Ascend/python:")
+    done = subprocess.run(
+        script, cwd=hostile_folder, env=environment, capture_output=True, text=True
     )
-    job = Plan(
-        "Ascend", 2, {0: {"RANK_ID": "0"}, 1: {"RANK_ID": "1"}}, 1, 0, "", 0, [str(script)],
-        tmp_path / "logs", {"RANK_SIZE": "2", "RANK_TABLE_FILE": "t"}, rank_table="t",
-    )  # fmt: skip
-    assert run(job) == 1
-    said = capfd.readouterr()
-    assert "0 2 t" in said.out and "rank 1 (process" in said.err
-    assert "rank 1: train.py: error: no" in said.err
+    assert done.returncode == 0, done.stderr
+    assert not list(hostile_folder.glob("ran-*"))

@@ -4,17 +4,47 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import numpy as np
+import psutil
 import pytest
 
 from tests.conftest import ROOT, TINY_KEYS
 
+KEYS = [*TINY_KEYS[:2], "--augment.padding=0", "--data.train_images=64", "--data.workers=1",
+        "--evaluation.batch_size=300", "--training.batch_size=32"]  # fmt: skip
+
+
+def test_a_rank_that_fails_on_one_host_ends_the_other(tmp_path):
+    """Within a minute, and the host whose own ranks were well says where to look."""
+    keys = [*KEYS, "--training.epochs=5000", "--evaluation.every=5000"]
+    with open(tmp_path / "out", "w") as out:
+        hosts = subprocess.Popen(
+            ["bash", str(ROOT / "tests/launch/two_hosts.sh"), str(tmp_path), *keys],
+            env={**os.environ, "PYTHON": sys.executable}, stdout=out, stderr=out,
+        )  # fmt: skip
+    said = [tmp_path / f"host{i}.log" for i in (0, 1)]
+    deadline = time.time() + 180
+    while time.time() < deadline and not (said[0].exists() and "epoch 2/" in said[0].read_text()):
+        if hosts.poll() == 77:
+            pytest.skip("needs root and iproute2 for network namespaces")
+        assert hosts.poll() is None, (tmp_path / "out").read_text()
+        time.sleep(0.2)
+    family = psutil.Process(hosts.pid).children(recursive=True)
+    (rank,) = [p for p in family if p.environ().get("MS_ROLE") == "MS_WORKER"
+               and p.environ()["RANK_ID"] == "1"]  # fmt: skip
+    rank.kill()
+    start = time.time()
+    assert hosts.wait(timeout=90) != 0 and time.time() - start < 60
+    assert f"rank 1 (process {rank.pid}) ended by SIGKILL" in said[1].read_text()
+    assert "a rank of another host ended" in said[0].read_text()
+    assert not psutil.wait_procs(family, timeout=5)[1]
+
 
 def test_two_hosts_train_to_the_losses_of_one(tmp_path):
     """Twenty steps of two batches of 32 against one batch of 64; host 1 writes no run."""
-    keys = [*TINY_KEYS[:2], "--augment.padding=0", "--data.train_images=64", "--data.workers=1",
-            "--training.epochs=20", "--evaluation.every=20", "--evaluation.batch_size=300",
+    keys = [*KEYS[:-1], "--training.epochs=20", "--evaluation.every=20",
             "--training.sync_batchnorm=true"]  # fmt: skip
     script = ["bash", str(ROOT / "tests/launch/two_hosts.sh"), str(tmp_path)]
     hosts = subprocess.run(
