@@ -6,7 +6,6 @@ Run by path: with `python -m` or its console script msrun could import from the 
 from __future__ import annotations
 
 import os
-import sys
 import threading
 
 import psutil
@@ -14,7 +13,7 @@ from mindspore.parallel.cluster.run import main
 
 
 def _end_with_launcher() -> None:
-    sys.stdin.buffer.read()  # returns when the launcher, which holds the other end, is gone
+    os.read(0, 1)  # returns when the launcher, which holds the other end, is gone
     for process in psutil.Process().children(recursive=True):
         try:
             process.kill()
