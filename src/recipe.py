@@ -319,7 +319,6 @@ def build_augmentation(config: Config, encoded: bool) -> list:
     return train_operations(
         image_size(config.model),
         config.data.mean,
-        config.data.std,
         encoded=encoded,
         interpolation=config.data.interpolation,
         **keys,

@@ -97,7 +97,7 @@ def test_augmentation_follows_the_keys():
     augment = AugmentConfig(crop="pad", padding=2, hflip=0.0, repeats=3, **keys)
     operations = build_augmentation(config(augment=augment), encoded=True)
     assert [type(operation).__name__ for operation in operations] == (
-        ["Decode", "Resize", "RandomCrop", "RandAugment", "RandomColorAdjust", "NormalizeAndErase"]
+        ["Decode", "Resize", "RandomCrop", "RandAugment", "RandomColorAdjust", "Erase"]
     )
 
 

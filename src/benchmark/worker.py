@@ -90,11 +90,13 @@ def train(config: Config, job: dict) -> Work:
     feed = Feed(config, ArraySource(blank, labels, names, "noise"), ALONE)
     built = build_step(config, ALONE, feed, None)
     built.set_modes()
-    images, labels = Tensor(_noise(job)), Tensor(labels[:batch])
+    pixels = np.random.default_rng(0).integers(256, size=(batch, *job["image_size"], 3))
+    images, labels = Tensor(pixels.astype(np.uint8)), Tensor(labels[:batch])
+    boxes = [Tensor(np.zeros((batch, 4), np.int32))] * built.step.preprocess.erasing
 
     def step() -> int:
         for part in range(accumulate):
-            result = built.step.take(images, labels, feed.mix(0, part), part)
+            result = built.step.take(images, labels, feed.mix(0, part), part, *boxes)
         loss = float(result[0].asnumpy())
         if not np.isfinite(loss) and not built.step.dynamic:
             raise UserError(f"the loss is {loss}: lower optimizer.lr")
@@ -121,7 +123,7 @@ def data(config: Config, job: dict) -> Work:
 
     def step() -> int:
         batches = feed.batches(next(passes)).iterate()
-        return sum(len(labels) for _, labels in batches)
+        return sum(len(labels) for _, labels, *_ in batches)
 
     return Work(step, "", {"workers": choose_workers(config.data.workers)})
 

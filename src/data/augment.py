@@ -11,14 +11,13 @@ from mindspore.dataset import vision
 from src.data.headers import MAX_ASPECT
 from src.data.keyed import Keyed
 from src.data.rand_augment import RandAugment
-from src.data.transforms import find_interpolation, to_network
+from src.data.transforms import find_interpolation
 from src.errors import UserError
 
 
 def train_operations(
     image_size: tuple[int, int],
     mean: Sequence[float],
-    std: Sequence[float],
     *,
     encoded: bool,
     crop: str = "random_resized",
@@ -31,13 +30,14 @@ def train_operations(
     erasing_prob: float = 0.0,
     interpolation: str = "bicubic",
 ) -> list[Callable]:
-    """Operations from one item of a source to an augmented network input, float32 [3, H, W].
+    """Return the operations from one item of a source to an augmented image, uint8 [H, W, 3].
 
-    Their order is timm's. The `Keyed` among them also take the sample's key.
+    Their order is timm's. The `Keyed` among them also take the sample's key. Normalisation is the
+    training step's (`src.training.preprocess`).
 
     Args:
         image_size: (H, W) of the network's input.
-        mean, std: per RGB channel, in units of 0..1.
+        mean: per RGB channel, in units of 0..1; RandAugment fills uncovered corners with it.
         encoded: the item is the bytes of a file, not pixels.
         crop: "random_resized": a part of the image of random area (`scale`, as a share) and aspect
             (`ratio`), resized; "pad": the whole image resized, `padding` black pixels added on each
@@ -46,7 +46,7 @@ def train_operations(
         rand_augment: specification for `RandAugment`.
         color_jitter: brightness, contrast and saturation are multiplied by factors uniform in
             1 - this to 1 + this; 0 leaves it out.
-        erasing_prob: probability for `NormalizeAndErase`; 0 leaves erasing out.
+        erasing_prob: probability for `Erase`, which comes last; 0 leaves it out.
         interpolation: as in `Preprocessing`; RandAugment rotates and shears with it too.
 
     Raises:
@@ -73,8 +73,8 @@ def train_operations(
     if color_jitter > 0:
         operations.append(vision.RandomColorAdjust(color_jitter, color_jitter, color_jitter))
     if erasing_prob > 0:
-        return [*operations, NormalizeAndErase(mean, std, erasing_prob)]
-    return [*operations, *to_network(mean, std)]
+        operations.append(Erase(erasing_prob))
+    return operations
 
 
 def _crop(
@@ -104,46 +104,47 @@ def _crop(
     raise UserError(f"crop {crop!r} is unknown; choose random_resized or pad")
 
 
-class NormalizeAndErase(Keyed):
-    """Normalise and, with some probability, put normal noise in place of a rectangle.
+class Erase(Keyed):
+    """With some probability, choose a rectangle and put random bytes in its place.
 
     Random erasing (Zhong et al., 2017) as timm/data/random_erasing.py has it, mode "pixel", one
-    rectangle: 2 % to a third of the area, aspect log-uniform in 0.3..1/0.3. The noise is N(0, 1),
-    of the normalised image.
+    rectangle: 2 % to a third of the area, aspect log-uniform in 0.3..1/0.3. The training step makes
+    normal noise of the bytes (`src.training.preprocess`).
 
-    Python, as `vision.RandomErasing` is too, but that draws from Python's global generators. One
-    operation, for each way from C++ through Python and back costs 0.1 ms and more. Cost at 224 px:
-    0.13 ms, half of `vision.Normalize` with `vision.HWC2CHW`, and 0.4 ms where it erases.
+    Python, as `vision.RandomErasing` is too, but that draws from Python's global generators.
 
     Args:
-        mean, std: per channel, in units of 0..1.
         probability: of erasing.
     """
 
     stream = 2
+    output = "box"
 
-    def __init__(self, mean: Sequence[float], std: Sequence[float], probability: float):
-        self._mean, self._std = (
-            (255 * np.array(values)[:, None, None]).astype(np.float32) for values in (mean, std)
-        )
+    def __init__(self, probability: float):
         self._probability = probability
 
-    def change(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """uint8 [H, W, C] -> float32 [C, H, W]."""
-        image = image.transpose(2, 0, 1).astype(np.float32, order="C")
-        image -= self._mean
-        image /= self._std
+    def change(self, image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Return the uint8 [H, W, 3] image and its box, int32 [4]: top, bottom, left, right.
+
+        The box is all zeros where nothing is erased.
+        """
+        box = self._draw(rng, *image.shape[:2])
+        top, bottom, left, right = box
+        if bottom > top:
+            image = image.copy()
+            shape = (bottom - top, right - left, image.shape[2])
+            image[top:bottom, left:right] = rng.integers(256, size=shape, dtype=np.uint8)
+        return image, np.array(box, np.int32)
+
+    def _draw(self, rng: np.random.Generator, height: int, width: int) -> tuple[int, ...]:
         if rng.random() >= self._probability:
-            return image
-        channels, height, width = image.shape
+            return 0, 0, 0, 0
         for _ in range(10):  # rectangles that do not fit are drawn anew, so often at most
             area = rng.uniform(0.02, 1 / 3) * height * width
             aspect = math.exp(rng.uniform(math.log(0.3), math.log(1 / 0.3)))
             tall, wide = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
             if tall < height and wide < width:
-                top = rng.integers(height - tall, endpoint=True)
-                left = rng.integers(width - wide, endpoint=True)
-                noise = rng.standard_normal((channels, tall, wide), np.float32)
-                image[:, top : top + tall, left : left + wide] = noise
-                break
-        return image
+                top = int(rng.integers(height - tall, endpoint=True))
+                left = int(rng.integers(width - wide, endpoint=True))
+                return top, top + tall, left, left + wide
+        return 0, 0, 0, 0

@@ -22,6 +22,8 @@ class Source:
         self.labels = np.ascontiguousarray(labels, np.int32)  # [N]
         self.class_names = tuple(class_names)
         self.title = title
+        # Bytes of each file that reaches MindSpore's decoder as it is, once `prepare` has said so.
+        self.straight = np.full(len(self.labels), -1, np.int64)
 
     def __len__(self) -> int:
         return len(self.labels)

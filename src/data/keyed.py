@@ -20,12 +20,16 @@ class Keyed(abc.ABC):
     """
 
     stream: int  # differs between the classes, else they would draw the same numbers
+    output = "key"  # column beside the image; an operation with another one takes the key's place
 
     def __call__(self, image: np.ndarray, key: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(changed image, the key for the next operation); key: uint64 [2]."""
+        """Return the changed image and the key, uint64 [2], for the next operation."""
         bits = np.random.Philox(key=key, counter=self.stream << 192)
-        return self.change(image, np.random.Generator(bits)), key
+        changed = self.change(image, np.random.Generator(bits))
+        return changed if isinstance(changed, tuple) else (changed, key)
 
     @abc.abstractmethod
-    def change(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """The changed image; what comes in is left as it is."""
+    def change(
+        self, image: np.ndarray, rng: np.random.Generator
+    ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
+        """Return the changed image, with another `output` also its value; the input stays as is."""

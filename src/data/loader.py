@@ -146,7 +146,9 @@ class Batches:
     A class and not a `mindspore.dataset.Dataset`, as MindSpore reads the seed when an *iterator*
     is made: with a bare dataset, whoever sets another seed in between changes the augmentation.
 
-    Iterating yields (images, labels): Tensors float32 [B, 3, H, W] and int32 [B].
+    Iterating yields (images, labels): Tensors of what the operations make, uint8 [B, H, W, 3] in
+    training and float32 [B, 3, H, W] in evaluation, and int32 [B]; and, where `Erase` is among the
+    operations, their boxes, int32 [B, 4].
     """
 
     def __init__(
@@ -176,7 +178,7 @@ class Batches:
         return self.iterate()
 
     def pipeline(self) -> ds.Dataset:
-        """The MindSpore pipeline with columns "image" and "label".
+        """The MindSpore pipeline with columns "image", "label" and, with `Erase`, "box".
 
         It knows the seed of `Keyed` operations only, not that of MindSpore's own.
         """
@@ -193,16 +195,19 @@ class Batches:
         )
         if images is not None:
             dataset = ds.zip((images, dataset))
+        made = []
         for takes_key, group in itertools.groupby(
             self._operations, lambda operation: isinstance(operation, Keyed)
         ):
-            columns = ["image", "key"] if takes_key else ["image"]
-            dataset = dataset.map(list(group), columns, num_parallel_workers=self._workers)
-        dataset = dataset.project(["image", "label"])
+            group = list(group)
+            taken = ["image", "key"] if takes_key else ["image"]
+            made = ["image", group[-1].output] if takes_key else ["image"]
+            dataset = dataset.map(group, taken, made, num_parallel_workers=self._workers)
+        dataset = dataset.project(["image", "label", *["box"] * ("box" in made)])
         return dataset.batch(self.batch_size).skip(self._skip)
 
     def iterate(self, *, output_numpy: bool = False) -> Iterator[tuple]:
-        """Yield (images, labels), as numpy arrays instead of Tensors if asked to.
+        """Yield as iterating does, numpy arrays instead of Tensors if asked to.
 
         Raises:
             UserError: an image cannot be read; the message names the file. Other failures of the
@@ -257,10 +262,22 @@ class _Selection:
         index = int(self._indices[position])
         item = self._source[index] if self._with_images else (self._source.labels[index],)
         if self._with_images and self._source.encoded:
-            item = prepare(item[0]), item[1]
+            item = self._prepared(item[0], index), item[1]
         if self._seed is None:
             return item
         return (*item, np.array([self._seed, position], np.uint64))
+
+    def _prepared(self, content: np.ndarray, index: int) -> np.ndarray:
+        """Return `prepare(content)`, which from the second epoch on costs nothing for most files.
+
+        A file of the size that it had is taken for the one that was looked at.
+        """
+        if self._source.straight[index] == len(content):
+            return content
+        prepared = prepare(content)
+        if prepared is content:
+            self._source.straight[index] = len(content)
+        return prepared
 
 
 @contextlib.contextmanager

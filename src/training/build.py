@@ -11,11 +11,12 @@ from src.command_line import load_config, run_config_of
 from src.config import Config
 from src.models.sync_batchnorm import synchronise_batchnorm
 from src.ranks import Ranks
-from src.recipe import accelerate, build_model
+from src.recipe import accelerate, build_model, image_size
 from src.training.feed import Feed
 from src.training.freeze import freeze
 from src.training.loss import LabelSmoothingCrossEntropy
 from src.training.optimizer import SGD, AdamW
+from src.training.preprocess import Preprocess
 from src.training.schedule import learning_rates
 from src.training.train_step import TrainStep
 from src.weights import load_weights
@@ -88,6 +89,12 @@ def build_step(config: Config, ranks: Ranks, feed: Feed, finetune: str | None) -
         ema_decay=config.training.ema_decay,
         loss_scale=None if scale == "dynamic" else scale,
         accumulate=config.training.accumulate,
+        preprocess=Preprocess(
+            image_size(config.model),
+            config.data.mean,
+            config.data.std,
+            erasing=config.augment.erasing_prob > 0,
+        ),
         mixing=bool(feed.mixing),
         seed=config.runtime.seed,
         rank=ranks.rank,

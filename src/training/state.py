@@ -47,6 +47,7 @@ class Progress:
         world: devices.
         workers: threads that prepare images.
         compiled: whether the network computes in compiled operators.
+        device_noise: whether erased boxes get their noise on the device, as they now do.
     """
 
     epoch: int = 0
@@ -60,6 +61,7 @@ class Progress:
     world: int = 1
     workers: int = 1
     compiled: bool = False
+    device_noise: bool = False
 
 
 def has_state(checkpoints: Path) -> bool:
@@ -272,6 +274,11 @@ def refuse_changes(before: Progress, now: Progress, output: Path, accept: bool) 
             "uninterrupted run; set data.workers to %d", before.workers, now.workers,
             before.workers,
         )  # fmt: skip
+    if before.device_noise != now.device_noise and new.get("augment.erasing_prob"):
+        logger.warning(
+            "an earlier version drew the noise of erased boxes otherwise: from here on it differs "
+            "from that of an uninterrupted run (augment.erasing_prob)"
+        )
     if before.compiled != now.compiled:
         logger.warning(
             "%s compiled operators until here, %s from now on (runtime.compiled_ops): equal to an "

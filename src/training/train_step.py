@@ -70,6 +70,7 @@ class TrainStep(nn.Cell):
         loss_scale: factor on the loss during the backward pass (for float16); None adapts it.
         accumulate: batches ("parts") whose mean gradient makes one step. A part that is not finite
             takes the whole step with it: nothing of its other parts stays either.
+        preprocess: batches as the host sends them -> `net`'s images; None if they are that already.
         mixing: whether images and labels are mixed as `src.data.mixing` draws it.
         seed: from which, with the step, the randomness inside the network follows.
         rank, world: this device among those that share the global batch.
@@ -86,6 +87,7 @@ class TrainStep(nn.Cell):
         ema_decay: float = 0.0,
         loss_scale: float | None = 1.0,
         accumulate: int = 1,
+        preprocess: nn.Cell | None = None,
         mixing: bool = False,
         seed: int = 0,
         rank: int = 0,
@@ -97,6 +99,7 @@ class TrainStep(nn.Cell):
         self.optimizer = optimizer
         self.clip_norm = clip_norm
         self.accumulate = accumulate
+        self.preprocess = preprocess
         self.mixing = mixing
         self.rank, self.world = rank, world
         self.seed = Tensor(np.uint32(seed % 2**32).astype(np.int32))
@@ -126,32 +129,42 @@ class TrainStep(nn.Cell):
         self.parts = _Parts(self) if accumulate > 1 else None
 
     def take(
-        self, images: Tensor, labels: Tensor, mix: Tensor | None = None, part: int = 0
+        self,
+        images: Tensor,
+        labels: Tensor,
+        mix: Tensor | None = None,
+        part: int = 0,
+        boxes: Tensor | None = None,
     ) -> tuple[Tensor, Tensor] | None:
         """Take one batch; every `accumulate`-th completes a step.
 
         Args:
-            images: float32 [B, 3, H, W].
+            images: float32 [B, 3, H, W], or what `preprocess` takes.
             labels: int32 [B].
             mix: float32 [6] of `src.data.mixing`, where this step mixes.
             part: number of the batch within its step, from 0.
+            boxes: for `preprocess`.
 
         Returns:
             Loss before the update and gradient norm over all devices and parts, float32 scalars
             that may be not finite; None where parts are to come.
         """
         if self.parts is None:
-            return self(images, labels, mix)
-        self.parts.add(images, labels, mix, Tensor(part, mstype.int32))
+            return self(images, labels, mix, boxes)
+        self.parts.add(images, labels, mix, Tensor(part, mstype.int32), boxes)
         return self.parts.update() if part == self.accumulate - 1 else None
 
     def construct(
-        self, images: Tensor, labels: Tensor, mix: Tensor | None = None
+        self,
+        images: Tensor,
+        labels: Tensor,
+        mix: Tensor | None = None,
+        boxes: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """A whole step of one batch; arguments and result as in `take`."""
         before = self.copy_statistics()
         images = ops.depend(images, before)  # the forward pass updates them in place
-        loss, gradients = self.backward(images, labels, mix, Tensor(0, mstype.int32))
+        loss, gradients = self.backward(images, labels, mix, Tensor(0, mstype.int32), boxes)
         return self.update(loss, gradients, before)
 
     def copy_statistics(self) -> Tensor:
@@ -173,9 +186,16 @@ class TrainStep(nn.Cell):
         return loss * self.loss_scale
 
     def backward(
-        self, images: Tensor, labels: Tensor, mix: Tensor | None, part: Tensor
+        self,
+        images: Tensor,
+        labels: Tensor,
+        mix: Tensor | None,
+        part: Tensor,
+        boxes: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Scaled loss and gradients of one batch on this device."""
+        if self.preprocess is not None:
+            images = self.preprocess(images, boxes)
         key = hash_bits(ops.bitwise_xor(hash_bits(self.seed), self.step))
         place = ops.arange(images.shape[0]).astype(mstype.int32) + part * images.shape[0]
         keys = sample_keys(key, place * self.world + self.rank)
@@ -283,11 +303,18 @@ class _Add(nn.Cell):
         self.sums, self.loss_sum, self.before = sums, loss_sum, before
         self.map = ops.HyperMap()
 
-    def construct(self, images: Tensor, labels: Tensor, mix: Tensor | None, part: Tensor) -> bool:
+    def construct(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        mix: Tensor | None,
+        part: Tensor,
+        boxes: Tensor | None = None,
+    ) -> bool:
         """Arguments as in `TrainStep.take`."""
         ops.assign(self.before, ops.where(part > 0, self.before, self.step.copy_statistics()))
         images = ops.depend(images, self.before)
-        loss, gradients = self.step.backward(images, labels, mix, part)
+        loss, gradients = self.step.backward(images, labels, mix, part, boxes)
         keep = (part > 0).astype(mstype.float32)
         ops.assign(self.loss_sum, _times(self.loss_sum, keep) + loss)
         return self.map(ops.partial(_accumulate, keep), self.sums, gradients)

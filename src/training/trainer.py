@@ -92,6 +92,7 @@ class Trainer:
             world=ranks.world,
             workers=choose_workers(config.data.workers),
             compiled=uses_compiled(config.runtime),
+            device_noise=True,
         )
         self.interruption = Interruption(ranks)
         self.skipped = 0  # steps in a row
@@ -127,6 +128,7 @@ class Trainer:
                 data=now.data,
                 workers=now.workers,
                 compiled=now.compiled,
+                device_noise=now.device_noise,
             )
             self._leave_branch(state)
         self.ranks.broadcast(self.step.get_parameters())
@@ -256,9 +258,9 @@ class Trainer:
         pending: list[tuple[Tensor, Tensor]] = []
         start, timed, told = time.perf_counter(), 0, time.perf_counter()
         batches = self.feed.batches(progress.epoch, progress.position).iterate()
-        for number, (images, labels) in enumerate(batches, first):
+        for number, (images, labels, *boxes) in enumerate(batches, first):
             mix = self.feed.mix(progress.epoch, number)
-            result = self.step.take(images, labels, mix, number % accumulate)
+            result = self.step.take(images, labels, mix, number % accumulate, *boxes)
             if result is None:
                 continue
             pending.append(result)

@@ -29,11 +29,11 @@ def numbered(count, size=8):
 
 
 def augment():
-    return train_operations((8, 8), MEAN, STD, encoded=False, scale=(0.2, 1.0))
+    return train_operations((8, 8), MEAN, encoded=False, scale=(0.2, 1.0))
 
 
 def collect(batches):
-    return [(images.copy(), labels.copy()) for images, labels in batches.iterate(output_numpy=True)]
+    return [tuple(part.copy() for part in batch) for batch in batches.iterate(output_numpy=True)]
 
 
 def equal(some, others):
@@ -68,7 +68,7 @@ def test_a_rank_without_images_gets_no_batch():
 
 def test_tensors_come_out():
     images, labels = next(iter(eval_batches(numbered(5), EVAL.operations(False), 4)))
-    assert images.shape == (4, 3, 8, 8) and str(images.dtype) == "Float32"
+    assert images.shape == (4, 8, 8, 3) and str(images.dtype) == "Float32"
     assert labels.shape == (4,) and str(labels.dtype) == "Int32"
 
 
@@ -89,7 +89,7 @@ def test_ranks_train_on_equally_many_full_batches():
         got = collect(
             train_batches(numbered(101), augment(), 17, seed=0, epoch=0, rank=rank, world=2)
         )
-        assert [images.shape for images, _ in got] == [(17, 3, 8, 8)] * 2
+        assert [images.shape for images, _ in got] == [(17, 8, 8, 3)] * 2
         seen += np.concatenate([labels for _, labels in got]).tolist()
     assert len(set(seen)) == len(seen) == 68
 
@@ -162,7 +162,7 @@ def test_an_epoch_of_a_number_of_batches():
             numbered(7), augment(), 4, seed=0, epoch=0, rank=rank, world=2, batches=5
         )
         got = collect(batches)
-        assert [images.shape for images, _ in got] == [(4, 3, 8, 8)] * 5
+        assert [images.shape for images, _ in got] == [(4, 8, 8, 3)] * 5
         seen += np.concatenate([labels for _, labels in got]).tolist()
         pictures |= {image.tobytes() for images, _ in got for image in images}
     assert set(np.bincount(seen).tolist()) == {5, 6}
@@ -223,7 +223,7 @@ def test_skipping_gives_the_rest_to_the_last_bit(source, skip, workers):
 def keyed_epoch(source, number, **keywords):
     """All that has a key, and nothing of MindSpore's own random operations."""
     operations = train_operations(
-        (8, 8), MEAN, STD, encoded=False, crop="pad", padding=0, hflip=0.0,
+        (8, 8), MEAN, encoded=False, crop="pad", padding=0, hflip=0.0,
         rand_augment="rand-m9-mstd0.5-p0.9-inc1", erasing_prob=0.9,
     )  # fmt: skip
     return train_batches(source, operations, 16, seed=3, epoch=number, **keywords)
@@ -231,7 +231,9 @@ def keyed_epoch(source, number, **keywords):
 
 def test_keyed_operations_repeat_to_the_last_bit_with_any_number_of_workers(source):
     whole = collect(keyed_epoch(source, 2, workers=1))
-    assert all(images.shape == (16, 3, 8, 8) and labels.shape == (16,) for images, labels in whole)
+    for images, labels, boxes in whole:
+        assert images.dtype == np.uint8 and images.shape == (16, 8, 8, 3)
+        assert labels.shape == (16,) and boxes.dtype == np.int32 and boxes.shape == (16, 4)
     assert equal(collect(keyed_epoch(source, 2, workers=1)), whole)
     if os.cpu_count() > 1:
         assert equal(collect(keyed_epoch(source, 2, workers=2)), whole)
@@ -244,7 +246,7 @@ def test_keyed_operations_differ_between_images_epochs_and_ranks(source):
         image.tobytes()
         for number in (0, 1)
         for rank in (0, 1)
-        for images, _ in collect(keyed_epoch(same, number, rank=rank, world=2))
+        for images, *_ in collect(keyed_epoch(same, number, rank=rank, world=2))
         for image in images
     ]
     assert len(seen) == 128 and len(set(seen)) > 120  # a few are not changed at all

@@ -85,7 +85,7 @@ def test_a_broken_file_is_named(files, damage):
 
 def test_a_broken_file_is_named_in_training(files):
     text(files.describe(3))
-    operations = train_operations((8, 8), MEAN, STD, encoded=True)
+    operations = train_operations((8, 8), MEAN, encoded=True)
     for skip in (0, 2):
         batches = train_batches(files, operations, 8, seed=0, epoch=0, skip_batches=skip)
         with pytest.raises(UserError, match="03.jpg: not a readable image"):

@@ -19,6 +19,8 @@ from src.training.train_step import TrainStep
 from src.training.trainer import Trainer
 from tests.training.runs import assert_equal_runs, small
 
+ERASING, PLAIN = ({"settings": {"augment.erasing_prob": p}} for p in (0.25, 0.0))
+
 
 def dying(monkeypatch, calls):
     """Let the training step fail at its call of this number, as a lost machine would."""
@@ -198,6 +200,8 @@ def test_a_signal_is_noted_behind_the_first_step_and_handlers_come_back():
         (Progress(compiled=True), Progress(), "with compiled operators until here, without from"),
         (Progress(), Progress(compiled=True), "without compiled operators until here, with from"),
         (Progress(compiled=True), Progress(compiled=True), ""),
+        (Progress(**ERASING), Progress(**ERASING, device_noise=True), "noise of erased boxes"),
+        (Progress(**PLAIN), Progress(**PLAIN, device_noise=True), ""),
     ],
 )
 def test_what_makes_a_resumed_run_differ_is_said(before, now, words, tmp_path, caplog):
