@@ -68,7 +68,7 @@ def test_a_rank_without_images_gets_no_batch():
 
 def test_tensors_come_out():
     images, labels = next(iter(eval_batches(numbered(5), EVAL.operations(False), 4)))
-    assert images.shape == (4, 8, 8, 3) and str(images.dtype) == "Float32"
+    assert images.shape == (4, 3, 8, 8) and str(images.dtype) == "Float32"
     assert labels.shape == (4,) and str(labels.dtype) == "Int32"
 
 
