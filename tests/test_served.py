@@ -1,5 +1,6 @@
 """The served example of docs/deploy.md, as it is printed there."""
 
+import http.client
 import json
 import re
 import socket
@@ -8,8 +9,10 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from PIL import Image
 
 from src.data.samples import write_samples
 from src.deploy import Predictor
@@ -22,35 +25,81 @@ def post(port: int, content: bytes):
         return json.load(answer)
 
 
-def test_an_image_is_classified_over_http(trained, tmp_path):
+@pytest.fixture(scope="module")
+def server(trained, tmp_path_factory):
+    """The example's port; the model is the checkpoint of the shared run."""
     pytest.importorskip("fastapi")
     pytest.importorskip("uvicorn")
+    folder = tmp_path_factory.mktemp("served")
     page = (ROOT / "docs/deploy.md").read_text()
     code = re.search(r"```python\n(import sys\n.*?)```", page, re.S)[1]
-    (tmp_path / "serve.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{code}")
+    (folder / "serve.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{code}")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    weights = trained / "checkpoints/best.ckpt"
-    digit = write_samples(tmp_path / "digits")[3]
-    with open(tmp_path / "log.txt", "w") as log:
-        command = [sys.executable, "serve.py", str(weights), str(port)]
-        server = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log)
+    with open(folder / "log.txt", "w") as log:
+        command = [sys.executable, "serve.py", str(trained / "checkpoints/best.ckpt"), str(port)]
+        process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
     try:
         for _ in range(240):
-            assert server.poll() is None, (tmp_path / "log.txt").read_text()
+            assert process.poll() is None, (folder / "log.txt").read_text()
             try:
                 socket.create_connection(("127.0.0.1", port), 1).close()
                 break
             except OSError:
                 time.sleep(0.5)
-        found = post(port, digit.read_bytes())
-        expected = Predictor(weights)([digit], top_k=2)[0]
-        assert [each["name"] for each in found] == [each.name for each in expected]
-        assert found[0]["probability"] == pytest.approx(expected[0].probability, abs=1e-4)
-        with pytest.raises(urllib.error.HTTPError, match="422"):
-            post(port, b"no image")
-        assert len(post(port, digit.read_bytes())) == 2, "it goes on after a bad image"
+        yield port
+        assert process.poll() is None, (folder / "log.txt").read_text()
     finally:
-        server.terminate()
-        server.wait(30)
+        process.terminate()
+        process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    return write_samples(tmp_path_factory.mktemp("digits"))
+
+
+def test_an_image_is_classified_over_http(server, trained, digits):
+    digit = digits[3]
+    found = post(server, digit.read_bytes())
+    expected = Predictor(trained / "checkpoints/best.ckpt")([digit], top_k=2)[0]
+    assert [each["name"] for each in found] == [each.name for each in expected]
+    assert found[0]["probability"] == pytest.approx(expected[0].probability, abs=1e-4)
+    with pytest.raises(urllib.error.HTTPError, match="422"):
+        post(server, b"no image")
+    assert len(post(server, digit.read_bytes())) == 2, "it goes on after a bad image"
+
+
+def test_eight_clients_at_once(server, digits):
+    contents = [digit.read_bytes() for digit in digits[:8]]
+    alone = [post(server, content) for content in contents]
+    with ThreadPoolExecutor(8) as clients:
+        together = list(clients.map(lambda k: post(server, contents[k % 8]), range(80)))
+    assert together == alone * 10
+
+
+def test_a_large_body_is_not_read_to_its_end(server, digits):
+    """Told a gigabyte, the server answers 413 after the first ten megabytes."""
+    connection = http.client.HTTPConnection("127.0.0.1", server, timeout=60)
+    connection.putrequest("POST", "/classify")
+    connection.putheader("Content-Length", str(10**9))
+    connection.endheaders()
+    try:
+        for _ in range(40):
+            connection.send(bytes(1 << 20))
+    except OSError:
+        pass  # it has closed the connection
+    answer = connection.sock.recv(100) if connection.sock else b""
+    assert b"413" in answer
+    connection.close()
+    assert len(post(server, digits[0].read_bytes())) == 2
+
+
+def test_an_image_with_too_many_pixels(server, tmp_path):
+    """A small file that would take gigabytes when decoded."""
+    Image.new("1", (9_000, 9_000)).save(tmp_path / "big.png")
+    start = time.monotonic()
+    with pytest.raises(urllib.error.HTTPError, match="422"):
+        post(server, (tmp_path / "big.png").read_bytes())
+    assert time.monotonic() - start < 2
