@@ -11,7 +11,7 @@ import io
 import struct
 
 import numpy as np
-from PIL import Image, features
+from PIL import Image, ImageOps, features
 
 from src.data.headers import (
     MAX_PIXELS,
@@ -123,7 +123,7 @@ def to_pixels(image: Image.Image) -> np.ndarray:
 
 
 def thumbnail(content: bytes, edge: int) -> Image.Image:
-    """A small upright RGB picture whose sides are at most `edge`, decoded as in `decode`.
+    """An upright RGB picture whose longer side is `edge`, decoded as in `decode`.
 
     A large JPEG is decoded at a fraction of its size.
 
@@ -133,9 +133,7 @@ def thumbnail(content: bytes, edge: int) -> Image.Image:
     image = _open(content)
     if image.format in ("JPEG", "MPO"):
         image.draft(None, (2 * edge, 2 * edge))
-    small = Image.fromarray(to_pixels(image))
-    small.thumbnail((edge, edge), Image.Resampling.BICUBIC)
-    return small
+    return ImageOps.contain(Image.fromarray(to_pixels(image)), (edge, edge))
 
 
 def _to_bmp(pixels: np.ndarray) -> np.ndarray:

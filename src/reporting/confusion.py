@@ -30,6 +30,11 @@ def draw_confusion(matrix: np.ndarray, names: Sequence[str], path: Path) -> None
     classes = len(matrix)
     shares = 100 * matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     named = classes <= MOST_NAMES
+    # Before any axes, whose ticks keep the fonts that are set when they are made.
+    short = [
+        literal(n if len(n) <= _LONGEST else f"{n[: _LONGEST - 1]}…")
+        for n in names[: MOST_NAMES * named]
+    ]
     size = 4 + 0.3 * classes if named else 13.0  # inches; a pixel or more for each of 1,000
     figure = Figure(figsize=(size + 1, size), layout="constrained")
     axes = figure.subplots()
@@ -40,7 +45,6 @@ def draw_confusion(matrix: np.ndarray, names: Sequence[str], path: Path) -> None
     bar.set_label("% of the label's images")
     axes.set(xlabel="prediction", ylabel="label")
     if named:
-        short = [literal(n if len(n) <= _LONGEST else f"{n[: _LONGEST - 1]}…") for n in names]
         axes.set_xticks(range(classes), short, rotation=90)
         axes.set_yticks(range(classes), short)
     if classes <= _MOST_NUMBERS:

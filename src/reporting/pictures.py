@@ -5,6 +5,7 @@ A mark in the file's metadata tells an earlier picture from the user's own, whic
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,8 +13,9 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from PIL import Image, PngImagePlugin
 
-from src.errors import UserError
+from src.errors import UserError, printable
 from src.files import replacing
+from src.reporting.fonts import draw_with_font_for
 
 PRODUCER = "cvt-mindspore"
 _MARKS = (PRODUCER.encode(), PRODUCER.encode("utf-16-be"))  # PDF writers differ
@@ -22,7 +24,12 @@ _SOFTWARE = 0x0131  # EXIF's tag
 
 
 def literal(text: str) -> str:
-    """A text that matplotlib draws as it stands: without this, `$...$` is read as mathematics."""
+    """A text that matplotlib draws as it stands, in a font that has its letters.
+
+    Without this, `$...$` is read as mathematics.
+    """
+    text = printable(text)
+    draw_with_font_for(text)
     return text.replace("$", r"\$")
 
 
@@ -36,7 +43,8 @@ def save_figure(figure: Figure, path: str | Path, dpi: int) -> None:
     options: dict = {"metadata": {"Software" if kind == ".png" else "Creator": PRODUCER}}
     if kind in (".jpg", ".jpeg"):
         options = {"pil_kwargs": {"exif": _exif()}}
-    with _written(path) as unfinished:
+    with _written(path) as unfinished, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # `find_font` has said it
         figure.savefig(unfinished, dpi=dpi, **options)
 
 

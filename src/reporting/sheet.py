@@ -7,8 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from matplotlib import font_manager
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
+
+from src.data.images import thumbnail
+from src.errors import UserError, printable
+from src.reporting.fonts import find_font
+from src.reporting.pictures import save_image
 
 from src.reporting.pictures import save_image
 
@@ -55,32 +59,40 @@ def draw_sheet(tiles: Sequence[Tile], path: Path) -> None:
 def _draw_tile(tile: Tile) -> Image.Image:
     canvas = Image.new("RGB", (_EDGE, _EDGE + _CAPTION), _PAPER)
     draw = ImageDraw.Draw(canvas)
-    if tile.name is None:
+    small = _read(tile)
+    if small is None:
         draw.rectangle((0, 0, _EDGE - 1, _EDGE - 1), outline=_FAULT)
-        caption = "not readable"
+        draw.text((0, _EDGE + 8), "not readable", _FAULT, _font(13))
     else:
-        with Image.open(tile.file) as image:
-            image.draft("RGB", (2 * _EDGE, 2 * _EDGE))  # decodes a large JPEG at a fraction
-            small = ImageOps.contain(image.convert("RGB"), (_EDGE, _EDGE))
         canvas.paste(small, ((_EDGE - small.width) // 2, (_EDGE - small.height) // 2))
         draw.rectangle((0, _EDGE + 2, round(tile.probability * (_EDGE - 1)), _EDGE + 5), _BAR)
-        percent = f" {100 * tile.probability:.0f} %"
-        caption = _shortened(tile.name, 13, percent) + percent
-    draw.text((0, _EDGE + 8), caption, _FAULT if tile.name is None else _INK, _font(13))
-    draw.text((0, _EDGE + 27), _shortened(Path(tile.file).name, 10), _PALE, _font(10))
+        _write(draw, _EDGE + 8, tile.name, 13, _INK, f" {100 * tile.probability:.0f} %")
+    _write(draw, _EDGE + 27, Path(tile.file).name, 10, _PALE)
     return canvas
 
 
-def _shortened(text: str, size: int, behind: str = "") -> str:
-    """The text, cut so that it and what comes behind fit a tile."""
-    font = _font(size)
-    if font.getlength(text + behind) <= _EDGE:
-        return text
-    while text and font.getlength(f"{text}…{behind}") > _EDGE:
-        text = text[:-1]
-    return f"{text}…"
+def _read(tile: Tile) -> Image.Image | None:
+    """The image as a network sees it, upright and with 8 bits; None if it can't be read."""
+    if tile.name is None:
+        return None
+    try:
+        return thumbnail(Path(tile.file).read_bytes(), _EDGE)
+    except (OSError, UserError):  # gone or changed since it was classified
+        return None
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which comes with matplotlib and knows most alphabets."""
-    return ImageFont.truetype(font_manager.findfont("DejaVu Sans"), size)
+def _write(
+    draw: ImageDraw.ImageDraw, top: int, text: str, size: int, ink: str, behind: str = ""
+) -> None:
+    """Write a text, cut so that it and what comes behind fit a tile."""
+    text = printable(text)
+    font = _font(size, text)
+    if font.getlength(text + behind) > _EDGE:
+        while text and font.getlength(f"{text}…{behind}") > _EDGE:
+            text = text[:-1]
+        text += "…"
+    draw.text((0, top), text + behind, ink, font)
+
+
+def _font(size: int, text: str = "") -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(find_font(text), size)
