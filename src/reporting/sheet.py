@@ -14,8 +14,6 @@ from src.errors import UserError, printable
 from src.reporting.fonts import find_font
 from src.reporting.pictures import save_image
 
-from src.reporting.pictures import save_image
-
 SHEET_SUFFIXES = (".png", ".jpg", ".jpeg", ".pdf")
 _COLUMNS = 8
 _EDGE, _CAPTION, _GAP = 160, 44, 12  # pixels
