@@ -42,14 +42,23 @@ class Ranks:
 
     def share(self, text: str) -> str:
         """The first rank's text."""
-        if self.world == 1:
-            return text
-        content = np.frombuffer(text.encode(), np.uint8) if self.is_first else np.zeros(0, np.uint8)
-        length = int(self.gather([len(content)])[0, 0])
-        padded = np.zeros(-(-length // 8) * 8, np.uint8)
+        return self.gather_texts(text if self.is_first else "")[0]
+
+    def gather_texts(self, text: str) -> list[str]:
+        """Each rank's text, on every rank."""
+        content = np.frombuffer(text.encode(), np.uint8)
+        lengths = self.gather([len(content)])[:, 0].astype(int)
+        padded = np.zeros(max(-(-lengths.max() // 8), 1) * 8, np.uint8)
         padded[: len(content)] = content
-        told = self.gather(padded.view(np.float64))[0]
-        return told.tobytes()[:length].decode()
+        told = self.gather(padded.view(np.float64))
+        return [each.tobytes()[:length].decode() for each, length in zip(told, lengths)]
+
+    def share_bits(self, numbers: Iterable[int], count: int) -> list[int]:
+        """The first rank's numbers, sorted, all below `count`; a bit for each travels."""
+        bits = np.zeros(-(-count // 64) * 64, bool)
+        bits[list(numbers) if self.is_first else []] = True
+        first = self.gather(np.packbits(bits).view(np.float64))[0]
+        return np.flatnonzero(np.unpackbits(first.copy().view(np.uint8))).tolist()
 
     def broadcast(self, parameters: Iterable[Parameter]) -> None:
         """Give every rank the first one's values."""

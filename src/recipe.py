@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 from mindspore import dtype as mstype
 from mindspore import nn
 
@@ -190,7 +189,7 @@ def open_split(config: Config, split: str) -> Source:
 def open_checked(
     config: Config, split: str, ranks: Ranks = ALONE, run: Path | None = None, *, keep: bool = True
 ) -> Source:
-    """`open_split` without broken images, the same on all ranks: the first one looks at the files.
+    """`open_split` without broken images, the same on all ranks, which share the look at them.
 
     Args:
         config: the recipe.
@@ -216,19 +215,16 @@ def open_checked(
             "reached, and one with a damaged header can end it without a message", source.title
         )  # fmt: skip
         return source
-    faults: dict[int, str] = {}
-    if ranks.is_first:
-        index = Path(data.index).expanduser() if data.index else run and run / INDEX_FILE
-        files = [source.file(k) for k in range(len(source))]
-        entries = check_files(
-            files, Path(data.path).expanduser(), index,
-            write=keep, workers=data.workers, progress=progress_bar,
-        )  # fmt: skip
-        faults = {k: entry.fault for k, entry in enumerate(entries) if entry.fault}
-        turned = sum(entry.turned for entry in entries)
-        if turned:
-            logger.info("%s: %d images are turned upright by EXIF", source.title, turned)
-    faults = {k: faults.get(k, "broken") for k in _of_the_first(ranks, faults, len(source))}
+    index = Path(data.index).expanduser() if data.index else run and run / INDEX_FILE
+    files = [source.file(k) for k in range(len(source))]
+    entries = check_files(
+        files, Path(data.path).expanduser(), index,
+        write=keep, workers=data.workers, progress=progress_bar, ranks=ranks,
+    )  # fmt: skip
+    faults = {k: entry.fault for k, entry in enumerate(entries) if entry.fault}
+    turned = sum(entry.turned for entry in entries)
+    if turned and ranks.is_first:
+        logger.info("%s: %d images are turned upright by EXIF", source.title, turned)
     skips = data.broken == "skip" or (data.broken == "auto" and split == "train")
     share = f"or raise data.broken_share (now {data.broken_share:g})"
     remedy = share if skips else "or let them be skipped with --data.broken skip"
@@ -240,14 +236,6 @@ def open_checked(
             raise UserError(f"{message}; replace them, or remove the class folder")
         logger.warning(message)
     return kept
-
-
-def _of_the_first(ranks: Ranks, numbers: Iterable[int], count: int) -> list[int]:
-    """The numbers, all below `count`, that the first rank has; a bit for each travels."""
-    bits = np.zeros(-(-count // 64) * 64, bool)
-    bits[list(numbers)] = True
-    first = ranks.gather(np.packbits(bits).view(np.float64))[0]
-    return np.flatnonzero(np.unpackbits(first.copy().view(np.uint8))).tolist()
 
 
 def resolve_classes(config: Config, source: Source) -> Config:

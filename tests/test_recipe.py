@@ -14,7 +14,6 @@ from src.config import AugmentConfig, Config, DataConfig, ModelConfig, RuntimeCo
 from src.data import open_source
 from src.errors import UserError
 from src.models.compiled import has_plain_convolutions
-from src.ranks import Ranks
 from src.recipe import (
     accelerate,
     build_augmentation,
@@ -26,6 +25,7 @@ from src.recipe import (
     uses_compiled,
 )
 from tests.conftest import TINY
+from tests.ranks import together
 
 
 def config(**groups):
@@ -272,25 +272,18 @@ def test_unchecked_images_are_said_to_be(photos, caplog):
     assert "images are not checked" in caplog.text
 
 
-def test_ranks_skip_what_the_first_one_found(photos, monkeypatch):
-    """The second rank reads no file; the bits travel as they would between processes."""
-    sent = []
-
-    class Fake(Ranks):
-        def gather(self, values):
-            if self.is_first:
-                sent.append(np.array(values))
-            return np.stack([sent[-1], np.asarray(values)])
-
-        def require_agreement(self, *_):
-            pass
-
-    first = open_checked(photo_config(photos), "train", Fake(0, 2))
-    monkeypatch.setattr(recipe, "check_files", None)
-    second = open_checked(photo_config(photos), "train", Fake(1, 2))
+def test_ranks_open_the_same_images(photos):
+    """Each looks at its share of them."""
+    first, second = together(
+        2, lambda ranks: open_checked(photo_config(photos), "train", ranks, photos / "run")
+    )
     assert len(second) == 3 and second.digest() == first.digest()
-    with pytest.raises(UserError, match="val/b/3.jpg: broken"):
-        open_checked(photo_config(photos), "val", Fake(1, 2))
+
+    def refuse(ranks):
+        with pytest.raises(UserError, match="val/b/3.jpg: cut off"):
+            open_checked(photo_config(photos), "val", ranks)
+
+    together(2, refuse)
 
 
 def test_compiled_operators_are_used_where_they_can_be(built, monkeypatch, caplog):

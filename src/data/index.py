@@ -2,6 +2,11 @@
 
 The index is JSON: for each file its size, its time of change and what is wrong with it. Only files
 that are new, changed since or were broken are read again.
+
+The ranks of a job share the work and exchange what they found every `_ROUND_SECONDS`, because
+collectives have time limits (HCCL's are 120 s for the first and half an hour for others). So a rank
+waits for others that long at most, plus the time for `_BATCH` files, or for the first one to read
+or write the index.
 """
 
 from __future__ import annotations
@@ -23,6 +28,7 @@ from tqdm import tqdm
 from src.data.images import examine
 from src.errors import UserError
 from src.files import require_writable, write_text
+from src.ranks import ALONE, Ranks
 
 _log = logging.getLogger("cvt")
 
@@ -32,7 +38,8 @@ _SAVE_SECONDS = (
 )
 _OURS = re.compile(rb'\{"sha256": "[0-9a-f]{64}", "content": \{')
 _MOST_THREADS = 32
-_BATCH = 256  # files between two looks at the clock
+_ROUND_SECONDS = 20.0
+_BATCH = 128  # files between two looks at the clock
 
 
 class Entry(NamedTuple):
@@ -55,27 +62,71 @@ def check_files(
     write: bool = True,
     workers: int = 0,
     progress: Callable[[int, str], tqdm] | None = None,
+    ranks: Ranks = ALONE,
 ) -> list[Entry]:
-    """What there is to say about each file; reads only what the index does not know.
+    """Return what there is to say about each file; read only what the index does not know.
 
     Args:
-        files: image files below `root`.
+        files: image files below `root`, the same on every rank.
         root: the data set's folder, to which the index belongs.
         index: where the index is and goes to; made if it is not there. None: no index.
         write: whether to keep what is found, every two minutes and at the end, in `index`, which
             must be missing or an earlier index.
         workers: threads (Pillow decodes outside Python's lock); 0 takes one per core.
         progress: makes the bar from the number of files and a title.
+        ranks: those that share the work. The first one alone reads and writes the index; of files
+            that needed no reading the others know only that they are whole.
 
     Raises:
         UserError: the index can't be written, or is a file that this program did not write.
     """
-    if index is not None and write:
+    keep = index is not None and write and ranks.is_first
+    if keep:
         _require_ours(index)
-    known = {} if index is None else _read(index, root)
+    known = _read(index, root) if index is not None and ranks.is_first else {}
     names = [os.path.relpath(file, root) for file in files]
-    stamps = [_stamp(file) for file in files]
-    changed = [n for n, stamp in zip(names, stamps) if n in known and known[n][:2] != stamp]
+    stamps = dict(_shared(range(len(files)), lambda some: [_stamp(files[k]) for k in some], ranks))
+    stale, gone = _sort_out(known, names, stamps, index, root)
+    stale = ranks.share_bits(stale, len(files))
+    threads = min(workers or _cores(), _MOST_THREADS)
+    if ranks.is_first:
+        _log.info(
+            "%s: checking %d images in %d threads%s, %d more are known", root, len(stale), threads,
+            f" on each of {ranks.world} ranks" if ranks.world > 1 else "", len(files) - len(stale),
+        )  # fmt: skip
+    bar = progress(len(stale), "check images") if progress is not None and ranks.is_first else None
+    saved = time.monotonic()
+    try:
+        # Pillow warns of odd EXIF blocks and of large images; what matters of it is in the fault.
+        with warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool:
+            warnings.simplefilter("ignore")
+            examined = _shared(
+                stale, lambda some: list(pool.map(_examine_file, [files[k] for k in some])), ranks
+            )
+            for k, (fault, turned) in examined:
+                known[names[k]] = Entry(*stamps[k], fault, turned)
+                if bar is not None:
+                    bar.update(1)
+                if keep and time.monotonic() - saved > _SAVE_SECONDS:
+                    _write(index, root, known)
+                    saved = time.monotonic()
+    finally:  # what was done before an interruption need not be done again
+        if keep and (stale or gone):
+            _write(index, root, known)
+    if bar is not None:
+        bar.close()
+    return [known.get(name) or Entry(*stamps[k], "", False) for k, name in enumerate(names)]
+
+
+def _sort_out(
+    known: dict[str, Entry],
+    names: Sequence[str],
+    stamps: dict[int, tuple[int, int]],
+    index: Path | None,
+    root: str | Path,
+) -> tuple[list[int], list[str]]:
+    """Remove from `known` what changed or is gone; returns what to read, and what is gone."""
+    changed = [n for k, n in enumerate(names) if n in known and known[n][:2] != stamps[k]]
     here = set(names)
     gone = [name for name in known if name not in here and _stamp(Path(root, name))[0] < 0]
     for what, some in (("changed", changed), ("removed", gone)):
@@ -83,42 +134,32 @@ def check_files(
             _log.info("%s: %d files were %s since, such as %s", index, len(some), what, some[0])
     for name in gone + changed:
         del known[name]
-    stale = [k for k, name in enumerate(names) if name not in known or known[name].fault]
-    threads = min(workers or _cores(), _MOST_THREADS)
-    _log.info(
-        "%s: checking %d images in %d threads, %d more are known", root, len(stale), threads,
-        len(files) - len(stale),
-    )  # fmt: skip
-    saved = time.monotonic()
-    try:
-        for k, (fault, turned) in _examine_all(files, stale, threads, progress):
-            known[names[k]] = Entry(*stamps[k], fault, turned)
-            if index is not None and write and time.monotonic() - saved > _SAVE_SECONDS:
-                _write(index, root, known)
-                saved = time.monotonic()
-    finally:  # what was done before an interruption need not be done again
-        if index is not None and write and (stale or gone):
-            _write(index, root, known)
-    return [known[name] for name in names]
+    return [k for k, name in enumerate(names) if name not in known or known[name].fault], gone
 
 
-def _examine_all(
-    files: Sequence[str],
-    which: Sequence[int],
-    threads: int,
-    progress: Callable[[int, str], tqdm] | None,
-) -> Iterator[tuple[int, tuple[str, bool]]]:
-    bar = progress(len(which), "check images") if progress is not None else None
-    # Pillow warns of odd EXIF blocks and of large images; what matters of it is in the fault.
-    with warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool:
-        warnings.simplefilter("ignore")
-        for start in range(0, len(which), _BATCH):
-            batch = which[start : start + _BATCH]
-            yield from zip(batch, pool.map(_examine_file, [files[k] for k in batch]))
-            if bar is not None:
-                bar.update(len(batch))
-    if bar is not None:
-        bar.close()
+def _shared(
+    todo: Sequence[int], work: Callable[[Sequence[int]], Sequence[tuple]], ranks: Ranks
+) -> Iterator[tuple[int, tuple]]:
+    """Do `work` for every number, shared by the ranks; yields (number, result) on all of them.
+
+    What is left is dealt out anew after each exchange, so that a slow rank does less.
+    """
+    todo = list(todo)
+    seconds = _ROUND_SECONDS if ranks.world > 1 else 0.0
+    while todo:
+        mine, done = todo[ranks.rank :: ranks.world], []
+        end = time.monotonic() + seconds
+        while len(done) < len(mine) and (not done or time.monotonic() < end):
+            done += work(mine[len(done) : len(done) + _BATCH])
+        told = [done]
+        if ranks.world > 1:
+            told = [json.loads(text) for text in ranks.gather_texts(json.dumps(done))]
+        finished = set()
+        for rank, results in enumerate(told):
+            for k, result in zip(todo[rank :: ranks.world], results):
+                finished.add(k)
+                yield k, tuple(result)
+        todo = [k for k in todo if k not in finished]
 
 
 def _examine_file(file: str) -> tuple[str, bool]:

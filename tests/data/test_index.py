@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import subprocess
+import time
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ from PIL import Image
 from src.data import ArraySource, FileSource, index, leave_out
 from src.data.index import check_files
 from src.errors import UserError
-from tests.data.images import photo
+from tests.data.images import file_of, photo
+from tests.ranks import together
 
 
 @pytest.fixture
@@ -234,3 +236,46 @@ def test_broken_images_are_left_out_up_to_a_share(caplog):
 def test_images_in_memory_have_no_file():
     source = ArraySource(np.zeros((1, 8, 8, 3), np.uint8), np.zeros(1, int), ["x"], "one")
     assert source.file(0) is None
+
+
+def test_ranks_share_the_check_and_none_waits_long(tmp_path, monkeypatch):
+    """Rank 1 reads from slow storage; all know the same at the end, and the first one keeps it."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    whole = file_of(photo(20, 30))
+    for k in range(60):
+        (folder / f"{k:02}.jpg").write_bytes(whole[: 60 if k % 20 == 7 else None])
+    files = [str(folder / f"{k:02}.jpg") for k in range(60)]
+    read = []
+    real = index._shared
+
+    def shared(todo, work, ranks):
+        def slowed(some):
+            read.extend((ranks.rank, k) for k in some)
+            time.sleep(0.1 * (ranks.rank == 1))
+            return work(some)
+
+        return real(todo, slowed, ranks)
+
+    monkeypatch.setattr(index, "_shared", shared)
+    monkeypatch.setattr(index, "_ROUND_SECONDS", 0.3)
+    monkeypatch.setattr(index, "_BATCH", 1)
+    place, ranks_seen = tmp_path / "images.json", {}
+
+    def check(ranks):
+        ranks_seen[ranks.rank] = ranks
+        return check_files(files, folder, place, ranks=ranks, workers=1)
+
+    found = together(3, check)
+    assert [e.fault[:7] for e in found[0] if e.fault] == ["cut off"] * 3
+    assert found[0] == found[1] == found[2]
+    times = np.bincount([k for _, k in read], minlength=60)
+    assert times.tolist() == [2] * 60, "each file once for its stamp, once for its content"
+    shares = np.bincount([rank for rank, _ in read])
+    assert 0 < shares[1] < shares[0] / 2, "a slow rank does less"
+    assert max(max(ranks.waits) for ranks in ranks_seen.values()) < 0.3 + 0.1 + 0.5
+    assert sum(ranks_seen[0].waits) > 1, "the bound was put to the test"
+    read.clear()
+    again = together(2, check)
+    assert [e.fault for e in again[1]] == [e.fault for e in found[0]]
+    assert len(read) == 60 + 3, "stamps, and the broken ones"
