@@ -209,7 +209,9 @@ def _is_plain(attn: nn.Cell) -> bool:
         return False
     if isinstance(attn, vit.Attention):
         return True
-    return attn.qkv_projection == "conv" and type(attn.conv_proj_q.bn) is BatchNorm2d
+    if attn.qkv_projection != "conv" or attn.channels_last:
+        return False
+    return type(attn.conv_proj_q.bn) is BatchNorm2d
 
 
 def _become(cell: nn.Cell, kind: type, library: Path) -> None:

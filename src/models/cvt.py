@@ -236,7 +236,8 @@ class CvT(StochasticNet):
         """
         has_cls = self.stage2.has_cls_token
         x, _, _ = self._forward_stages(images, keys, has_cls)[-1]
-        feature = self.norm(x[:, 0]) if has_cls else self.norm(x).mean(1)  # [B, C']
+        x = x.reshape((-1, x.shape[2])) if has_cls else x  # [B, 1, C'] -> [B, C']
+        feature = self.norm(x) if has_cls else self.norm(x).mean(1)  # [B, C']
         if self.num_classes:
             return self.head(feature).astype(mstype.float32)
         return feature

@@ -16,9 +16,8 @@ from mindspore import dtype as mstype
 from mindspore.common.initializer import HeUniform, Normal, Uniform, initializer
 
 from src.models.attention import ScaledDotProductAttention
+from src.models.depthwise import KERNEL_SIZE, PADDING, ShiftedDepthwise
 from src.models.stochastic import Dropout, DropPath
-
-KERNEL_SIZE, PADDING = 3, 1  # of the convolutional projection in every published CvT
 
 
 @dataclass(frozen=True)
@@ -83,8 +82,12 @@ class BatchNorm2d(nn.BatchNorm2d):
         super().__init__(dim, eps=1e-5, momentum=0.9)
 
     def construct(self, x: Tensor) -> Tensor:
-        """x [B, C, H, W] -> float32 [B, C, H, W]."""
-        return super().construct(x.astype(mstype.float32))
+        """x [B, C, H, W] -> float32 [B, C, H, W]; rows [R, C] -> float32 [R, C]."""
+        x = x.astype(mstype.float32)
+        if x.ndim == 4:
+            return super().construct(x)
+        statistics = (self.gamma, self.beta, self.moving_mean, self.moving_variance)
+        return (self.bn_train if self.training else self.bn_infer)(x, *statistics)[0]
 
 
 class QuickGELU(nn.Cell):
@@ -129,8 +132,29 @@ class ConvEmbed(nn.Cell):
         return self.norm(to_tokens(x)), x.shape[2], x.shape[3]
 
 
+class FrontToken(nn.Cell):
+    """Take the class token off the others.
+
+    Two `Slice` and, backwards, one `Concat`. Automatic differentiation of `x[:, :1]` and `x[:, 1:]`
+    would add two padded copies, and Ascend may run their `StridedSliceGrad` on the AI CPU.
+    """
+
+    def construct(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [B, 1 + N, C] -> [B, 1, C], [B, N, C]."""
+        batch, tokens, channels = x.shape
+        front = ops.slice(x, (0, 0, 0), (batch, 1, channels))
+        return front, ops.slice(x, (0, 1, 0), (batch, tokens - 1, channels))
+
+    def bprop(self, x: Tensor, out: tuple, dout: tuple) -> tuple[Tensor]:
+        """Gradient of `construct`'s argument."""
+        return (ops.cat((dout[0], dout[1]), 1),)
+
+
 class ConvProjection(nn.Cell):
-    """Depthwise 3x3 convolution and BatchNorm, the projection up to its Linear (3.2)."""
+    """Depthwise 3x3 convolution and BatchNorm, the projection up to its Linear (3.2).
+
+    `shifts` is None, or computes the convolution on [B, H, W, C] (`use_shifts`).
+    """
 
     def __init__(self, dim: int, stride: int) -> None:
         super().__init__()
@@ -138,10 +162,25 @@ class ConvProjection(nn.Cell):
             dim, dim, KERNEL_SIZE, stride=stride, padding=PADDING, group=dim, has_bias=False
         )
         self.bn = BatchNorm2d(dim)
+        self.shifts = None
 
     def construct(self, x: Tensor) -> Tensor:
-        """x [B, C, H, W] -> tokens [B, N', C] of the strided grid."""
-        return to_tokens(self.bn(self.conv(x)))
+        """x [B, C, H, W], with `shifts` [B, H, W, C] -> tokens [B, N', C] of the strided grid."""
+        if self.shifts is None:
+            return to_tokens(self.bn(self.conv(x)))
+        x = self.shifts(x, self.conv.weight)  # [B, H', W', C]
+        rows = self.bn(x.reshape((-1, x.shape[3])))
+        return rows.reshape((x.shape[0], -1, x.shape[3]))
+
+
+def use_shifts(net: nn.Cell) -> nn.Cell:
+    """Let a network's depthwise convolutions run as shifted multiply-adds, in place."""
+    for _, cell in list(net.cells_and_names()):
+        if isinstance(cell, ConvProjection):
+            cell.shifts = ShiftedDepthwise(cell.conv.stride[0])
+        elif isinstance(cell, Attention):
+            cell.channels_last = True
+    return net
 
 
 class AvgProjection(nn.Cell):
@@ -187,6 +226,8 @@ class Attention(nn.Cell):
         self.head_dim = dim // stage.num_heads
         self.has_cls_token = stage.cls_token
         self.qkv_projection = stage.qkv_projection
+        self.channels_last = False  # of the map that the projections see, with `use_shifts`
+        self.take_front = FrontToken()
         if stage.qkv_projection == "conv":
             self.conv_proj_q = ConvProjection(dim, stride=1)
             self.conv_proj_k = ConvProjection(dim, stage.kv_stride)
@@ -201,20 +242,24 @@ class Attention(nn.Cell):
         # The official code scales by the whole dimension, not the head's.
         self.attend = ScaledDotProductAttention(stage.num_heads, self.head_dim, scale=dim**-0.5)
 
-    def _project(self, x: Tensor, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens [B, T, C] -> q [B, T, C], k and v [B, T', C] before their Linears."""
+    def _project(
+        self, x: Tensor, height: int, width: int, only_cls: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens [B, T, C] -> q [B, T or 1, C], k and v [B, T', C] before their Linears."""
+        cls, tokens = self.take_front(x) if self.has_cls_token else (None, x)
         if self.qkv_projection == "linear":
-            return x, x, x
-        tokens = x[:, 1:] if self.has_cls_token else x
-        grid = to_map(tokens, height, width)
+            return (cls if only_cls else x), x, x
         if self.qkv_projection == "conv":
+            grid = tokens.reshape((-1, height, width, x.shape[2]))
+            grid = grid if self.channels_last else to_map(tokens, height, width)
             q, k, v = self.conv_proj_q(grid), self.conv_proj_k(grid), self.conv_proj_v(grid)
         else:
-            q, k = tokens, self.pool_kv(grid)
+            q, k = tokens, self.pool_kv(to_map(tokens, height, width))
             v = k
         if self.has_cls_token:  # it bypasses the convolution
-            cls = x[:, :1]
-            q, k, v = ops.cat((cls, q), 1), ops.cat((cls, k), 1), ops.cat((cls, v), 1)
+            # Alone it leaves the query's convolution to update BatchNorm's statistics.
+            q = ops.depend(cls, q) if only_cls else ops.cat((cls, q), 1)
+            k, v = ops.cat((cls, k), 1), ops.cat((cls, v), 1)
         return q, k, v
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -228,8 +273,8 @@ class Attention(nn.Cell):
 
         Its query bypasses the convolution, which then runs for BatchNorm's statistics alone.
         """
-        q, k, v = self._project(x, height, width)
-        q = self._heads(self.proj_q(q[:, :1] if only_cls else q))
+        q, k, v = self._project(x, height, width, only_cls)
+        q = self._heads(self.proj_q(q))
         k = self._heads(self.proj_k(k))
         v = self._heads(self.proj_v(v))
         x = self.attend(q, k, v).transpose((0, 2, 1, 3))  # [B, T, h, C / h]
@@ -266,13 +311,14 @@ class Block(nn.Cell):
         self.norm2 = LayerNorm(stage.dim)
         self.mlp = Mlp(stage, sites)
         self.drop_path2 = DropPath(drop_path_rate, next(sites))
+        self.take_front = FrontToken()
 
     def construct(
         self, x: Tensor, height: int, width: int, bits: Tensor | None, only_cls: bool = False
     ) -> Tensor:
         """x [B, T, C] on a grid of height x width -> [B, T, C], or the class token's [B, 1, C]."""
         attended = self.attn(self.norm1(x), height, width, bits, only_cls)
-        x = (x[:, :1] if only_cls else x) + self.drop_path1(attended, bits)
+        x = (self.take_front(x)[0] if only_cls else x) + self.drop_path1(attended, bits)
         return x + self.drop_path2(self.mlp(self.norm2(x), bits), bits)
 
 

@@ -23,11 +23,12 @@ class SyncBatchNorm2d(BatchNorm2d):
         self.all_reduce = ops.AllReduce()
 
     def _mean(self, x: Tensor) -> Tensor:
-        """x [B, C, H, W] -> [1, C, 1, 1], over all devices."""
-        return self.all_reduce(x.mean((0, 2, 3), keep_dims=True)) / self.world
+        """x [B, C, H, W] -> [1, C, 1, 1], or rows [R, C] -> [1, C], over all devices."""
+        axes = (0, 2, 3) if x.ndim == 4 else (0,)
+        return self.all_reduce(x.mean(axes, keep_dims=True)) / self.world
 
     def construct(self, x: Tensor) -> Tensor:
-        """x [B, C, H, W] -> float32 [B, C, H, W]."""
+        """x [B, C, H, W] -> float32 [B, C, H, W]; rows [R, C] -> float32 [R, C]."""
         x = x.astype(mstype.float32)
         if not self.training:
             moving = (self.moving_mean, self.moving_variance)
@@ -35,11 +36,12 @@ class SyncBatchNorm2d(BatchNorm2d):
         mean = self._mean(x)
         centred = x - mean
         variance = self._mean(ops.square(centred))
-        count = self.world * x.shape[0] * x.shape[2] * x.shape[3]
+        count = self.world * x.size // x.shape[1]
         self._follow(self.moving_mean, mean)
         self._follow(self.moving_variance, variance * (count / max(count - 1, 1)))  # unbiased
-        scale = self.gamma.reshape((1, -1, 1, 1)) * ops.rsqrt(variance + self.eps)
-        return centred * scale + self.beta.reshape((1, -1, 1, 1))
+        shape = (1, -1, 1, 1) if x.ndim == 4 else (1, -1)
+        scale = self.gamma.reshape(shape) * ops.rsqrt(variance + self.eps)
+        return centred * scale + self.beta.reshape(shape)
 
     def _follow(self, statistic: Tensor, value: Tensor) -> None:
         value = ops.stop_gradient(value).reshape((-1,))

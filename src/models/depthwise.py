@@ -1,0 +1,99 @@
+"""Depthwise 3 x 3 convolution on [B, H, W, C] as nine shifted multiply-adds.
+
+For devices whose matrix units gain nothing from a depthwise convolution and whose vector units do
+not mind it: the tokens of a CvT lie as [B, H, W, C], so nothing is transposed. Always in float32.
+"""
+
+from __future__ import annotations
+
+from mindspore import Tensor, nn, ops
+
+KERNEL_SIZE, PADDING = 3, 1
+
+
+class ShiftedDepthwise(nn.Cell):
+    """y[o] = sum over i, j of x[stride * o + (i, j) - 1] * weight[i, j], zeros outside.
+
+    A map padded to stride * a cells is seen as [a, stride]: tap i = stride * d + r then reads phase
+    r at offset d, a contiguous slice at any stride. The gradient is written out, because automatic
+    differentiation would keep all nine slices of the input until the backward pass.
+
+    Args:
+        stride: of the convolution, 1 or more.
+    """
+
+    def __init__(self, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+        self.reach = -(-KERNEL_SIZE // stride)  # taps of phase 0
+        taps = [divmod(i, stride) for i in range(KERNEL_SIZE)]
+        self.taps = tuple(
+            (i, j, *taps[i], *taps[j]) for i in range(KERNEL_SIZE) for j in range(KERNEL_SIZE)
+        )
+
+    def outputs(self, size: int) -> int:
+        """Cells of an axis of `size` cells after the convolution."""
+        return (size + 2 * PADDING - KERNEL_SIZE) // self.stride + 1
+
+    def construct(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x [B, H, W, C], weight [C, 1, 3, 3] -> [B, H', W', C]."""
+        phases, total = self._phases(x), None
+        for i, j, d, r, e, s in self.taps:
+            term = self._tap(phases, x, d, r, e, s) * weight[:, 0, i, j]
+            total = term if total is None else total + term
+        return total
+
+    def bprop(self, x: Tensor, weight: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of `construct`'s arguments."""
+        return self._input_gradient(x, weight, dout), self._weight_gradient(x, weight, dout)
+
+    def _phases(self, x: Tensor) -> Tensor:
+        """[B, H, W, C] -> padded, [B, a, stride, b, stride, C]."""
+        stride, height, width = self.stride, x.shape[1], x.shape[2]
+        a, b = self._axis(height), self._axis(width)
+        below, right = a * stride - height - PADDING, b * stride - width - PADDING
+        if below < 0 or right < 0:  # the last windows end before the last row or column
+            x = x[:, : height + min(below, 0), : width + min(right, 0)]
+        x = ops.pad(x, (0, 0, PADDING, max(right, 0), PADDING, max(below, 0)))
+        return x.reshape((x.shape[0], a, stride, b, stride, x.shape[3]))
+
+    def _axis(self, size: int) -> int:
+        return self.outputs(size) + self.reach - 1
+
+    def _tap(self, phases: Tensor, x: Tensor, d: int, r: int, e: int, s: int) -> Tensor:
+        """What the windows of x see through one tap: [B, H', W', C]."""
+        rows, columns = self.outputs(x.shape[1]), self.outputs(x.shape[2])
+        batch, channels = x.shape[0], x.shape[3]
+        window = ops.slice(phases, (0, d, r, e, s, 0), (batch, rows, 1, columns, 1, channels))
+        return window.reshape((batch, rows, columns, channels))
+
+    def _weight_gradient(self, x: Tensor, weight: Tensor, dout: Tensor) -> Tensor:
+        phases, sums = self._phases(x), ()
+        for _, _, d, r, e, s in self.taps:
+            sums += ((self._tap(phases, x, d, r, e, s) * dout).sum((0, 1, 2)),)
+        return ops.stack(sums, 1).reshape(weight.shape)
+
+    def _input_gradient(self, x: Tensor, weight: Tensor, dout: Tensor) -> Tensor:
+        """Phase by phase: each cell of a phase gathers the windows that read it."""
+        batch, rows, columns, channels = dout.shape
+        stride, more = self.stride, self.reach - 1
+        a, b = rows + more, columns + more
+        padded = ops.pad(dout, (0, 0, more, more, more, more))
+        row_phases = ()
+        for r in range(stride):
+            column_phases = ()
+            for s in range(stride):
+                total = ops.zeros((batch, a, b, channels), dout.dtype)
+                for i in range(r, KERNEL_SIZE, stride):
+                    for j in range(s, KERNEL_SIZE, stride):
+                        begin = (0, more - i // stride, more - j // stride, 0)
+                        window = ops.slice(padded, begin, (batch, a, b, channels))
+                        total = total + window * weight[:, 0, i, j]
+                column_phases += (total.reshape((batch, a, 1, b, 1, channels)),)
+            row_phases += (ops.cat(column_phases, 4),)
+        dx = ops.cat(row_phases, 2).reshape((batch, a * stride, b * stride, channels))
+        # Cells behind the last window have no gradient; a stride above 1 may leave some.
+        below = max(x.shape[1] + PADDING - a * stride, 0)
+        right = max(x.shape[2] + PADDING - b * stride, 0)
+        dx = ops.pad(dx, (0, 0, 0, right, 0, below))
+        return ops.slice(dx, (0, PADDING, PADDING, 0), x.shape)

@@ -1,0 +1,81 @@
+"""The shifted depthwise convolution against the definition in numpy."""
+
+import mindspore as ms
+import numpy as np
+import pytest
+
+from src.models import create_model
+from src.models.depthwise import ShiftedDepthwise
+from src.models.layers import use_shifts
+from tests.conftest import TINY
+
+
+@pytest.fixture(autouse=True)
+def pynative_mode(graph_mode):
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+
+
+def reference(x, weight, dout, stride):
+    """Output and both gradients, window by window in float64."""
+    batch, height, width, channels = x.shape
+    padded = np.zeros((batch, height + 2, width + 2, channels))
+    padded[:, 1:-1, 1:-1] = x
+    taps = weight[:, 0].transpose(1, 2, 0)  # [3, 3, C]
+    rows, columns = (height - 1) // stride + 1, (width - 1) // stride + 1
+    out, dx, dw = (
+        np.zeros((batch, rows, columns, channels)),
+        np.zeros_like(padded),
+        np.zeros_like(taps),
+    )
+    for row in range(rows):
+        for column in range(columns):
+            here = np.s_[:, row * stride : row * stride + 3, column * stride : column * stride + 3]
+            out[:, row, column] = (padded[here] * taps).sum((1, 2))
+            if dout is not None:
+                g = dout[:, row, column][:, None, None]
+                dx[here] += g * taps
+                dw += (padded[here] * g).sum(0)
+    return out, dx[:, 1:-1, 1:-1], dw.transpose(2, 0, 1)[:, None]
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3, 4])
+@pytest.mark.parametrize("size", [(1, 1), (4, 4), (5, 8), (7, 6)])
+def test_output_and_gradients_equal_the_definition(stride, size):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2, *size, 5)).astype(np.float32)
+    weight = rng.standard_normal((5, 1, 3, 3)).astype(np.float32)
+    cell = ShiftedDepthwise(stride)
+    out = cell(ms.Tensor(x), ms.Tensor(weight))
+    assert out.shape == reference(x, weight, None, stride)[0].shape
+    dout = rng.standard_normal(out.shape).astype(np.float32)
+
+    def weighted(x, weight):
+        return (cell(x, weight) * ms.Tensor(dout)).sum()
+
+    found = out, *ms.grad(weighted, (0, 1))(ms.Tensor(x), ms.Tensor(weight))
+    for value, expected in zip(found, reference(x, weight, dout, stride)):
+        np.testing.assert_allclose(value.asnumpy(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [("pynative", {"kv_stride": 1}), ("pynative", {"cls_token": False}), ("graph", {})],
+)
+def test_a_network_of_shifts_equals_one_of_convolutions(mode, options):
+    """Logits, every gradient and the running statistics, with and without a class token."""
+    ms.set_context(mode=ms.GRAPH_MODE if mode == "graph" else ms.PYNATIVE_MODE)
+    nets = [create_model("cvt_nano", **{**TINY, **options, "depths": (1, 1, 1)}) for _ in range(2)]
+    for mine, other in zip(*(net.get_parameters() for net in nets)):
+        mine.set_data(other.value().copy())
+    rng = np.random.default_rng(0)
+    images = ms.Tensor(rng.standard_normal((3, 3, 40, 32)), ms.float32)
+    found = []
+    for net in (nets[0], use_shifts(nets[1])):
+        net.set_train(True)
+        loss, gradients = ms.value_and_grad(net, None, net.trainable_params())(images)
+        statistics = [p for p in net.get_parameters() if ".moving_" in p.name]
+        found.append([x.asnumpy().copy() for x in (loss, *gradients, *statistics)])
+    assert len(found[0]) > 60
+    for expected, value in zip(*found):
+        atol = 1e-6 + 2e-4 * np.abs(expected).max()
+        np.testing.assert_allclose(value, expected, rtol=1e-4, atol=atol)

@@ -1,0 +1,120 @@
+"""What is asked of a device, by a stand-in for Ascend; the probes on this CPU and on broken ones."""
+
+import dataclasses
+
+import mindspore as ms
+import numpy as np
+import pytest
+
+from src import arithmetic
+from src.arithmetic import check_arithmetic, configure
+from src.config import Config, RuntimeConfig
+from src.errors import UserError
+
+
+class Precision:
+    """In the place of MindSpore's op_precision, which only works on Ascend."""
+
+    def __init__(self):
+        self.asked = {}
+
+    def __getattr__(self, name):
+        return lambda value: self.asked.update({name: value})
+
+
+@pytest.fixture
+def precision(monkeypatch):
+    from mindspore.device_context import ascend
+
+    monkeypatch.setattr(ascend, "op_precision", Precision())
+    return ascend.op_precision
+
+
+@pytest.mark.parametrize(
+    ("device", "kind", "asked"),
+    [
+        ("Ascend", "float32", {"conv_allow_hf32": False, "matmul_allow_hf32": False}),
+        ("Ascend", "float16", {}),
+        ("CPU", "float32", {}),
+    ],
+)
+def test_float32_on_ascend_is_asked_to_be_float32(precision, device, kind, asked):
+    configure(RuntimeConfig(precision=kind), device)
+    assert precision.asked == asked
+
+
+def test_deterministic_is_set_once_and_may_be_asked_for_again(monkeypatch):
+    calls = []
+
+    def set_deterministic(value):
+        calls.append(value)
+        if len(calls) > 1:
+            raise RuntimeError("The 'mindspore.set_deterministic' can not be set repeatedly.")
+
+    monkeypatch.setattr(ms, "set_deterministic", set_deterministic)
+    for runtime in (RuntimeConfig(), *[RuntimeConfig(deterministic=True)] * 2):
+        configure(runtime, "CPU")
+    assert calls == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("keys", "device", "message"),
+    [
+        ({"jit_level": "O2"}, "CPU", "O2: is Ascend's graph engine, this runs on CPU"),
+        ({"jit_level": "O1", "mode": "pynative"}, "CPU", "set runtime.mode graph"),
+    ],
+)
+def test_a_level_without_effect_is_refused(keys, device, message):
+    with pytest.raises(UserError, match=message):
+        configure(RuntimeConfig(**keys), device)
+
+
+def test_a_level_that_mindspore_does_not_know_is_told(monkeypatch):
+    def set_context(**kwargs):
+        raise ValueError("the keyword argument jit_config is not recognized!")
+
+    monkeypatch.setattr(ms, "set_context", set_context)
+    with pytest.raises(UserError, match=r"jit_level O1: MindSpore 2\..* refuses it .*jit_config"):
+        configure(RuntimeConfig(jit_level="O1"), "CPU")
+
+
+def config_of(**keys):
+    config = Config()
+    for group, values in keys.items():
+        changed = dataclasses.replace(getattr(config, group), **values)
+        config = dataclasses.replace(config, **{group: changed})
+    return config
+
+
+def test_this_cpu_computes_as_training_needs_it(caplog):
+    check_arithmetic(config_of(training={"loss_scale": "dynamic"}, model={"drop_path_rate": [0, 0.1]}))
+    assert not caplog.records
+
+
+def test_a_device_that_saturates_takes_no_dynamic_scale(monkeypatch):
+    monkeypatch.setattr(ms.ops, "isfinite", lambda x: ms.Tensor(np.ones(x.shape, bool)))
+    with pytest.raises(UserError, match="loss_scale dynamic: .*set training.loss_scale 1024"):
+        check_arithmetic(config_of(training={"loss_scale": "dynamic"}))
+    check_arithmetic(config_of(training={"loss_scale": 1024.0}))
+
+
+@pytest.mark.parametrize("rates", [{"drop_path_rate": 0.1}, {"drop_rate": 0.1}])
+def test_a_device_whose_int32_saturates_takes_no_drop_path(monkeypatch, rates):
+    def saturating(x, factor):
+        product = x.asnumpy().astype(np.int64) * factor
+        return ms.Tensor(np.clip(product, -(2**31), 2**31 - 1).astype(np.int32))
+
+    monkeypatch.setattr("src.models.stochastic._times", saturating)
+    with pytest.raises(UserError, match="does not multiply int32 modulo"):
+        check_arithmetic(config_of(model=rates))
+    check_arithmetic(config_of())
+
+
+def test_a_device_without_float32_products_is_told(monkeypatch, caplog):
+    def half(a, b):
+        return ms.Tensor((a.asnumpy().astype(np.float16) @ b.asnumpy()).astype(np.float32))
+
+    monkeypatch.setattr(ms.ops, "matmul", half)
+    check_arithmetic(config_of())
+    assert "lower precision" in caplog.text
+    assert not arithmetic.multiplies_in_float32()
