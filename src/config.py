@@ -33,6 +33,13 @@ class RuntimeConfig:
             Atlas A2 or later, in float16 or bfloat16. Export and prediction do without it.
         compiled_ops: on the CPU and in float32, compute in operators that the system's C++ compiler
             builds at the first start; auto does so where there is one. Export does without them.
+        depthwise: conv runs CvT's depthwise convolutions in the framework's kernel; shifts as nine
+            shifted multiply-adds without transposes, in float32, for accelerators on which a
+            measurement shows that to be faster. Export does without it.
+        jit_level: MindSpore's compilation level; null leaves the device's default. O2 is Ascend's
+            graph engine.
+        deterministic: let a device compute the same operator alike each time, at some cost; on an
+            accelerator a resumed run equals an uninterrupted one only with it.
         seed: of the initial weights, data order, augmentation, drop path and dropout.
     """
 
@@ -42,6 +49,9 @@ class RuntimeConfig:
     precision: Literal["float32", "float16", "bfloat16"] = "float32"
     flash_attention: bool = False
     compiled_ops: Literal["auto", "always", "never"] = "auto"
+    depthwise: Literal["conv", "shifts"] = "conv"
+    jit_level: Optional[Literal["O0", "O1", "O2"]] = None
+    deterministic: bool = False
     seed: NonNegativeInt = 0
 
 

@@ -28,6 +28,7 @@ from src.errors import UserError
 from src.models import create_model
 from src.models.attention import use_flash_attention
 from src.models.compiled import has_plain_convolutions, use_compiled
+from src.models.layers import use_shifts
 from src.ops.library import BuildError, library
 from src.ranks import ALONE, Ranks
 from src.reporting.progress import progress_bar
@@ -139,11 +140,13 @@ def uses_compiled(runtime: RuntimeConfig) -> bool:
 
 
 def accelerate(net: nn.Cell, runtime: RuntimeConfig) -> nn.Cell:
-    """Let a network that is not to be exported compute in compiled operators where it may.
+    """Let a network that is not to be exported compute in the operators that the recipe asks for.
 
     Raises:
         UserError: they are asked for and can't be had.
     """
+    if runtime.depthwise == "shifts":
+        use_shifts(net)
     if uses_compiled(runtime):
         use_compiled(net, library(cache_folder()))
     if (

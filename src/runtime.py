@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
+from src.arithmetic import configure
 from src.config import RuntimeConfig
 from src.errors import UserError, printable
 
@@ -81,6 +82,7 @@ def setup(config: RuntimeConfig) -> tuple[str, Ranks]:
         if ms.get_context("device_target") != device:
             raise
     ms.set_context(mode=ms.GRAPH_MODE if config.mode == "graph" else ms.PYNATIVE_MODE)
+    configure(config, device)
     ranks = join()
     ms.set_seed(config.seed % 2**32)
     random.seed(config.seed)

@@ -1,4 +1,4 @@
-"""What is asked of a device, by a stand-in for Ascend; the probes on this CPU and on broken ones."""
+"""What is asked of Ascend, by a stand-in; the probes on this CPU and on broken devices."""
 
 import dataclasses
 
@@ -87,7 +87,9 @@ def config_of(**keys):
 
 
 def test_this_cpu_computes_as_training_needs_it(caplog):
-    check_arithmetic(config_of(training={"loss_scale": "dynamic"}, model={"drop_path_rate": [0, 0.1]}))
+    check_arithmetic(
+        config_of(training={"loss_scale": "dynamic"}, model={"drop_path_rate": [0, 0.1]})
+    )
     assert not caplog.records
 
 

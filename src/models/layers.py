@@ -15,6 +15,7 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 from mindspore.common.initializer import HeUniform, Normal, Uniform, initializer
 
+from src.errors import UserError
 from src.models.attention import ScaledDotProductAttention
 from src.models.depthwise import KERNEL_SIZE, PADDING, ShiftedDepthwise
 from src.models.stochastic import Dropout, DropPath
@@ -174,8 +175,15 @@ class ConvProjection(nn.Cell):
 
 
 def use_shifts(net: nn.Cell) -> nn.Cell:
-    """Let a network's depthwise convolutions run as shifted multiply-adds, in place."""
-    for _, cell in list(net.cells_and_names()):
+    """Let a network's depthwise convolutions run as shifted multiply-adds, in place.
+
+    Raises:
+        UserError: it has none.
+    """
+    cells = [cell for _, cell in net.cells_and_names()]
+    if not any(isinstance(cell, ConvProjection) for cell in cells):
+        raise UserError("runtime.depthwise shifts: this network has no convolutional projection")
+    for cell in cells:
         if isinstance(cell, ConvProjection):
             cell.shifts = ShiftedDepthwise(cell.conv.stride[0])
         elif isinstance(cell, Attention):

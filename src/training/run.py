@@ -8,6 +8,7 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
+from src.arithmetic import check_arithmetic
 from src.command_line import save_config
 from src.config import Config
 from src.errors import UserError
@@ -46,6 +47,7 @@ def train(
             "here and give them to eval.py"
         )
     device, ranks = setup(config.runtime)
+    check_arithmetic(config)
     if ranks.is_first:
         _check_folder(output, resume)
     source = open_checked(config, "train", ranks, output)

@@ -230,7 +230,8 @@ def _states(checkpoints: Path) -> list[Path]:
 
 # Keys that may change between the parts of a run, because they don't change what is computed.
 FREE_TO_CHANGE = (
-    "runtime.device", "runtime.device_id", "runtime.compiled_ops", "data.path", "data.index",
+    "runtime.device", "runtime.device_id", "runtime.compiled_ops", "runtime.depthwise",
+    "runtime.jit_level", "runtime.deterministic", "data.path", "data.index",
     "evaluation.batch_size", "training.save_every", "training.keep",
 )  # fmt: skip
 

@@ -4,6 +4,7 @@ import mindspore as ms
 import numpy as np
 import pytest
 
+from src.errors import UserError
 from src.models import create_model
 from src.models.depthwise import ShiftedDepthwise
 from src.models.layers import use_shifts
@@ -79,3 +80,8 @@ def test_a_network_of_shifts_equals_one_of_convolutions(mode, options):
     for expected, value in zip(*found):
         atol = 1e-6 + 2e-4 * np.abs(expected).max()
         np.testing.assert_allclose(value, expected, rtol=1e-4, atol=atol)
+
+
+def test_a_network_without_such_convolutions_is_refused():
+    with pytest.raises(UserError, match="depthwise shifts: .*no convolutional projection"):
+        use_shifts(create_model("cvt_nano", **TINY, qkv_projection="avg"))
