@@ -25,7 +25,9 @@ class ShiftedDepthwise(nn.Cell):
     def __init__(self, stride: int) -> None:
         super().__init__()
         self.stride = stride
-        self.reach = -(-KERNEL_SIZE // stride)  # taps of phase 0
+        self.reach = -(-KERNEL_SIZE // stride) - 1  # cells that a window reaches beyond its first
+        # Above 2 the last window may end before the last row, which one more cell then holds.
+        self.spare = int(stride > 2)
         taps = [divmod(i, stride) for i in range(KERNEL_SIZE)]
         self.taps = tuple(
             (i, j, *taps[i], *taps[j]) for i in range(KERNEL_SIZE) for j in range(KERNEL_SIZE)
@@ -52,13 +54,11 @@ class ShiftedDepthwise(nn.Cell):
         stride, height, width = self.stride, x.shape[1], x.shape[2]
         a, b = self._axis(height), self._axis(width)
         below, right = a * stride - height - PADDING, b * stride - width - PADDING
-        if below < 0 or right < 0:  # the last windows end before the last row or column
-            x = x[:, : height + min(below, 0), : width + min(right, 0)]
-        x = ops.pad(x, (0, 0, PADDING, max(right, 0), PADDING, max(below, 0)))
+        x = ops.pad(x, (0, 0, PADDING, right, PADDING, below))
         return x.reshape((x.shape[0], a, stride, b, stride, x.shape[3]))
 
     def _axis(self, size: int) -> int:
-        return self.outputs(size) + self.reach - 1
+        return self.outputs(size) + self.reach + self.spare
 
     def _tap(self, phases: Tensor, x: Tensor, d: int, r: int, e: int, s: int) -> Tensor:
         """What the windows of x see through one tap: [B, H', W', C]."""
@@ -76,9 +76,10 @@ class ShiftedDepthwise(nn.Cell):
     def _input_gradient(self, x: Tensor, weight: Tensor, dout: Tensor) -> Tensor:
         """Phase by phase: each cell of a phase gathers the windows that read it."""
         batch, rows, columns, channels = dout.shape
-        stride, more = self.stride, self.reach - 1
-        a, b = rows + more, columns + more
-        padded = ops.pad(dout, (0, 0, more, more, more, more))
+        stride, reach = self.stride, self.reach
+        a, b = rows + reach + self.spare, columns + reach + self.spare
+        behind = reach + self.spare
+        padded = ops.pad(dout, (0, 0, reach, behind, reach, behind))
         row_phases = ()
         for r in range(stride):
             column_phases = ()
@@ -86,14 +87,10 @@ class ShiftedDepthwise(nn.Cell):
                 total = ops.zeros((batch, a, b, channels), dout.dtype)
                 for i in range(r, KERNEL_SIZE, stride):
                     for j in range(s, KERNEL_SIZE, stride):
-                        begin = (0, more - i // stride, more - j // stride, 0)
+                        begin = (0, reach - i // stride, reach - j // stride, 0)
                         window = ops.slice(padded, begin, (batch, a, b, channels))
                         total = total + window * weight[:, 0, i, j]
                 column_phases += (total.reshape((batch, a, 1, b, 1, channels)),)
             row_phases += (ops.cat(column_phases, 4),)
         dx = ops.cat(row_phases, 2).reshape((batch, a * stride, b * stride, channels))
-        # Cells behind the last window have no gradient; a stride above 1 may leave some.
-        below = max(x.shape[1] + PADDING - a * stride, 0)
-        right = max(x.shape[2] + PADDING - b * stride, 0)
-        dx = ops.pad(dx, (0, 0, 0, right, 0, below))
         return ops.slice(dx, (0, PADDING, PADDING, 0), x.shape)

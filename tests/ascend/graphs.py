@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,13 +74,13 @@ def _evaluation() -> None:
 
 
 def _faulty() -> None:
-    """What the audit must find: an operator without Ascend support, and a dynamic shape."""
+    """What the audit must find: an operator without support, a dynamic shape, a negative stride."""
     import mindspore as ms
     from mindspore import nn, ops
 
     class Faulty(nn.Cell):
         def construct(self, x):
-            return ops.Fmax()(x, x)
+            return ops.Fmax()(x, x[::-1])
 
     net = Faulty()
     x = ms.Tensor(shape=(None, 3), dtype=ms.float32)
@@ -94,16 +94,21 @@ GRAPHS: dict[str, Callable[[], None]] = {
     "training-parts": lambda: _training("SGD", accumulate=2, part="add"),
     "training-parts-update": lambda: _training("SGD", accumulate=2, part="update"),
     "training-sgd-float16-flash": lambda: _training("SGD", flash_attention=True, loss_scale=1024.0),
+    "training-two-ranks": lambda: _training("AdamW", rank=1, world=2),
     "evaluation": _evaluation,
 }
 
 
 @dataclass
 class Node:
-    """A call in a graph: primitive, arguments, its output's type, whether of the backward pass."""
+    """A call in a graph: primitive, arguments, its output's type, whether of the backward pass.
+
+    `values` has the integers in each of its constant tuples.
+    """
 
     primitive: str
     arguments: list[str]
+    values: list[list[int]] = field(default_factory=list)
     output: str = ""
     backward: bool = False
 
@@ -124,6 +129,15 @@ class Graph:
         """Calls whose output has a dimension or a rank that is not known."""
         unknown = re.compile(r"\((?:[\d\-]+, )*-[12](?:, [\d\-]+)*\)")
         return [node for node in self.nodes.values() if unknown.search(node.output)]
+
+    @property
+    def negative_strides(self) -> list[Node]:
+        """Strided slices that run backwards, which Ascend's kernels refuse or copy on the host."""
+        return [
+            node
+            for node in self.nodes.values()
+            if node.primitive.startswith("StridedSlice") and min(node.values[-1], default=1) < 0
+        ]
 
     def saved_bytes(self) -> int:
         """Bytes of what the forward pass makes and the backward pass reads, parameters aside.
@@ -164,6 +178,7 @@ class Graph:
 READS = ("Load", "TensorMove", "MakeTuple", "UpdateState")  # parameters, and no values at all
 _CALL = re.compile(r"  (?:%(\d+)\([^)]*\) = )?(?:PrimFunc_)?(\w+)\((.*?)(?:\) |\)$|$)")
 _ARGUMENT = re.compile(r"%(\w+)|I64\((\d+)\)")
+_TUPLE, _INTEGER = re.compile(r"\(((?:I64\(-?\d+\)(?:, )?)+)\)"), re.compile(r"I64\((-?\d+)\)")
 _WIDTHS = {"Float32": 4, "Int32": 4, "Float16": 2, "BFloat16": 2, "Bool": 1}
 
 
@@ -180,7 +195,8 @@ def read_graph(text: str) -> Graph:
         call = _CALL.match(line)
         if call:
             arguments = [first or second for first, second in _ARGUMENT.findall(call[3])]
-            node = nodes[call[1] or call[2]] = Node(call[2], arguments)
+            values = [[int(n) for n in _INTEGER.findall(t)] for t in _TUPLE.findall(call[3])]
+            node = nodes[call[1] or call[2]] = Node(call[2], arguments, values)
         elif node and not node.output and line.startswith("      : "):
             node.output = line.partition(") -> (")[2] or line
         elif node and line.startswith("      # Fullname with scope: (Gradients/"):

@@ -1,5 +1,10 @@
 """The step against the official training trajectory, and its parts against numpy."""
 
+import os
+import re
+import socket
+import subprocess
+import sys
 import zlib
 
 import mindspore as ms
@@ -13,7 +18,7 @@ from src.recipe import set_precision
 from src.training.loss import LabelSmoothingCrossEntropy
 from src.training.optimizer import SGD, AdamW
 from src.training.train_step import GROWTH_STEPS, TrainStep, mix_images
-from tests.conftest import TINY
+from tests.conftest import ROOT, TINY
 from tests.golden import official
 
 TRAJECTORY = official.DESCRIPTION["trajectories"][0]
@@ -318,3 +323,28 @@ def test_mixed_images_and_their_loss_equal_numpy(pynative_mode):
     soft = 0.9 * hard + 0.1 / 7
     expected = -(soft * (logits - np.log(np.exp(logits).sum(1, keepdims=True)))).sum(1).mean()
     assert float(loss.asnumpy()) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2,
+    reason="two CPU ranks need two cores",
+)
+def test_ranks_stay_equal_where_their_reductions_differ(tmp_path):
+    """A last bit in the norm, other on each rank, would reach the weights by the clipping."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port = probe.getsockname()[1]
+    command = [
+        sys.executable, "-m", "mindspore.parallel.cluster.run", "--join=True", "--worker_num=2",
+        "--local_worker_num=2", f"--master_port={port}", f"--log_dir={tmp_path}",
+        str(ROOT / "tests/training/two_ranks.py"),
+    ]  # fmt: skip
+    path = f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    words = [
+        re.search("checksum.*", (tmp_path / f"worker_{rank}.log").read_text())[0] for rank in (0, 1)
+    ]
+    assert words[0] == words[1]
+    assert np.isfinite([float(n) for n in words[0].split()[3::2]]).all()
