@@ -17,6 +17,7 @@ ONLY = {
     "images": ("data",),
     "seconds": ("infer", "train", "data"),
     "plain": ("infer", "train", "compile"),
+    "predictor": ("infer",),
 }
 
 
@@ -84,6 +85,12 @@ def add_arguments(parser) -> None:
         action="store_true",
         default=None,
         help="measure ours without compiled operators too (infer, train, compile)",
+    )
+    measured.add_argument(
+        "--predictor",
+        action="store_true",
+        default=None,
+        help="measure Predictor too, in a Python process that sets nothing else up (infer)",
     )
     parser.add_argument("--json", type=str, help="also write the figures to this file")
 

@@ -33,7 +33,7 @@ def prepare_environment() -> None:
     _keep_to_own_cores()
     scratch = Path(tempfile.gettempdir()) / f"cvt-mindspore-{os.getuid()}"
     os.environ.setdefault("GLOG_v", "4")
-    # The compiled operators' threads sleep between two calls; MindSpore's own need the cores then.
+    # OpenMP's threads sleep between two loops: MindSpore's other threads need the cores then.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     for name in ("MS_OM_PATH", "MS_COMPILER_CACHE_PATH", "ASCEND_WORK_PATH"):
         os.environ.setdefault(name, str(scratch))

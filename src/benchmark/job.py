@@ -57,6 +57,8 @@ def plan_sides(net: nn.Cell, config: Config, options: Options, job: dict) -> lis
     if options.model_file is not None:
         file_job = {**job, "mode": "infer_file", "model_file": options.model_file}
         plans.append(Plan("file", WORKER, file_job))
+    if options.predictor:
+        plans.append(Plan("predictor", WORKER, {**job, "mode": "predictor"}))
     if options.plain:
         plans.append(Plan("plain", WORKER, {**job, "compiled_ops": "never"}))
     if not options.peer:

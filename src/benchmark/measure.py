@@ -44,6 +44,7 @@ class Options:
         peer_python: the peers' interpreter.
         model_file: an exported file to be a further side of "infer".
         plain: whether ours without compiled operators is a further side.
+        predictor: whether `Predictor` in a plain Python process is a further side of "infer".
     """
 
     mode: str
@@ -56,6 +57,7 @@ class Options:
     peer_python: str | None = None
     model_file: str | None = None
     plain: bool = False
+    predictor: bool = False
 
 
 def measure(config: Config, options: Options) -> dict[str, Any]:

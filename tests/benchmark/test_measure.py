@@ -156,13 +156,15 @@ def test_inference_beside_an_exported_file_and_a_peer(monkeypatch, log, tmp_path
     write_model(net, (4, 3, 16, 16), tmp_path / "tiny.mindir", "mindir")
     file = tmp_path / "figures.json"
     words = ["--seconds=0.1", *PEER, f"--json={file}", f"--model_file={tmp_path}/tiny.mindir"]
+    words += ["--predictor"]
     assert call(monkeypatch, "infer", *words) == 0
     figures = json.loads(file.read_text())
-    ours, exported, peer, matmul = figures["sides"]
+    ours, exported, predictor, peer, matmul = figures["sides"]
     names = [side["name"] for side in figures["sides"]]
-    assert names == ["ours", "file", "stand_in", "matmul"]
+    assert names == ["ours", "file", "predictor", "stand_in", "matmul"]
     assert exported["what"].startswith("tiny.mindir, MindSpore")
-    assert min(exported["rounds"]) > 0
+    assert predictor["what"].startswith("Predictor, MindSpore")
+    assert min(*exported["rounds"], *predictor["rounds"]) > 0
     assert peer["rounds"] == [2, 4] and peer["images_per_second"] == 3
     assert peer["peak_memory"] == 5_000_002
     ratios = np.divide(ours["rounds"], peer["rounds"])
@@ -178,8 +180,8 @@ def test_inference_beside_an_exported_file_and_a_peer(monkeypatch, log, tmp_path
     assert "MindSpore" in ours["what"]
     title, head, *rows = capsys.readouterr().out.splitlines()
     assert title.startswith("infer: cvt_nano, float32, image 16 x 16, batch 4, cores for each")
-    assert [row.split()[0] for row in rows[:4]] == names
-    assert f"{peer['ratio']:.2f} x" in rows[2]
+    assert [row.split()[0] for row in rows[:5]] == names
+    assert f"{peer['ratio']:.2f} x" in rows[3]
 
 
 def test_an_interpreter_without_a_peer_is_refused(monkeypatch, capsys):

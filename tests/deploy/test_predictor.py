@@ -1,10 +1,13 @@
 """Prediction from an exported file and from a checkpoint."""
 
+import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -158,14 +161,89 @@ def test_inputs_are_those_of_the_evaluation(exported, tmp_path):
         assert np.array_equal(np.stack([predict.prepare(image) for image in images]), expected)
 
 
-def test_five_lines_need_no_set_up(exported, digits):
-    """In a fresh interpreter, in MindSpore's own default mode."""
+def test_five_lines_need_no_set_up(trained, exported, digits):
+    """In a fresh interpreter, in MindSpore's own default mode, which stays."""
     code = (
         "import sys\nfrom src.deploy import Predictor\n"
-        "print(Predictor(sys.argv[1])([sys.argv[2]])[0][0].name)\n"
+        "import mindspore\nmode = mindspore.get_context('mode')\n"
+        "for model in sys.argv[2:]:\n"
+        "    print(Predictor(model)([sys.argv[1]])[0][0].name)\n"
+        "assert mindspore.get_context('mode') == mode == mindspore.PYNATIVE_MODE\n"
     )
-    command = [sys.executable, "-c", code, str(exported / "any.mindir"), str(digits[1][0])]
+    models = [str(exported / "any.mindir"), str(trained)]
+    command = [sys.executable, "-c", code, str(digits[1][0]), *models]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     expected = Predictor(exported / "any.mindir")(digits[1][:1])[0][0].name
-    assert done.stdout.split() == [expected], done.stderr
+    assert done.stdout.split() == [expected] * 2, done.stderr
+
+
+def test_a_checkpoint_in_four_threads(trained, digits):
+    predict = Predictor(trained)
+    inputs = np.stack([predict.prepare(array) for array in digits[0]])
+    expected = {size: predict.logits(inputs[:size]) for size in (1, 7)}
+    with ThreadPoolExecutor(4) as threads:
+        found = threads.map(lambda k: (k, predict.logits(inputs[:k])), [1, 7] * 100)
+        assert all(np.array_equal(logits, expected[size]) for size, logits in found)
+
+
+def test_threads_do_not_change_results(trained, digits):
+    predict = [Predictor(trained, threads=threads) for threads in (1, 2)]
+    inputs = np.stack([predict[0].prepare(array) for array in digits[0]])
+    one, two = (each.logits(inputs) for each in predict)
+    assert np.array_equal(one, two)
+
+
+def test_a_network_is_compiled_for_few_batches(trained):
+    """An odd batch is filled up to a compiled one, unless that more than doubles the work."""
+    predict = Predictor(trained)
+    assert [predict._batch_for(size, 0) for size in (16, 9, 3, 1, 2)] == [16, 16, 3, 1, 3]
+    assert predict._batch_for(5, 0) == 5
+    assert Predictor(trained)._batch_for(5, 16) == 5, "nothing is compiled yet"
+    assert predict._batch_for(4, 16) == 5, "the end of a stream waits for no compilation"
+
+
+def test_arguments_without_effect_are_refused(trained, exported):
+    mindir = exported / "any.mindir"
+    for model, options, complaint in (
+        (mindir, {"runtime": {"precision": "float16"}}, "runtime.precision: is for weights only"),
+        (mindir, {"engine": "openvino"}, "engine openvino: .mindir is run by mindspore"),
+        (mindir, {"threads": 0}, "threads 0: must be 1 or more"),
+        (mindir, {"max_pixels": 0}, "max_pixels 0: must be 1 or more"),
+        (trained, {"engine": "onnxruntime"}, "engine onnxruntime: .ckpt is run by mindspore"),
+        (trained, {"runtime": {"seed": 1}}, "runtime.seed: choose from mode, precision"),
+        (trained, {"runtime": {"flash_attention": True}}, "flash_attention: is a kernel of Asc"),
+        (trained, {"runtime": {"precision": "bfloat16"}}, "bfloat16: the CPU has no such"),
+    ):
+        with pytest.raises(UserError, match=complaint):
+            Predictor(model, **options)
+
+
+def test_keys_of_the_runtime_take_effect(trained, digits, monkeypatch):
+    """float16 rounds; without compiled operators the network holds none."""
+    inputs = np.stack([Predictor(trained).prepare(array) for array in digits[0]])
+    usual = Predictor(trained, runtime={"mode": "pynative", "compiled_ops": "never"})
+    half = Predictor(trained, runtime={"mode": "pynative", "precision": "float16"})
+    assert type(usual.network.norm).__name__ == "LayerNorm"
+    difference = abs(usual.logits(inputs) - half.logits(inputs)).max()
+    assert 1e-5 < difference < 0.3
+
+
+def test_a_limit_of_pixels(exported, digits):
+    predict = Predictor(exported / "any.mindir", max_pixels=1000)
+    for image in (digits[1][0].read_bytes(), digits[1][0], Image.open(digits[1][0])):
+        assert predict([image])
+    large = io.BytesIO()
+    Image.new("1", (40, 40)).save(large, "PNG")
+    for image in (large.getvalue(), Image.open(large)):
+        with pytest.raises(UserError, match="at most 1000 pixels"):
+            predict([image])
+
+
+def test_class_names_of_another_model(exported, digits, tmp_path):
+    shutil.copy(exported / "any.mindir", tmp_path)
+    description = json.loads((exported / "any.mindir.json").read_text())
+    description["class_names"] = ["cat", "dog"]
+    (tmp_path / "any.mindir.json").write_text(json.dumps(description))
+    with pytest.raises(UserError, match=r"has \(10,\) outputs and 2 class names"):
+        Predictor(tmp_path / "any.mindir")(digits[1])
