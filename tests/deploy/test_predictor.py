@@ -230,13 +230,13 @@ def test_keys_of_the_runtime_take_effect(trained, digits, monkeypatch):
 
 
 def test_a_limit_of_pixels(exported, digits):
-    predict = Predictor(exported / "any.mindir", max_pixels=1000)
+    predict = Predictor(exported / "any.mindir", max_pixels=1100)
     for image in (digits[1][0].read_bytes(), digits[1][0], Image.open(digits[1][0])):
         assert predict([image])
     large = io.BytesIO()
     Image.new("1", (40, 40)).save(large, "PNG")
     for image in (large.getvalue(), Image.open(large)):
-        with pytest.raises(UserError, match="at most 1000 pixels"):
+        with pytest.raises(UserError, match="at most 1100 pixels"):
             predict([image])
 
 
