@@ -42,6 +42,7 @@ def _training(optimizer: str, flash_attention: bool = False, part: str = "", **o
     from src.recipe import set_precision
     from src.training import optimizer as optimizers
     from src.training.loss import LabelSmoothingCrossEntropy
+    from src.training.preprocess import Preprocess
     from src.training.train_step import TrainStep
 
     net = create_model("cvt_13", **SIZES, drop_path_rate=0.1, drop_rate=0.1)
@@ -58,13 +59,17 @@ def _training(optimizer: str, flash_attention: bool = False, part: str = "", **o
     missing = contextlib.suppress(RuntimeError) if flash_attention else contextlib.nullcontext()
     with missing:  # the CPU has no such kernel, which shows only behind the graph that is read
         images, labels = _inputs()
-        mix = ms.Tensor(np.ones(6, np.float32)) if step.mixing else None
+        mix = boxes = None
+        if step.mixing:  # the whole ImageNet recipe: bytes, erased boxes, mixing
+            mix, boxes = ms.Tensor(np.ones(6, np.float32)), ms.Tensor(np.ones((BATCH, 4), np.int32))
+            images = images.transpose((0, 2, 3, 1)).astype(ms.uint8)
+            step.preprocess = Preprocess((IMAGE, IMAGE), (0.5,) * 3, (0.5,) * 3, erasing=True)
         if part == "add":
-            step.parts.add.compile(images, labels, mix, ms.Tensor(0, ms.int32))
+            step.parts.add.compile(images, labels, mix, ms.Tensor(0, ms.int32), boxes)
         elif part == "update":
             step.parts.update.compile()
         else:
-            step.compile(images, labels, mix)
+            step.compile(images, labels, mix, boxes)
 
 
 def _evaluation() -> None:
