@@ -1,6 +1,9 @@
 """What is asked of Ascend, by a stand-in; the probes on this CPU and on broken devices."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 
 import mindspore as ms
 import numpy as np
@@ -10,6 +13,7 @@ from src import arithmetic
 from src.arithmetic import check_arithmetic, configure
 from src.config import Config, RuntimeConfig
 from src.errors import UserError
+from tests.conftest import ROOT
 
 
 class Precision:
@@ -120,3 +124,34 @@ def test_a_device_without_float32_products_is_told(monkeypatch, caplog):
     check_arithmetic(config_of())
     assert "lower precision" in caplog.text
     assert not arithmetic.multiplies_in_float32()
+
+
+LOSSES = """
+import sys
+from src.runtime import prepare_environment, setup
+prepare_environment()
+from src.config import RuntimeConfig
+setup(RuntimeConfig(jit_level=sys.argv[1]))
+import mindspore as ms
+from tests.training.test_train_step import batches, tiny_step
+from src.models import create_model
+sizes = {"embed_dims": (8, 8, 8), "num_heads": (1, 1, 1), "depths": (1, 1, 1), "num_classes": 10}
+step = tiny_step(create_model("cvt_nano", **sizes), clip_norm=1.0)
+print("level", ms.get_context("jit_config")["jit_level"])
+print("losses", [float(step(*batch)[0].asnumpy()) for batch in batches(4, image=32)])
+"""
+
+
+def test_both_levels_of_the_cpu_give_equal_losses(tmp_path):
+    """In processes of their own: a level stays set."""
+    options = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": str(ROOT)}}
+    losses = []
+    for level in ("O0", "O1"):
+        command = [sys.executable, "-c", LOSSES, level]
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert f"level {level}" in done.stdout
+        losses.append(done.stdout.partition("losses ")[2])
+    assert losses[0] and losses[0] == losses[1]
