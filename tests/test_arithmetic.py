@@ -144,7 +144,7 @@ print("losses", [float(step(*batch)[0].asnumpy()) for batch in batches(4, image=
 
 def test_both_levels_of_the_cpu_give_equal_losses(tmp_path):
     """In processes of their own: a level stays set."""
-    options = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": str(ROOT)}}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     losses = []
     for level in ("O0", "O1"):
         command = [sys.executable, "-c", LOSSES, level]
