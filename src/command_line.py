@@ -16,11 +16,25 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
 
 from src.config import Config, Study
 from src.errors import UserError
 from src.files import write_text
+
+
+_read_yaml = get_loader("yaml")
+
+
+def _load_yaml(text: str) -> Any:
+    """YAML as jsonargparse reads it; libyaml alone refuses the escapes of paths that are no UTF-8."""
+    try:
+        return _read_yaml(text)
+    except yaml.scanner.ScannerError:
+        return yaml.safe_load(text)
+
+
+set_loader("yaml", _load_yaml, (yaml.YAMLError,))
 
 
 class _Parser(ArgumentParser):

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from src.command_line import load_config, parse, run_config_of, save_config
-from src.config import Config
+from src.config import Config, DataConfig
 from src.errors import UserError
 
 FILES = sorted((Path(__file__).parents[1] / "config").rglob("*.yaml"))
@@ -70,6 +70,12 @@ def test_a_saved_configuration_reads_back_equal(tmp_path):
     assert load_config(tmp_path / "config.yaml") == config
     plain = yaml.safe_load((tmp_path / "config.yaml").read_text())
     assert plain["data"]["class_names"] == ["é", "b c", "1e5", "no", "12:30", ""]
+
+
+def test_a_path_that_is_no_utf_8_is_read_back(tmp_path):
+    config = Config(data=DataConfig(path="/photos/caf\udce9", class_names=["狗", "a\x1b"]))
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
 
 
 def test_the_config_of_a_run_is_found_beside_its_checkpoint(tmp_path):

@@ -112,6 +112,14 @@ def some_names(names: Sequence[str], limit: int = 10) -> str:
     return ", ".join(map(str, names[:limit])) + (f" and {rest} more" if rest > 0 else "")
 
 
+def legible(name: str) -> str:
+    """A folder's name as a class name: bytes that are not UTF-8 become escapes, as `\\xe9`.
+
+    Python holds such bytes as lone surrogates, which YAML, ONNX and fonts refuse.
+    """
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 def canonical(name: str) -> str:
-    """A name in Unicode's composed form: "é" is one code point or two, by the system it is from."""
-    return unicodedata.normalize("NFC", name)
+    """What names are compared by: "é" is one code point or two, by the system it is from."""
+    return unicodedata.normalize("NFC", legible(name))

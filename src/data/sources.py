@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from src.data.base import FileSource, Source, canonical, some_names
+from src.data.base import FileSource, Source, canonical, legible, some_names
 from src.data.folders import IMAGE_EXTENSIONS, Walk, class_folders, loose_files, require_classes
 from src.data.formats import cifar, digits, mnist
 from src.data.records import open_records
@@ -91,7 +91,8 @@ def _imagefolder(
     found = require_classes(folder, split)
     if class_names is None:
         train = root / train_folder
-        class_names = (class_folders(train) if train.is_dir() else None) or found
+        folders = (class_folders(train) if train.is_dir() else None) or found
+        class_names = [legible(name) for name in folders]
     label_of = {canonical(name): label for label, name in enumerate(class_names)}
     strange = [name for name in found if canonical(name) not in label_of]
     if strange:

@@ -161,7 +161,7 @@ def test_a_name_that_is_no_utf_8_is_read_and_counted(flowers):
         odder = os.fsdecode(os.fsencode(flowers / split) + b"/\xe9t\xe9")
         os.rename(flowers / split / "rose", odder)
     source = open_source("imagefolder", str(flowers), "train")
-    assert len(source) == 5 and source.class_names == ("daisy", "\udce9t\udce9")
+    assert len(source) == 5 and source.class_names == ("daisy", "\\xe9t\\xe9")
     assert source[1][0][:4].tobytes() == b"\x89PNG"
     assert source.digest() != open_source("imagefolder", str(flowers), "val").digest()
 
