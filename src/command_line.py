@@ -22,12 +22,11 @@ from src.config import Config, Study
 from src.errors import UserError
 from src.files import write_text
 
-
 _read_yaml = get_loader("yaml")
 
 
 def _load_yaml(text: str) -> Any:
-    """YAML as jsonargparse reads it; libyaml alone refuses the escapes of paths that are no UTF-8."""
+    """YAML as jsonargparse reads it; its libyaml refuses the escapes of paths that are no UTF-8."""
     try:
         return _read_yaml(text)
     except yaml.scanner.ScannerError:
