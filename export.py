@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from jsonargparse.typing import PositiveFloat
 
 from src.command_line import find_checkpoint, parse
+from src.config import RuntimeConfig
 from src.errors import UserError, executable
 from src.runtime import log_to, prepare_environment, setup
 
@@ -33,10 +35,14 @@ def main(argv: list[str]) -> None:
             "--weight_dtype",
             choices=("float32", "float16"),
             default="float32",
-            help="float16 halves the file; the weights are cast up when it runs",
+            help="float16 halves the file; arithmetic stays in --precision",
         )
         parser.add_argument(
-            "--unfused", action="store_true", help="write the network as it was trained"
+            "--precision",
+            choices=("float32", "float16"),
+            default="float32",
+            help="float16 lets Linears, convolutions and attention products compute in float16, "
+            "for accelerators; whatever the run was trained in",
         )
         parser.add_argument(
             "--tolerance",
@@ -58,20 +64,31 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--output {output}: exists; add --force to replace it")
     if arguments.config is None:
         raise UserError(f"{checkpoint}: no config.yaml of a run beside it; give --config")
+    if any(word.split("=")[0] == "--runtime.precision" for word in argv):
+        raise UserError("--runtime.precision: is the training's; --precision is the file's")
     prepare_environment()
     log_to()
     from src.deploy.export import ExportOptions, export
-    from src.deploy.fuse import Rewrites
 
-    device, _ = setup(config.runtime)
+    device, _ = setup(_runtime(config.runtime, arguments.format))
     options = ExportOptions(
         arguments.format,
         batch_size,
         arguments.weight_dtype,
-        None if arguments.unfused else Rewrites(),
+        arguments.precision,
         arguments.tolerance,
     )
     export(config, checkpoint, output, options, device)
+
+
+def _runtime(runtime: RuntimeConfig, file_format: str) -> RuntimeConfig:
+    """Where to write and check: on the CPU, whose float32 is one; AIR asks for the Ascend backend.
+
+    Files of a format are equal wherever they are written.
+    """
+    if file_format == "air":
+        return dataclasses.replace(runtime, precision="float32")
+    return RuntimeConfig(device="CPU", seed=runtime.seed)
 
 
 def _count(text: str) -> int:

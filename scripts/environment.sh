@@ -4,8 +4,8 @@
 #   else .venv, made with $PYTHON (default python3) and filled in one pip call from FILE.
 environment() {
   local requirements=$1 base=${PYTHON:-python3} modules stamp digest
-  modules='import mindspore, jsonargparse, docstring_parser, matplotlib, mlxtend, tqdm, yaml, PIL'
-  [ "$requirements" = requirements.txt ] || modules+=', pytest, ruff, onnxruntime, fastapi, uvicorn'
+  modules='import mindspore, jsonargparse, docstring_parser, matplotlib, mlxtend, tqdm, yaml, PIL, onnx'
+  [ "$requirements" = requirements.txt ] || modules+=', pytest, ruff, onnxruntime, openvino, fastapi, uvicorn'
   if "$base" -c "$modules" 2>/dev/null; then
     PYTHON=$base
     return

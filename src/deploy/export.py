@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import logging
 from dataclasses import dataclass
@@ -11,23 +10,14 @@ from pathlib import Path
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn
-from mindspore import dtype as mstype
 
 from src.config import Config
 from src.data import Preprocessing, eval_batches
 from src.deploy.engines import Run, open_model
-from src.deploy.formats import onnx_opset, require, write_model
-from src.deploy.fuse import Rewrites, fuse
+from src.deploy.formats import checking_engines, require, write_model
 from src.errors import UserError
 from src.files import replacing, write_json
-from src.recipe import (
-    build_model,
-    build_preprocessing,
-    open_split,
-    resolve_classes,
-    set_precision,
-    without_flash_attention,
-)
+from src.recipe import build_model, build_preprocessing, open_split, resolve_classes
 from src.weights import load_weights, sha256_of
 
 logger = logging.getLogger("cvt")
@@ -42,9 +32,7 @@ class ExportOptions:
     Args:
         file_format: "mindir", "onnx" or "air".
         batch_size: images the file takes at once; None lets it take any number.
-        weight_dtype: "float32", or "float16" for Linears' and convolutions' weights; these are
-            cast up before they are used, so that the file needs no float16 arithmetic.
-        rewrites: for inference; None writes the network as it was trained.
+        weight_dtype, precision: as `formats.write_model` takes them, whatever the run's were.
         tolerance: largest difference from the checkpoint's logits, as a share of the largest of
             these where that exceeds 1; None takes the format's.
     """
@@ -52,14 +40,14 @@ class ExportOptions:
     file_format: str = "mindir"
     batch_size: int | None = 1
     weight_dtype: str = "float32"
-    rewrites: Rewrites | None = Rewrites()
+    precision: str = "float32"
     tolerance: float | None = None
 
-    def largest_difference(self, precision: str) -> float:
-        """What the check allows; measured: 4e-6, with float16 weights 3e-3."""
+    def largest_difference(self) -> float:
+        """What the check allows; measured: 4e-6, with float16 3e-3."""
         if self.tolerance is not None:
             return self.tolerance
-        if self.weight_dtype == "float16" or precision != "float32":
+        if "float16" in (self.weight_dtype, self.precision):
             return 2e-2
         return 1e-5 if self.file_format == "mindir" else 1e-4
 
@@ -83,50 +71,34 @@ def export(
     require(options.file_format, options.batch_size, device)
     if config.model.num_classes is None:
         config = resolve_classes(config, open_split(config, "val"))
-    net = build_model(without_flash_attention(config))
+    # What the run computed in says nothing about where the file will run.
+    runtime = dataclasses.replace(config.runtime, precision="float32", flash_attention=False)
+    net = build_model(dataclasses.replace(config, runtime=runtime))
     logger.info("%s", load_weights(net, checkpoint))
     net.set_train(False)
     preprocessing = build_preprocessing(config)
     shape = (options.batch_size, 3, *preprocessing.image_size)
-    exported = _inference_network(net, config.runtime.precision, options)
     try:
         with replacing(output) as partial:
-            write_model(exported, shape, partial, options.file_format)
-            if options.file_format == "air":
-                logger.info("an AIR file can't be loaded back by MindSpore, so it was not checked")
-            else:
-                images = _images(config, preprocessing)
-                tolerance = options.largest_difference(config.runtime.precision)
-                _check(net, open_model(partial), images, options.batch_size, tolerance)
-            _describe(config, checkpoint, partial, output, options, preprocessing)
+            write_model(
+                net, shape, partial, options.file_format, options.weight_dtype, options.precision
+            )
+            _check_file(net, partial, _images(config, preprocessing), options)
+            _describe(config, checkpoint, output, options, preprocessing)
     except OSError as error:
         raise UserError(f"{output}: {error.strerror}; give another --output") from error
     size = output.stat().st_size / 2**20
     logger.info("wrote %s (%.1f MiB) and %s.json", output, size, output.name)
 
 
-def _inference_network(net: nn.Cell, precision: str, options: ExportOptions) -> nn.Cell:
-    if options.rewrites is not None:
-        net = set_precision(fuse(net, options.rewrites), precision)
-    if options.weight_dtype == "float16":
-        net = copy.deepcopy(net) if options.rewrites is None else net
-        for _, cell in net.cells_and_names():
-            if isinstance(cell, (nn.Dense, nn.Conv2d)):
-                cell.weight.set_dtype(mstype.float16)
-                cell.to_float(getattr(mstype, precision))
-    return net
-
-
 def _describe(
     config: Config,
     checkpoint: Path,
-    written: Path,
     output: Path,
     options: ExportOptions,
     preprocessing: Preprocessing,
 ) -> None:
     """Write beside an exported file what its user must know; null in a shape is any number."""
-    rewrites = dataclasses.asdict(options.rewrites) if options.rewrites else {}
     description = {
         "model": config.model.name,
         "format": options.file_format,
@@ -135,13 +107,15 @@ def _describe(
         "preprocessing": preprocessing.to_dict(),
         "class_names": config.data.class_names,
         "weight_dtype": options.weight_dtype,
-        "rewrites": [name for name, made in rewrites.items() if made],
+        "precision": options.precision,
         "checkpoint": checkpoint.name,
         "checkpoint_sha256": sha256_of(checkpoint),
         "mindspore": ms.__version__,
     }
     if options.file_format == "onnx":
-        description["opset"] = onnx_opset(written)
+        from src.deploy.onnx_graph import OPSET
+
+        description["opset"] = OPSET
     write_json(description, f"{output}.json")
 
 
@@ -159,15 +133,31 @@ def _images(config: Config, preprocessing: Preprocessing) -> np.ndarray:
     return images
 
 
-def _check(
-    net: nn.Cell, run: Run, images: np.ndarray, batch_size: int | None, tolerance: float
-) -> None:
-    """Compare the written file's logits with the checkpoint's.
+def _check_file(net: nn.Cell, path: Path, images: np.ndarray, options: ExportOptions) -> None:
+    """Compare a written file's logits with the checkpoint's, in each engine that is installed.
 
     Raises:
-        UserError: they differ by more than the tolerance.
+        UserError: an engine refuses the file, or the logits differ by more than the tolerance.
     """
+    engines = checking_engines(options.file_format)
+    if not engines:
+        logger.info("an AIR file can't be loaded back by MindSpore, so it was not checked")
+        return
     expected = _logits(lambda batch: net(Tensor(batch)).asnumpy(), images, 4)
+    for engine in engines:
+        run = open_model(path, engine)
+        _compare(expected, run, images, options.batch_size, options.largest_difference(), engine)
+
+
+def _compare(
+    expected: np.ndarray,
+    run: Run,
+    images: np.ndarray,
+    batch_size: int | None,
+    tolerance: float,
+    engine: str,
+) -> None:
+    """Compare a file's logits with the expected ones; Raises as `_check_file`."""
     if batch_size is None:
         first, second = np.cumsum(CHECKED_BATCHES)[:2]
         parts = np.split(images, [first, second])
@@ -177,14 +167,14 @@ def _check(
     difference, largest = float(np.abs(expected - found).max()), float(np.abs(expected).max())
     agreement = 100 * float((expected.argmax(1) == found.argmax(1)).mean())
     logger.info(
-        "checked on %d images: largest difference of the logits %.1e (they reach %.1f), "
+        "checked in %s on %d images: largest difference of the logits %.1e (they reach %.1f), "
         "top-1 agrees on %.1f %%",
-        len(images), difference, largest, agreement,
+        engine, len(images), difference, largest, agreement,
     )  # fmt: skip
     allowed = tolerance * max(1.0, largest)
     if not difference <= allowed:
         raise UserError(
-            f"the exported logits differ by {difference:.1e} from the checkpoint's, "
+            f"the exported logits differ by {difference:.1e} from the checkpoint's in {engine}, "
             f"more than {allowed:.0e}: not kept; allow more with --tolerance, or report a fault"
         )
 
