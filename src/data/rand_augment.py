@@ -37,8 +37,6 @@ ARGUMENTS = {
 
 _ON_PIXELS = {
     "AutoContrast": lambda _: vision.AutoContrast(),
-    "Invert": lambda _: vision.Invert(),
-    "PosterizeIncreasing": vision.Posterize,
     "ColorIncreasing": vision.AdjustSaturation,
     "ContrastIncreasing": vision.AdjustContrast,
     "BrightnessIncreasing": vision.AdjustBrightness,
@@ -93,9 +91,14 @@ class RandAugment(Keyed):
             # Pillow, 0.3 ms at 224 px: MindSpore's C++ one takes half of that, but its values are
             # up to 14 grey levels off.
             return np.asarray(ImageOps.equalize(Image.fromarray(image)))
+        # In numpy these take 0.02 ms at 224 px; a C++ operation, where there is one, 0.1 ms.
+        if name == "Invert":
+            return ~image
+        if name == "PosterizeIncreasing":
+            return image & np.uint8(256 - (1 << (8 - argument)))
         if name == "SolarizeIncreasing":
-            return vision.Solarize((argument, 255))(image) if argument < 256 else image
-        if name == "SolarizeAdd":  # no C++ operation; 0.03 ms at 224 px
+            return image ^ (np.uint8(255) * (image >= argument))
+        if name == "SolarizeAdd":
             return image + np.uint8(argument) * (image < 128)
         return self._move(image, name, argument)
 
