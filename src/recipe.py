@@ -208,7 +208,11 @@ def open_checked(
     check_values(config)
     source, data = open_split(config, split), config.data
     if split == "train" and len(source) and source.file(0) is not None:
-        open_split(config, "val")  # its faults are told before any image is read
+        logger.disabled = True  # what there is to log of it comes when it is opened to be used
+        try:
+            open_split(config, "val")  # its faults are told before any image is read
+        finally:
+            logger.disabled = False
     ranks.require_agreement(f"{split} images", source.digest())
     if not len(source) or source.file(0) is None:
         return source

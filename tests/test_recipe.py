@@ -180,6 +180,14 @@ def test_broken_images_are_skipped_in_training_and_stop_evaluation(photos, caplo
         open_checked(strict, "train", run=run)
 
 
+def test_the_validation_images_are_spoken_of_once(photos, caplog):
+    (photos / "val" / "a" / "notes.txt").write_text("")
+    open_checked(photo_config(photos), "train")
+    assert "notes.txt" not in caplog.text
+    open_checked(photo_config(photos, broken="skip"), "val")
+    assert caplog.text.count("notes.txt") == 1
+
+
 def test_where_the_index_is_kept(photos):
     open_checked(photo_config(photos), "train", run=photos / "run", keep=False)
     open_checked(photo_config(photos), "train")
