@@ -6,7 +6,7 @@ from pathlib import Path
 
 from src.command_line import find_checkpoint, parse
 from src.errors import UserError, executable
-from src.files import write_json
+from src.files import require_replaceable, write_json
 from src.runtime import log_to, prepare_environment, setup
 
 
@@ -27,6 +27,9 @@ def main(argv: list[str]) -> None:
             type=str,
             help="folder for accuracy per class, confusion matrix, calibration and worst images",
         )
+        parser.add_argument(
+            "--force", action="store_true", help="replace files that are no earlier results"
+        )
 
     description = "Evaluate a checkpoint; --config is found in its run's folder."
     config, arguments = parse(argv, "eval.py", description, add_arguments, config_beside="ckpt")
@@ -34,13 +37,17 @@ def main(argv: list[str]) -> None:
     prepare_environment()
     log_to()
     from src.evaluation.evaluator import evaluate_checkpoint
-    from src.evaluation.report import open_folder, write_report
+    from src.evaluation.report import is_result, require_report, write_report
 
     if arguments.config is None:
         raise UserError(f"{arguments.ckpt}: no config.yaml of a run beside it; give --config")
     _, ranks = setup(config.runtime)
     report = bool(arguments.report)
-    folder = open_folder(arguments.report) if report and ranks.is_first else None
+    folder = None
+    if ranks.is_first and report:
+        folder = require_report(arguments.report, arguments.force)
+    if ranks.is_first and arguments.json:
+        require_replaceable(arguments.json, "--json", is_result, arguments.force)
     # Only the user names files to write, not a configuration found beside a checkpoint.
     named = any(word.split("=")[0] == "--data.index" for word in argv)
     result, images = evaluate_checkpoint(config, arguments.ckpt, ranks, report, named)

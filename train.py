@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-from src.command_line import default_output, parse
+from src.command_line import CONFIG, default_output, parse, run_config_of, take_option
 from src.errors import UserError, executable
 from src.runtime import log_to, prepare_environment
 
@@ -33,32 +34,59 @@ def main(argv: list[str]) -> None:
         )
 
     state = _state_to_resume(argv)
-    # A run knows its settings.
+    if state is not None:
+        argv = [*argv, *_output_of(argv, state)]
+    # A resumed run's own config.yaml stands in for --config.
     beside = "output" if state is not None else None
-    if state and not any(word.split("=")[0] == "--output" for word in argv):
-        argv = [*argv, "--output", str(Path(state).resolve().parent.parent)]
     config, arguments = parse(
         argv, "train.py", "Train a network.", add_arguments, config_beside=beside
     )
     if arguments.config is None and arguments.output is None:
         raise UserError("--config is missing; give a recipe, as config/digits/cvt_nano.yaml")
+    if arguments.accept_changes and state is None:
+        raise UserError("--accept_changes: is for --resume; add it, or leave this out")
     output = Path(arguments.output or default_output(arguments.config))
     prepare_environment()
     log_to()
     from src.training.run import train  # MindSpore takes seconds: arguments are checked by now
 
-    resume = Path(state) if state else state is not None
+    resume = Path(state) if state and state.is_file() else state is not None
     train(config, output, resume, arguments.finetune, arguments.accept_changes)
 
 
-def _state_to_resume(argv: list[str]) -> str | None:
-    """The file behind --resume, "" where none is named, None without --resume."""
+def _state_to_resume(argv: list[str]) -> Path | bool | None:
+    """The file or folder behind --resume, False where none is named, None without --resume.
+
+    Raises:
+        UserError: what is named is not there.
+    """
+    state: Path | bool | None = None
     for word, following in zip(argv, [*argv[1:], "--"]):
-        if word == "--resume":
-            return "" if following.startswith("--") else following
-        if word.startswith("--resume="):
-            return word.partition("=")[2]
-    return None
+        name, _, value = word.partition("=")
+        if name == "--resume":
+            value = value or ("" if following.startswith("--") else following)
+            state = Path(value).expanduser() if value else False
+    if state and not state.exists():
+        raise UserError(
+            f"--resume {state}: no such file; a run's states lie in its folder checkpoints"
+        )
+    return state
+
+
+def _output_of(argv: list[str], state: Path | bool) -> list[str]:
+    """--output with the folder of the run that a state is of, unless the user names the folder.
+
+    Raises:
+        UserError: there is no run.
+    """
+    rest, output = take_option(argv, "--output")
+    if output is None and not state:
+        return []
+    config = run_config_of(os.path.expanduser(output or state))
+    if config is None and take_option(rest, "--config")[1] is None:
+        where = f"--output {output}" if output else f"--resume {state}"
+        raise UserError(f"{where}: no run there to resume (no {CONFIG}); give its folder")
+    return [] if output or config is None else ["--output", str(config.parent)]
 
 
 if __name__ == "__main__":

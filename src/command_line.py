@@ -7,9 +7,9 @@ order on the command line. Nothing unknown and nothing of a wrong type passes.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,8 +19,11 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
 
 from src.config import Config, Study
-from src.errors import UserError
+from src.errors import UserError, shown
 from src.files import write_text
+from src.hints import nearest_key
+
+CONFIG = "config.yaml"  # in a run's folder
 
 _read_yaml = get_loader("yaml")
 
@@ -44,7 +47,7 @@ class _Parser(ArgumentParser):
 
 
 _UNKNOWN_KEY = (
-    re.compile(r"unrecognized arguments: --(?P<key>[\w.]+)"),
+    re.compile(r"unrecognized arguments: --?(?P<key>[A-Za-z][\w.-]*)"),
     re.compile(r"Group '(?P<group>[\w.]+)' does not accept option '(?P<key>[\w.]+)'"),
     re.compile(r"(?:Option|Key) '(?P<key>[\w.]+)' is not (?:accepted|expected)"),
 )
@@ -56,24 +59,31 @@ def _one_line(message: str, known: Sequence[str]) -> str:
         found = pattern.search(message)
         if found:
             key = ".".join(part for part in found.groups() if part)
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
-            hint = f"did you mean {near[0]}? " if near else ""
-            return f"unknown key {key}: {hint}--help lists every key"
+            near = nearest_key(key, known)
+            hint = f"did you mean {near}? " if near else ""
+            return f"unknown key {shown(key)}: {hint}--help lists every key"
     message = re.sub(r'Parser key "([^"]+)":', r"\1:", message)
     message = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", message).replace("typing.", "")
     union = re.match(r"(\S+) Does not .*Subtypes: \[(.*)\] Errors: .*Given value: (.*)", message)
     if union:
-        message = f"{union[1]} Expected one of {union[2]}. Got value: {union[3]}"
-    return message
+        message = f"{union[1]} Expected one of {union[2]}. Got value: {shown(union[3])}"
+    return shown(message, 600)
 
 
 def run_config_of(checkpoint: str) -> Path | None:
     """The config.yaml of the run that a checkpoint, or a folder, is of: beside it, or above."""
     place = Path(checkpoint).resolve()
     folder = place if place.is_dir() else place.parent
-    return next(
-        (p for p in (folder / "config.yaml", folder.parent / "config.yaml") if p.is_file()), None
-    )
+    return next((p for p in (folder / CONFIG, folder.parent / CONFIG) if p.is_file()), None)
+
+
+def is_run_config(path: Path) -> bool:
+    """Whether `save_config` wrote a file."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.readline() == _GUARD
+    except OSError:
+        return False
 
 
 def find_checkpoint(place: Path) -> Path:
@@ -118,30 +128,59 @@ def parse(
     parser = _Parser(prog=prog, usage=usage, description=description, allow_abbrev=False)
     if schema is None:
         add_arguments(parser)
-        return None, parser.parse_args(list(argv))
+        return None, _expand_arguments(_parse(parser, argv))
     parser.add_argument("--config", action="config", help="YAML recipe; options override its keys")
     add_arguments(parser)
     parser.add_class_arguments(schema, as_group=False)
     argv, config = take_option(list(argv), "--config")
     if config is None and config_beside:
         _, checkpoint = take_option(argv, f"--{config_beside}")
+        checkpoint = checkpoint and os.path.expanduser(checkpoint)
         if checkpoint and not Path(checkpoint).exists():
             raise UserError(f"--{config_beside} {checkpoint}: no such file; give a checkpoint")
         config = run_config_of(checkpoint) if checkpoint else None
+    config = os.path.expanduser(config) if isinstance(config, str) else config
     if config is not None and schema in (Config, Study):
         _check_mapping(Path(config), schema)
         argv = ["--config", str(config), *argv]
-    namespace = parser.parse_args(argv)
-    settings = schema(
-        **{
-            key.name: key.type(**vars(namespace.pop(key.name)))
-            if dataclasses.is_dataclass(key.type)
-            else namespace.pop(key.name)
-            for key in dataclasses.fields(schema)
-        }
-    )
+    namespace = _parse(parser, argv)
+    values = {
+        key.name: key.type(**vars(namespace.pop(key.name)))
+        if dataclasses.is_dataclass(key.type)
+        else namespace.pop(key.name)
+        for key in dataclasses.fields(schema)
+    }
+    settings = _expand_keys(schema(**values))
     namespace.config = config
-    return settings, namespace
+    return settings, _expand_arguments(namespace)
+
+
+def _parse(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
+    try:
+        return parser.parse_args(list(argv))
+    except RecursionError:
+        raise UserError("the command line: a value is nested too deep") from None
+
+
+def _expand_keys(settings: Any) -> Any:
+    """Put the user's home folder for a leading ~ in every key that the schema marks as a path."""
+    for key in dataclasses.fields(settings):
+        value = getattr(settings, key.name)
+        if dataclasses.is_dataclass(value):
+            _expand_keys(value)
+        elif key.metadata.get("path") and value is not None:
+            setattr(settings, key.name, os.path.expanduser(value))
+    return settings
+
+
+def _expand_arguments(arguments: Namespace) -> Namespace:
+    """The same in a command's own arguments: of those that are texts, all but choices are paths."""
+    for name, value in vars(arguments).items():
+        if isinstance(value, str):
+            setattr(arguments, name, os.path.expanduser(value))
+        elif isinstance(value, list) and all(isinstance(item, str) for item in value):
+            setattr(arguments, name, [os.path.expanduser(item) for item in value])
+    return arguments
 
 
 def load_config(path: Path) -> Config:
@@ -197,12 +236,16 @@ def as_option(key: str, value: Any) -> str:
 def _check_mapping(path: Path, schema: type) -> None:
     """Refuse what the parser takes in silence: a file or a group that is no mapping."""
     try:
+        if path.is_file() and path.stat().st_size > _MOST_BYTES:
+            raise UserError(f"--config {path}: has more than {_MOST_BYTES >> 20} MiB; is no recipe")
         text = path.read_text(encoding="utf-8")
+        _check_size(text)
         content = yaml.safe_load(text)
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}; give a YAML file") from None
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"--config {path}: no valid YAML: {' '.join(str(error).split())}") from None
+    except (ValueError, yaml.YAMLError) as error:  # ValueError: also of a date that is none
+        reason = shown(" ".join(str(error).split()), 200)
+        raise UserError(f"--config {path}: no valid YAML: {reason}") from None
     _check_guard(path, text)
     if not isinstance(content, dict):
         raise UserError(
@@ -213,6 +256,41 @@ def _check_mapping(path: Path, schema: type) -> None:
             content.get(group.name, {}), dict
         ):
             raise UserError(f"--config {path}: {group.name} is a group of keys, not a value")
+
+
+# ImageNet-22k's 21,841 class names are half a MiB.
+_MOST_BYTES, _MOST_DEPTH = 4 << 20, 20
+
+
+def _check_size(text: str) -> None:
+    """Refuse nesting or aliases that grow beyond all bounds when they are read.
+
+    Raises:
+        yaml.YAMLError: too deep, a reference to itself, or more than `_MOST_BYTES` when expanded.
+    """
+    sizes: dict[str, int] = {}  # of anchored nodes, in letters, with their aliases expanded
+    open_nodes: list[list] = [[None, 0]]  # anchor and size
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            open_nodes.append([event.anchor, 1])
+            if len(open_nodes) > _MOST_DEPTH:
+                raise yaml.YAMLError(f"nested deeper than {_MOST_DEPTH} levels")
+            continue
+        if isinstance(event, yaml.CollectionEndEvent):
+            anchor, size = open_nodes.pop()
+        elif isinstance(event, yaml.ScalarEvent):
+            anchor, size = event.anchor, 1 + len(event.value)
+        elif isinstance(event, yaml.AliasEvent):
+            if event.anchor not in sizes:
+                raise yaml.YAMLError(f"alias {shown(event.anchor)} of nothing before it")
+            anchor, size = None, sizes[event.anchor]
+        else:
+            continue
+        if anchor is not None:
+            sizes[anchor] = size
+        open_nodes[-1][1] += size
+        if open_nodes[-1][1] > _MOST_BYTES:
+            raise yaml.YAMLError(f"its aliases expand to more than {_MOST_BYTES >> 20} MiB")
 
 
 def save_config(config: Config, path: Path) -> None:

@@ -13,6 +13,7 @@ from jsonargparse.typing import (
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+PATH = {"path": True}  # marks a key whose leading ~ is the user's home folder
 INFINITY = float("inf")
 Positive = restricted_number_type("Positive", float, [(">", 0), ("<", INFINITY)], join="and")
 NonNegative = restricted_number_type("NonNegative", float, [(">=", 0), ("<", INFINITY)], join="and")
@@ -128,13 +129,13 @@ class DataConfig:
     source: Literal["digits", "imagefolder", "mindrecord", "cifar10", "cifar100", "mnist"] = (
         "imagefolder"
     )
-    path: Optional[str] = None
+    path: Optional[str] = field(default=None, metadata=PATH)
     train_folder: str = "train"
     val_folder: str = "val"
     class_names: Optional[list[Union[str, int]]] = None
     classes: Optional[list[Union[str, int]]] = None
     labels: Literal["val", "real", "v2"] = "val"
-    labels_file: Optional[str] = None
+    labels_file: Optional[str] = field(default=None, metadata=PATH)
     train_images: Optional[PositiveInt] = None
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[Positive, Positive, Positive] = IMAGENET_STD
@@ -142,7 +143,7 @@ class DataConfig:
     interpolation: Literal["bicubic", "bilinear", "nearest"] = "bicubic"
     workers: NonNegativeInt = 0
     check_images: bool = True
-    index: Optional[str] = None
+    index: Optional[str] = field(default=None, metadata=PATH)
     broken: Literal["auto", "skip", "stop"] = "auto"
     broken_share: ClosedUnitInterval = 0.01
 
@@ -308,7 +309,7 @@ class Study:
         settings: what all models change in the recipe, groups of keys.
     """
 
-    recipe: str
+    recipe: str = field(metadata=PATH)
     models: dict[str, dict[str, dict[str, Any]]]
     train_images: list[PositiveInt]
     seeds: list[NonNegativeInt]

@@ -26,6 +26,12 @@ def printable(text: object) -> str:
     return "".join(map(_printable, str(text)))
 
 
+def shown(value: object, most: int = 120) -> str:
+    """A value for a message, shortened where it is long."""
+    text = str(value)
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
 def _printable(letter: str) -> str:
     if letter.isprintable() or letter in _JOINERS or unicodedata.category(letter) == "Zs":
         return letter

@@ -96,9 +96,37 @@ def _from_pieces(pieces: np.ndarray, dtype: np.dtype) -> np.ndarray:
     return np.ascontiguousarray(pieces.astype(np.uint16)).view(dtype)
 
 
+# What msrun tells each rank, and what other launchers say the number of ranks by.
+_OF_MSRUN = ("MS_WORKER_NUM", "MS_ROLE", "MS_SCHED_HOST", "MS_SCHED_PORT")
+_OF_OTHERS = {
+    "RANK_SIZE": "a rank table",
+    "OMPI_COMM_WORLD_SIZE": "mpirun",
+    "PMI_SIZE": "mpirun",
+    "SLURM_STEP_NUM_TASKS": "srun",
+    "WORLD_SIZE": "torchrun",
+}
+
+
 def is_distributed() -> bool:
-    """Whether a launcher started this process as one of several (msrun, or a rank table)."""
-    return "MS_WORKER_NUM" in os.environ or int(os.environ.get("RANK_SIZE", "1")) > 1
+    """Whether msrun started this process as one of several.
+
+    Raises:
+        UserError: the environment speaks of several ranks, but msrun has not started them.
+    """
+    missing = [name for name in _OF_MSRUN if name not in os.environ]
+    if not missing:
+        return True
+    left = [name for name in _OF_MSRUN if name in os.environ]
+    left += [name for name in _OF_OTHERS if os.environ.get(name, "1") not in ("", "0", "1")]
+    if left:
+        name = left[0]
+        by = _OF_OTHERS.get(name, "msrun")
+        raise UserError(
+            f"{name}={os.environ[name]} is in the environment, as {by} sets it, but the ranks were "
+            "not started by scripts/run_distribute_train.sh; start them with it, or for one "
+            f"process run: unset {name}"
+        )
+    return False
 
 
 def join() -> Ranks:

@@ -189,8 +189,23 @@ def open_split(config: Config, split: str) -> Source:
     return source
 
 
+def open_quietly(config: Config, split: str) -> Source:
+    """`open_split` for its errors: what there is to log comes when the split is opened for use."""
+    logger.disabled = True
+    try:
+        return open_split(config, split)
+    finally:
+        logger.disabled = False
+
+
 def open_checked(
-    config: Config, split: str, ranks: Ranks = ALONE, run: Path | None = None, *, keep: bool = True
+    config: Config,
+    split: str,
+    ranks: Ranks = ALONE,
+    run: Path | None = None,
+    *,
+    keep: bool = True,
+    source: Source | None = None,
 ) -> Source:
     """`open_split` without broken images, the same on all ranks, which share the look at them.
 
@@ -199,6 +214,7 @@ def open_checked(
         split: "train" or "val".
         ranks: those that open the split.
         run: a run's folder, with an index of the images unless `data.index` names another.
+        source: what `open_split` gave, where it was opened before.
         keep: whether to write the index. A configuration that came with a checkpoint must not
             decide what is written where.
 
@@ -206,13 +222,11 @@ def open_checked(
         UserError: images are broken, and more of them than may be skipped.
     """
     check_values(config)
-    source, data = open_split(config, split), config.data
-    if split == "train" and len(source) and source.file(0) is not None:
-        logger.disabled = True  # what there is to log of it comes when it is opened to be used
-        try:
-            open_split(config, "val")  # its faults are told before any image is read
-        finally:
-            logger.disabled = False
+    data = config.data
+    if source is None:
+        source = open_split(config, split)
+        if split == "train" and len(source) and source.file(0) is not None:
+            open_quietly(config, "val")  # its faults are told before any image is read
     ranks.require_agreement(f"{split} images", source.digest())
     if not len(source) or source.file(0) is None:
         return source

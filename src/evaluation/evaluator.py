@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from mindspore import Tensor, nn
@@ -33,6 +34,8 @@ class Result:
     metrics: Metrics
     images_per_second: float
     outcomes: Outcomes | None = None
+
+    FIGURES: ClassVar = ("top1", "top5", "loss", "images", "images_per_second")
 
     def to_dict(self) -> dict[str, float]:
         """The figures that eval.py reports."""
@@ -180,12 +183,21 @@ def evaluate_checkpoint(
     Raises:
         UserError: weights that don't fit, or data or labels that can't be used.
     """
+    preprocessing = build_preprocessing(config)
+    # Before the images are read, where the configuration knows the number of classes.
+    net = _load(config, checkpoint) if config.model.num_classes else None
     images = open_labelled(config, checkpoint, ranks, keep_index)
     config = resolve_classes(config, images.source)
-    net = accelerate(build_model(config), config.runtime)
-    logger.info("%s", load_weights(net, checkpoint))
+    if net is None:
+        net = _load(config, checkpoint)
     evaluator = Evaluator(
-        images.source, build_preprocessing(config), config.evaluation.batch_size,
+        images.source, preprocessing, config.evaluation.batch_size,
         config.data.workers, ranks, images.label_lists, keep_outcomes,
     )  # fmt: skip
     return evaluator.run(net), images
+
+
+def _load(config: Config, checkpoint: str) -> nn.Cell:
+    net = accelerate(build_model(config), config.runtime)
+    logger.info("%s", load_weights(net, checkpoint))
+    return net

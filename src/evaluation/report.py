@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,9 +13,20 @@ from src.errors import UserError
 from src.evaluation.evaluator import Result
 from src.evaluation.labels import Labelled
 from src.evaluation.metrics import Outcomes
-from src.files import write_csv, write_json
+from src.files import is_csv, is_json, require_replaceable, write_csv, write_json
 from src.reporting.confusion import draw_confusion
+from src.reporting.pictures import is_picture_of_ours
 
+PICTURE, FIGURES = "confusion_matrix.png", "figures.json"
+# The tables of a report, and their first columns.
+TABLES = {
+    "calibration.csv": ("above", "up_to", "images", "accuracy", "confidence"),
+    "per_class.csv": ("class", "images", "correct", "accuracy_percent"),
+    "confusion_matrix.csv": ("label \\ prediction",),
+    "worst_images.csv": (
+        "image", "label", "prediction", "probability_of_label", "probability_of_prediction",
+    ),
+}  # fmt: skip
 BINS = 15  # of the confidence, as in Guo et al.
 WORST = 50
 
@@ -59,20 +70,29 @@ def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, classes: int) 
     return np.bincount(cells, minlength=classes**2).reshape(classes, classes)
 
 
-def open_folder(path: str) -> Path:
-    """The report's folder, made before the evaluation, so that it isn't in vain.
+def require_report(path: str, force: bool) -> Path:
+    """Check that a report can be written to a folder, before the evaluation.
+
+    Args:
+        path: the folder; it may be missing.
+        force: replace files that are no earlier report's.
 
     Raises:
-        UserError: it can't be made or written to.
+        UserError: it can't be written to, or a file in it would be lost.
     """
     folder = Path(path)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--report {path}: {error.strerror}; give another folder") from None
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(f"--report {path}: can't be written to; give another folder")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--report {path}: is no folder; give another one")
+    for name, head in TABLES.items():
+        require_replaceable(folder / name, "--report", partial(is_csv, head=head), force)
+    require_replaceable(folder / PICTURE, "--report", is_picture_of_ours, force)
+    require_replaceable(folder / FIGURES, "--report", is_result, force)
     return folder
+
+
+def is_result(path: Path) -> bool:
+    """Whether a JSON file is an earlier result of eval.py."""
+    return is_json(path, lambda content: set(Result.FIGURES) <= content.keys())
 
 
 def write_report(result: Result, images: Labelled, folder: Path) -> dict[str, float]:
@@ -97,7 +117,7 @@ def write_report(result: Result, images: Labelled, folder: Path) -> dict[str, fl
     matrix = confusion_matrix(source.labels, outcomes.prediction, len(names))
     edges = np.linspace(0, 1, BINS + 1)
     write_csv(
-        ["above", "up_to", "images", "accuracy", "confidence"],
+        TABLES["calibration.csv"],
         [
             [f"{low:.4f}", f"{high:.4f}", count, f"{accuracy:.6f}", f"{confidence:.6f}"]
             for low, high, count, accuracy, confidence in zip(edges, edges[1:], *calibration)
@@ -105,22 +125,22 @@ def write_report(result: Result, images: Labelled, folder: Path) -> dict[str, fl
         folder / "calibration.csv",
     )
     write_csv(
-        ["class", "images", "correct", "accuracy_percent"],
+        TABLES["per_class.csv"],
         _per_class(source.labels, outcomes.correct1, names),
         folder / "per_class.csv",
     )
     write_csv(
-        ["label \\ prediction", *names],
+        [*TABLES["confusion_matrix.csv"], *names],
         ([name, *row] for name, row in zip(names, matrix.tolist())),
         folder / "confusion_matrix.csv",
     )
-    draw_confusion(matrix, names, folder / "confusion_matrix.png")
+    draw_confusion(matrix, names, folder / PICTURE)
     write_csv(
-        ["image", "label", "prediction", "probability_of_label", "probability_of_prediction"],
+        TABLES["worst_images.csv"],
         _worst(images, outcomes),
         folder / "worst_images.csv",
     )
-    write_json(figures, folder / "figures.json")
+    write_json(figures, folder / FIGURES)
     return figures
 
 

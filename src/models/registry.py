@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from mindspore import nn
 
-from src.errors import UserError
+from src.errors import UserError, shown
 
 _MODELS: dict[str, Callable[..., nn.Cell]] = {}
 
@@ -46,7 +46,9 @@ def create_model(name: str, num_classes: int = 1000, **kwargs) -> nn.Cell:
     if name not in _MODELS:
         near = difflib.get_close_matches(name, _MODELS, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise UserError(f"model {name!r} is unknown: {hint}choose from {', '.join(list_models())}")
+        raise UserError(
+            f"model {shown(repr(name))} is unknown: {hint}choose from {', '.join(list_models())}"
+        )
     known = _arguments(_MODELS[name])
     strange = [key for key in kwargs if key not in known]
     if strange:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from src.command_line import load_config
 from src.config import Config
-from src.errors import UserError
+from src.errors import UserError, shown
 from src.study.grid import Cell
 from src.training.interruption import SIGNALS
 from src.training.state import FREE_TO_CHANGE, flat, has_state
@@ -67,7 +67,7 @@ def _refuse_changes(cell: Cell, folder: Path) -> None:
     before, now = _settings(load_config(folder / "config.yaml")), _settings(cell.config)
     free = {key for key in RESOLVED if now[key] is None} | (set(FREE_TO_CHANGE) - {"data.path"})
     changed = [
-        f"{key} {before[key]}, not {now[key]}"
+        f"{key} {shown(before[key])}, not {shown(now[key])}"
         for key in now
         if key not in free and before[key] != now[key]
     ]

@@ -59,7 +59,7 @@ def build_step(config: Config, ranks: Ranks, feed: Feed, finetune: str | None) -
     net = build_model(config)
     parameters = sum(p.size for p in net.trainable_params())
     if finetune is not None:
-        notes += _start_from(net, finetune, config)
+        notes += start_from(net, finetune, config)
     if config.training.sync_batchnorm and ranks.world > 1:
         synchronise_batchnorm(net, ranks.world)
     ranks.broadcast(net.get_parameters())
@@ -68,8 +68,9 @@ def build_step(config: Config, ranks: Ranks, feed: Feed, finetune: str | None) -
     ema_net = None
     if config.training.ema_decay > 0:
         ema_net = accelerate(build_model(config), config.runtime)
-        for average, weight in zip(ema_net.get_parameters(), net.get_parameters()):
-            average.set_data(weight.copy())
+        weights = {weight.name: weight for weight in net.get_parameters()}
+        for average in ema_net.get_parameters():
+            average.set_data(weights[average.name].copy())
         ema_net.update_parameters_name("ema.")
         ema_net.set_train(False)
     rates = _learning_rates(config, feed, notes)
@@ -126,7 +127,7 @@ def _learning_rates(config: Config, feed: Feed, notes: list[str]) -> np.ndarray:
     )
 
 
-def _start_from(net: nn.Cell, file: str, config: Config) -> list[str]:
+def start_from(net: nn.Cell, file: str, config: Config) -> list[str]:
     """Load weights; the head stays new where it can't fit or is known to name other classes."""
     fresh = {p.name: p.value().copy() for p in net.get_parameters() if p.name[:5] == "head."}
     notes = [str(load_weights(net, file, new_head=True))]

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from src.config import Config
-from src.errors import UserError
+from src.errors import UserError, shown
 from src.files import remove_unfinished, replacing
 from src.training.train_step import TrainStep
 from src.weights import load_state, save_checkpoint, sha256_of
@@ -256,7 +256,7 @@ def refuse_changes(before: Progress, now: Progress, output: Path, accept: bool) 
         )
     old, new = before.settings, now.settings
     changed = [
-        f"{key} {old.get(key)}, not {new.get(key)}"
+        f"{key} {shown(old.get(key))}, not {shown(new.get(key))}"
         for key in {**old, **new}
         if old.get(key) != new.get(key) and key not in FREE_TO_CHANGE
     ]

@@ -113,7 +113,8 @@ class TrainStep(nn.Cell):
         self.ema_decay = ema_decay
         if ema_net is not None:
             self.weights = ParameterTuple(list(net.get_parameters()))
-            self.averages = ParameterTuple(list(ema_net.get_parameters()))
+            averages = {p.name.removeprefix("ema."): p for p in ema_net.get_parameters()}
+            self.averages = ParameterTuple([averages[p.name] for p in self.weights])
         self.statistics = ParameterTuple(
             [p for p in net.get_parameters() if p.name.endswith(STATISTICS)]
         )

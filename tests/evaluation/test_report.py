@@ -12,7 +12,7 @@ from src.errors import UserError
 from src.evaluation.evaluator import Result
 from src.evaluation.labels import Labelled
 from src.evaluation.metrics import Metrics, Outcomes, judge
-from src.evaluation.report import calibrate, confusion_matrix, open_folder, write_report
+from src.evaluation.report import calibrate, confusion_matrix, require_report, write_report
 from src.reporting.confusion import draw_confusion
 from tests.conftest import run_command
 
@@ -68,7 +68,7 @@ def test_the_files_of_a_report(tmp_path):
     metrics = Metrics()
     outcomes = metrics.update(logits, labels)
     images = Labelled(FileSource(files, labels, NAMES, "made up"))
-    folder = open_folder(str(tmp_path / "new" / "report"))
+    folder = require_report(str(tmp_path / "new" / "report"), force=False)
     figures = write_report(Result(metrics, 12.0, outcomes), images, folder)
     assert figures["top1"] == 60 and figures["images"] == 5
     assert figures == json.loads((folder / "figures.json").read_text())
@@ -145,8 +145,24 @@ def test_class_names_with_dollars_are_drawn_as_they_stand(tmp_path):
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_text("x")
     for name in ("file", "file/below"):
-        with pytest.raises(UserError, match="--report .*give another folder"):
-            open_folder(str(tmp_path / name))
+        with pytest.raises(UserError, match="--report .*give another"):
+            require_report(str(tmp_path / name), force=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    "name", ["per_class.csv", "confusion_matrix.csv", "confusion_matrix.png", "figures.json"]
+)
+def test_a_report_replaces_an_earlier_one_and_nothing_of_the_users(tmp_path, name):
+    outcomes = judge(np.eye(4), np.arange(4))
+    images = Labelled(FileSource(["a.png"] * 4, np.arange(4), NAMES, "made up"))
+    result = Result(Metrics.of(np.array([[4, 4, 4, 1.0]])), 1.0, outcomes)
+    write_report(result, images, require_report(str(tmp_path), force=False))
+    require_report(str(tmp_path), force=False)
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UserError, match=f"{name}: exists and is no earlier result"):
+        require_report(str(tmp_path), force=False)
+    require_report(str(tmp_path), force=True)
 
 
 def test_eval_reports_on_the_digits(trained, tmp_path):
