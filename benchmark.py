@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from jsonargparse.typing import PositiveInt
 
 from src.command_line import parse
 from src.config import Positive
 from src.errors import UserError, executable
-from src.files import write_json
+from src.files import is_json, require_replaceable, write_json
 from src.runtime import log_to, prepare_environment
 
 IMAGENET_CLASSES = 1000
@@ -34,6 +36,8 @@ def main(argv: list[str]) -> None:
     config, arguments = parse(argv, "benchmark.py", description, add_arguments)
     config.model.num_classes = config.model.num_classes or IMAGENET_CLASSES
     given = _given(arguments)
+    if arguments.json:
+        require_replaceable(arguments.json, "--json", _is_result, arguments.force)
     prepare_environment()
     log_to()
     from src.benchmark.counts import estimate_scaling, measure_complexity
@@ -93,6 +97,15 @@ def add_arguments(parser) -> None:
         help="measure Predictor too, in a Python process that sets nothing else up (infer)",
     )
     parser.add_argument("--json", type=str, help="also write the figures to this file")
+    parser.add_argument(
+        "--force", action="store_true", help="replace a file that is no earlier result"
+    )
+
+
+def _is_result(path: Path) -> bool:
+    """Whether a JSON file holds figures of this command."""
+    common = ({"mode", "sides"}, {"model", "image_size"})
+    return is_json(path, lambda content: any(keys <= content.keys() for keys in common))
 
 
 def _given(arguments) -> dict:

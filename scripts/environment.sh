@@ -3,7 +3,7 @@
 #   environment FILE: the active interpreter where `import mindspore` works already (an Ascend host),
 #   else .venv, made with $PYTHON (default python3) and filled in one pip call from FILE.
 environment() {
-  local requirements=$1 base=${PYTHON:-python3} modules stamp digest
+  local requirements=$1 base=${PYTHON:-python3} modules stamp digest numpy
   modules='import mindspore, jsonargparse, docstring_parser, matplotlib, mlxtend, tqdm, yaml, PIL, onnx'
   [ "$requirements" = requirements.txt ] || modules+=', pytest, ruff, onnxruntime, openvino, fastapi, uvicorn'
   if "$base" -c "$modules" 2>/dev/null; then
@@ -12,7 +12,12 @@ environment() {
   fi
   if "$base" -c 'import mindspore' 2>/dev/null; then
     echo "MindSpore is here, but not all of $requirements: installing the rest beside it"
-    grep -hEv '^(#|-r|mindspore|numpy)' requirements.txt "$requirements" | sort -u |
+    # The NumPy that is there stays, unless it is one that this MindSpore can't work with; without
+    # the bound pip would bring NumPy 2 where a package asks for NumPy.
+    numpy=$("$base" -c "import mindspore
+old = tuple(map(int, mindspore.__version__.split('.')[:2])) < (2, 9)
+print('numpy<2' if old else 'numpy')" 2>/dev/null | tail -n 1) || return
+    { grep -hEv '^(#|-r|mindspore|numpy)' requirements.txt "$requirements"; echo "$numpy"; } | sort -u |
       xargs "$base" -m pip install -q --disable-pip-version-check || return
     PYTHON=$base
     return

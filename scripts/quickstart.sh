@@ -13,7 +13,7 @@ step() { printf '\n== %s\n   %s\n' "$1" "${*:2}"; "${@:2}"; }
 step "train cvt_nano on 4,000 digits" "$PYTHON" train.py --config config/digits/cvt_nano.yaml --output "$run"
 step "evaluate on the 1,000 held out" "$PYTHON" eval.py --ckpt "$run/checkpoints/best.ckpt" --json "$run/eval.json"
 step "export, checked against the checkpoint" "$PYTHON" export.py --ckpt "$run/checkpoints/best.ckpt" --format mindir --output "$run/cvt_nano.mindir"
-step "write held-out digits as PNG files" "$PYTHON" -c "from src.data.samples import write_samples; write_samples('$digits')"
+step "write held-out digits as PNG files" "$PYTHON" -c "import sys; from src.data.samples import write_samples; write_samples(sys.argv[1])" "$digits"
 step "classify them with the exported model" "$PYTHON" infer.py --model "$run/cvt_nano.mindir" --input "$digits" --json "$run/predictions.json"
 
 cat <<TEXT

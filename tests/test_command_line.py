@@ -1,14 +1,16 @@
 """Recipes and options: what passes, what is refused, and with which words."""
 
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 
-from src.command_line import load_config, parse, run_config_of, save_config
-from src.config import Config, DataConfig
+from src.command_line import is_run_config, load_config, parse, run_config_of, save_config
+from src.config import Config, DataConfig, Study
 from src.errors import UserError
+from src.hints import _HABITS
 
 FILES = sorted((Path(__file__).parents[1] / "config").rglob("*.yaml"))
 RECIPES = [path for path in FILES if path.parent.name != "study"]
@@ -152,3 +154,97 @@ def test_help_names_every_key_with_type_and_default(capsys):
     for group, keys in vars(Config()).items():
         for key in vars(keys):
             assert f"--{group}.{key} " in text
+
+
+@pytest.mark.parametrize(
+    "option, meant",
+    [
+        ("--lr", "optimizer.lr"), ("--batch_size", "training.batch_size"),
+        ("--batch-size", "training.batch_size"), ("-b", "training.batch_size"),
+        ("--epochs", "training.epochs"), ("--device_target", "runtime.device"),
+        ("--data_dir", "data.path"), ("--data-path=x", "data.path"),
+        ("--num_classes", "model.num_classes"), ("--workers", "data.workers"),
+        ("--img_size", "model.image_size"), ("--amp_level", "runtime.precision"),
+        ("--output_dir", "output"),
+    ],
+)  # fmt: skip
+def test_names_of_other_programs_are_answered_with_ours(option, meant):
+    with pytest.raises(UserError, match=f"unknown key .*: did you mean {meant}\\?"):
+        read(option, "1")
+
+
+def test_every_hint_is_a_key_or_an_option_of_some_command():
+    keys = {f"{group}.{key}" for group, keys in vars(Config()).items() for key in vars(keys)}
+    sources = "".join(path.read_text() for path in Path(__file__).parents[1].glob("*.py"))
+    for meant in set(_HABITS.values()) - keys:
+        assert "." not in meant and (f'"--{meant}"' in sources or meant == "config"), meant
+
+
+def test_a_leading_tilde_is_the_home_folder_everywhere(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = recipe(tmp_path, "data: {path: ~/images, index: ~/index.json, train_folder: ~t}\n")
+    config, arguments = read("--config=~/recipe.yaml", "--output=~/run")
+    assert file == f"--config={tmp_path}/recipe.yaml"
+    assert (
+        config.data.path == f"{tmp_path}/images" and config.data.index == f"{tmp_path}/index.json"
+    )
+    assert config.data.train_folder == "~t", "no path"
+    assert arguments.output == f"{tmp_path}/run"
+    config, _ = read("--data.path=~/a", "--data.labels_file", "~/b")
+    assert (config.data.path, config.data.labels_file) == (f"{tmp_path}/a", f"{tmp_path}/b")
+    (tmp_path / "study.yaml").write_text(
+        "recipe: ~/r.yaml\nmodels: {a: {}}\ntrain_images: [1]\nseeds: [0]\nsteps: 1\n"
+        "evaluate_every: 1\n"
+    )
+    assert read("--config=~/study.yaml", schema=Study)[0].recipe == f"{tmp_path}/r.yaml"
+
+
+def bomb(levels, width):
+    lines = ["a0: &a0 [" + ",".join("x" * width) + "]"]
+    for k in range(1, levels):
+        lines.append(f"a{k}: &a{k} [" + ",".join([f"*a{k - 1}"] * width) + "]")
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        (bomb(8, 9), "aliases expand to more than"),
+        (
+            f"data: {{class_names: &a [{'x' * 50_000}]}}\nmodel: [{','.join(['*a'] * 100)}]",
+            "expand",
+        ),
+        ("model: &a {name: *a}", "alias a of nothing"),
+        ("model: " + "[" * 3000, "nested deeper than 20"),
+        ("model: " + "[" * 3000 + "]" * 3000, "nested deeper than 20"),
+        ("model: " + "{a: " * 3000, "nested deeper than 20"),
+        ("- " * 3000, "nested deeper than 20"),
+        ("model: {name: 2020-99-99}", "no valid YAML"),
+        ("#" * (5 << 20), "more than 4 MiB"),
+        ("model: {image_size: " + "y" * 100_000 + "}", "model.image_size.*…"),
+        ("optimizer: {lr: " + "y" * 100_000 + "}", "optimizer.lr.*…"),
+        ("training: {freeze: " + "y" * 100_000 + "}", "training.freeze.*…"),
+    ],
+    ids=lambda value: value[:20],
+)
+def test_a_recipe_of_a_strangers_does_no_harm(tmp_path, text, words):
+    file = recipe(tmp_path, text)
+    start = time.process_time()
+    with pytest.raises(UserError, match=words) as caught:
+        read(file)
+    assert time.process_time() - start < 2
+    assert len(str(caught.value)) < 800 and "\n" not in str(caught.value)
+
+
+def test_honest_anchors_and_a_thousand_classes_are_read(tmp_path):
+    names = ", ".join(f'"n{k:08}, a name of some length"' for k in range(1000))
+    text = f"data: {{class_names: [{names}]}}\naugment: {{scale: &a [0.5, 1], ratio: *a}}\n"
+    config, _ = read(recipe(tmp_path, text))
+    assert len(config.data.class_names) == 1000 and config.augment.ratio == (0.5, 1)
+
+
+def test_only_a_runs_own_configuration_is_one(tmp_path):
+    save_config(Config(), tmp_path / "config.yaml")
+    assert is_run_config(tmp_path / "config.yaml")
+    (tmp_path / "other.yaml").write_text("model: {name: cvt_13}\n")
+    assert not is_run_config(tmp_path / "other.yaml") and not is_run_config(tmp_path / "nowhere")

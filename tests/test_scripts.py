@@ -35,8 +35,44 @@ def test_an_interpreter_that_cannot_do_is_refused(tmp_path):
 
 
 def test_the_quickstart_writes_its_samples(tmp_path):
-    """Its one line of Python, as it stands in the script."""
-    (code,) = re.findall(r'-c "(.*)"$', (ROOT / "scripts/quickstart.sh").read_text(), re.M)
-    code = code.replace("$digits", str(tmp_path / "digits"))
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
-    assert len(list((tmp_path / "digits").glob("*.png"))) == 10
+    """Its one line of Python, as it stands in the script; the folder's name is no part of it."""
+    text = (ROOT / "scripts/quickstart.sh").read_text()
+    (words,) = re.findall(r'"\$PYTHON" (-c ".*)$', text, re.M)
+    folder = tmp_path / "it's'); import os; os.abort() #"
+    environment = {**os.environ, "PYTHON": sys.executable, "digits": str(folder)}
+    subprocess.run(["bash", "-c", f'"$PYTHON" {words}'], cwd=ROOT, env=environment, check=True)
+    assert len(list(folder.glob("*.png"))) == 10
+
+
+@pytest.mark.parametrize(("version", "numpy"), [("2.7.1", "numpy<2"), ("2.9.0", "numpy")])
+def test_packages_beside_a_mindspore_bring_no_numpy_that_it_cannot_use(tmp_path, version, numpy):
+    """A stand-in for the interpreter of an Ascend host: MindSpore is there, jsonargparse is not."""
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    for name in ("requirements.txt", "requirements-dev.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "mindspore.py").write_text(f"__version__ = '{version}'\n")
+    host = tmp_path / "python"
+    host.write_text(
+        f'#!/bin/sh\ncase $1$2 in\n-mpip) shift; echo "$*" >{tmp_path}/asked; exit;;\n'
+        f'*jsonargparse*) exit 1;;\nesac\nPYTHONPATH={tmp_path} exec {sys.executable} "$@"\n'
+    )
+    host.chmod(0o755)
+    script = "source scripts/environment.sh; environment requirements.txt; echo $PYTHON"
+    environment = {**os.environ, "PYTHON": str(host)}
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.stdout.splitlines()[-1] == str(host), done.stdout + done.stderr
+    asked = (tmp_path / "asked").read_text().split()
+    assert numpy in asked and "jsonargparse[signatures]" in asked
+    assert not any(word.startswith("mindspore") for word in asked)
+
+
+def test_scripts_keep_their_line_endings_on_windows():
+    """With Windows line endings bash finds no command."""
+    names = [str(path.relative_to(ROOT)) for path in SCRIPTS]
+    command = ["git", "check-attr", "eol", "--", *names]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip("no git checkout")
+    assert all(line.endswith(": eol: lf") for line in done.stdout.splitlines())

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from src import recipe
-from src.command_line import load_config
+from src.command_line import load_config, save_config
 from src.data.loader import choose_workers
 from src.errors import UserError
-from src.runtime import log_to
+from src.runtime import log_to, setup
 from src.training.run import train
 from src.training.trainer import Trainer
 from tests.training.runs import assert_equal_runs, small
@@ -174,7 +174,7 @@ def test_damaged_figures_are_written_anew_from_the_state(trained, tmp_path, caps
 def test_a_run_without_a_checkpoint_starts_anew(trained, few_digits, tmp_path):
     """Killed in its first epoch it left its settings, and nothing that could be lost."""
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.yaml").write_text("optimizer: {lr: 5}")
+    save_config(small(trained, optimizer__lr=5.0), tmp_path / "run" / "config.yaml")
     train(small(trained, training__epochs=1), tmp_path / "run")
     assert load_config(tmp_path / "run" / "config.yaml").optimizer.lr == 0.002
 
@@ -217,3 +217,73 @@ def test_too_few_images_for_a_batch(trained, tmp_path):
     with pytest.raises(UserError, match="4000 images are not one batch of 5000"):
         train(small(trained, training__batch_size=5000), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "log.txt", "metrics.jsonl", "curves.png"])
+def test_files_that_no_run_wrote_are_not_replaced(trained, few_digits, tmp_path, name):
+    (tmp_path / name).write_text("optimizer: {lr: 5}")
+    with pytest.raises(UserError, match=f"{name} there is not of a run and would be replaced"):
+        train(small(trained), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "optimizer: {lr: 5}"
+
+
+def test_resuming_nothing_leaves_no_folder(trained, tmp_path):
+    with pytest.raises(UserError, match="no run there to resume"):
+        train(small(trained), tmp_path / "a/b/run", resume=True)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model__name": "cvt_99"}, "'cvt_99' is unknown"),
+        ({"model__embed_dims": [7, 9, 11]}, "embed_dims|heads"),
+        ({"augment__rand_augment": "rand-x9"}, "rand_augment"),
+        ({"training__freeze": ["stage9"]}, "training.freeze"),
+        ({"training__batch_size": 5000}, "not one batch of 5000"),
+        ({"model__image_size": 4}, "image_size|pixels"),
+        ({"data__crop_ratio": 2.0}, "data.crop_ratio"),
+        ({"finetune": "nowhere.ckpt"}, "nowhere.ckpt: there is no such file"),
+        ({"finetune": __file__}, "test_run.py: "),
+        ({"data__val_folder": "vall"}, "vall"),
+    ],
+)
+def test_cheap_checks_come_before_the_images_are_read(
+    trained, tmp_path, monkeypatch, changes, words
+):
+    """Reading ImageNet's images takes minutes."""
+    for split in ("train", "val"):
+        for name in "ab":
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for k in range(30):
+                (tmp_path / "data" / split / name / f"{k}.png").touch()
+
+    def read(*arguments, **options):
+        raise AssertionError("the images are read before the recipe is checked")
+
+    monkeypatch.setattr(recipe, "check_files", read)
+    finetune = changes.pop("finetune", None)
+    config = small(
+        trained, data__source="imagefolder", data__path=str(tmp_path / "data"),
+        data__class_names=None, model__num_classes=None, **changes,
+    )  # fmt: skip
+    with pytest.raises(UserError, match=words):
+        train(config, tmp_path / "run", finetune=finetune)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_check_leaves_the_generators_as_they_were(trained, few_digits, tmp_path, monkeypatch):
+    """A run's initial weights are those that its seed gave before there was the check."""
+
+    def first(trainer):
+        weights = {p.name: p.asnumpy().copy() for p in trainer.step.net.get_parameters()}
+        raise StopIteration(weights)
+
+    monkeypatch.setattr(Trainer, "fit", first)
+    with pytest.raises(StopIteration) as caught:
+        train(small(trained), tmp_path / "run")
+    setup(small(trained).runtime)
+    net = recipe.build_model(small(trained))
+    for parameter in net.get_parameters():
+        assert np.array_equal(caught.value.value[parameter.name], parameter.asnumpy())

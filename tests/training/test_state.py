@@ -1,5 +1,6 @@
 """Saved states: exact resume within an epoch, falling back, and what is refused."""
 
+import fcntl
 import os
 import shutil
 import signal
@@ -13,7 +14,7 @@ import pytest
 from src.command_line import load_config
 from src.data import ArraySource
 from src.errors import UserError
-from src.training.run import train
+from src.training.run import alone_in, train
 from src.training.state import Progress, refuse_changes, save_state
 from src.training.train_step import TrainStep
 from src.training.trainer import Trainer
@@ -154,6 +155,41 @@ def test_two_runs_do_not_share_a_folder(trained, few_digits, tmp_path, monkeypat
     with pytest.raises(KeyboardInterrupt):
         train(small(trained), tmp_path / "run")
     assert not (tmp_path / "run/.lock").exists()
+
+
+def test_the_lock_has_no_race(tmp_path):
+    """Who opened the file before its holder removed it must not hold a lock that nobody sees."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    real, opened = fcntl.flock, []
+
+    def flock(file, how):
+        """The first holder ends, and another one begins, between opening and locking."""
+        if not opened:
+            opened.append(file)
+            (folder / ".lock").unlink()
+            other = open(folder / ".lock", "a")  # noqa: SIM115 - held until the end
+            opened.append(other)
+            real(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return real(file, how)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fcntl, "flock", flock)
+        with pytest.raises(UserError, match="another run works in this folder"), alone_in(folder):
+            pass
+    opened[1].close()
+    with alone_in(folder), pytest.raises(UserError, match="another run"), alone_in(folder):
+        pass
+    assert folder.exists() and not list(folder.iterdir())
+
+
+def test_the_lock_leaves_no_empty_folder(tmp_path):
+    with pytest.raises(KeyError), alone_in(tmp_path / "a/b"):
+        raise KeyError
+    assert not list(tmp_path.iterdir())
+    with alone_in(tmp_path / "a/b"):
+        (tmp_path / "a/b/file").touch()
+    assert [path.name for path in (tmp_path / "a/b").iterdir()] == ["file"]
 
 
 def test_a_full_disk_ends_the_run_and_keeps_what_was_saved(trained, few_digits, tmp_path):
