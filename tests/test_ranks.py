@@ -52,9 +52,7 @@ def test_what_another_launcher_left_is_answered_in_one_line(environment, variabl
     assert "\n" not in str(e.value) and f"unset {name}" in str(e.value)
 
 
-@pytest.mark.parametrize(
-    "variables", [{"RANK_SIZE": "1"}, {"WORLD_SIZE": ""}, {"SLURM_NTASKS": "8"}]
-)
+@pytest.mark.parametrize("name, value", [("RANK_SIZE", "1"), ("WORLD_SIZE", ""), ("PMI_SIZE", "0")])
 def test_one_process_is_one(environment, name, value):
     environment({name: value})
     assert not is_distributed()
