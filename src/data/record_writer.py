@@ -143,6 +143,8 @@ class _Conversion:
                 os.replace(index, unfinished)  # for readers too, from here on
         except OSError as error:
             raise UserError(f"{self._folder}: {error.strerror}; give another --dst") from error
+        # Before the first shard, so that no shard of ours is ever without an index.
+        write_json({**self._index, "shards": list(earlier.values())}, unfinished)
         shards = self._index["shards"]
         with ThreadPoolExecutor(self._workers) as pool, self._bar("convert") as bar:
             for number, (first, last) in enumerate(bounds):
@@ -216,6 +218,12 @@ class _Conversion:
         paths = [self._folder / name for name in (INDEX, UNFINISHED)]
         path = next((path for path in paths if path.is_file()), None)
         if path is None:
+            strange = sorted(path.name for path in self._folder.glob("*.mindrecord*"))
+            if strange and not self._options.force:
+                raise UserError(
+                    f"{self._folder}: {strange[0]} there is not of this command and would be "
+                    "replaced; give another --dst, or add --force"
+                )
             return {}
         before = load_index(path)
         for key in ("class_names", "listing", "images_per_shard", "skip_broken"):

@@ -89,6 +89,16 @@ def test_killed_it_goes_on_and_ends_with_the_same_files(folder, tmp_path, moment
     assert "train/00001.mindrecord.db" in contents(tmp_path / "whole")
 
 
+def test_shards_of_somebody_else_are_neither_replaced_nor_removed(folder, tmp_path):
+    target = tmp_path / "records"
+    for name in ("00000.mindrecord", "00042.mindrecord", "00042.mindrecord.db"):
+        (target / "train").mkdir(parents=True, exist_ok=True)
+        (target / "train" / name).write_text("mine")
+    refused("00000.mindrecord there is not of this command.*--force", folder, target, Options(4))
+    assert {path.read_text() for path in (target / "train").iterdir()} == {"mine"}
+    assert len(list((target / "train").iterdir())) == 3
+
+
 def test_a_second_run_changes_nothing(folder, tmp_path):
     first = convert(folder, tmp_path / "out", EIGHT)
     assert (first["train"].images, first["train"].shards, first["train"].kept) == (21, 3, 0)
@@ -197,7 +207,7 @@ def test_broken_images_are_refused_and_all_named(broken, tmp_path, caplog):
         f"{broken / 'train/33/5.png'}: not a readable image"
     ]
     refused("0.jpg: not a readable image, nor", broken, tmp_path / "out", EIGHT)
-    with pytest.raises(UserError, match="no index.json"):
+    with pytest.raises(UserError, match="its conversion is unfinished"):
         open_source("mindrecord", str(tmp_path / "out"), "train")
 
 
