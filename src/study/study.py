@@ -22,6 +22,9 @@ from src.training.run import alone_in
 
 logger = logging.getLogger("cvt")
 INDEX_FILE = "images.json"
+OWN_FILES = (
+    "cells.csv", "table.md", "accuracy_images.png", "accuracy_epochs.png", "accuracy_cost.png",
+)  # fmt: skip
 
 
 class StudyRun:
@@ -69,11 +72,13 @@ class StudyRun:
             UserError: cells that failed; the others are done by then.
             SystemExit: 128 + the signal that asked to stop; the run is saved.
         """
+        self._require_own_folder()
         pace, failed = Pace(), []
         for cell in self.cells:
             pace.learn(cell, self.runs[cell.name].rows)
         todo = [cell for cell in self.chosen if not self.runs[cell.name].done]
         with alone_in(self.output), Trainings() as trainings:
+            (self.output / "cells").mkdir(exist_ok=True)
             self._estimate(todo, pace, trainings)
             for number, cell in enumerate(todo, 1):
                 logger.info("cell %d of %d: %s", number, len(todo), cell.name)
@@ -93,6 +98,17 @@ class StudyRun:
                 f"{len(failed)} of {len(todo)} cells failed: {', '.join(failed)}; why stands above "
                 "each. The same command tries them again"
             )
+
+    def _require_own_folder(self) -> None:
+        """Refuse a folder that is no study's and has files of the names that a study writes."""
+        if (self.output / "cells").is_dir():
+            return
+        for name in OWN_FILES:
+            if (self.output / name).exists():
+                raise UserError(
+                    f"{self.output}: {name} there is not of a study and would be replaced; give "
+                    "another --output"
+                )
 
     def _train(self, cell: Cell, trainings: Trainings) -> Run:
         folder = self.folder(cell)

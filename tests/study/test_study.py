@@ -46,6 +46,16 @@ def test_a_study_writes_its_files_and_runs_nothing_twice(cells, output, pretende
     assert calls(pretender) == []
 
 
+@pytest.mark.parametrize("name", ["cells.csv", "table.md", "accuracy_cost.png"])
+def test_files_that_no_study_wrote_are_not_replaced(cells, output, pretender, name):
+    output.mkdir()
+    (output / name).write_text("mine")
+    with pytest.raises(UserError, match=f"{name} there is not of a study"):
+        StudyRun(cells, output).train()
+    assert (output / name).read_text() == "mine" and calls(pretender) == []
+    assert [path.name for path in output.iterdir()] == [name]
+
+
 def test_a_larger_grid_trains_only_what_is_new(study, study_file, cells, output, pretender):
     StudyRun(cells, output).train()
     calls(pretender)
