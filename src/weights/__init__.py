@@ -1,11 +1,11 @@
-"""Weight files: the only room that reads or writes them."""
+"""Reading and writing of weight files."""
 
 from src.weights.checkpoint import save_checkpoint, save_weights, sha256_of
-from src.weights.load import WEIGHT_SUFFIXES, load_state, load_weights
+from src.weights.files import weight_files
+from src.weights.load import load_state, load_weights
 from src.weights.report import LoadReport, WeightsMismatch
 
 __all__ = [
-    "WEIGHT_SUFFIXES",
     "LoadReport",
     "WeightsMismatch",
     "load_state",
@@ -13,4 +13,5 @@ __all__ = [
     "save_checkpoint",
     "save_weights",
     "sha256_of",
+    "weight_files",
 ]

@@ -29,6 +29,7 @@ from safetensors import SafetensorError, deserialize
 from src.errors import UserError
 from src.files import replacing
 from src.weights.content import AGAIN, WIDENED, Content, short, widen
+from src.weights.kinds import MAX_TENSORS, require_file
 
 _CRC_MARK, _CRC_BYTES = b"crc_num", 17
 _CKPT_TYPES = {"Bool": "?", "Int8": "i1", "UInt8": "u1", "BFloat16": "<u2"}
@@ -37,8 +38,8 @@ _CKPT_TYPES |= {f"Int{bits}": f"<i{bits // 8}" for bits in (16, 32, 64)}
 _CKPT_TYPES |= {f"UInt{bits}": f"<u{bits // 8}" for bits in (16, 32, 64)}
 _SAFETENSORS_TYPES = {"BOOL": "?", "I8": "i1", "U8": "u1", "BF16": "<u2"}
 _SAFETENSORS_TYPES |= {f"{k.upper()}{n}": f"<{k}{n // 8}" for k in "fiu" for n in (16, 32, 64)}
-# Bounds on the work a hostile file can ask for; CvT-W24's training state has under 3,000 tensors.
-_MAX_TENSORS, _MAX_FIELDS, _MAX_HEADER = 20_000, 64, 16 << 20
+# Bounds on the work that a hostile file can ask for.
+_MAX_FIELDS, _MAX_HEADER = 64, 4 << 20
 
 
 def save_checkpoint(
@@ -107,14 +108,13 @@ def read_safetensors(path: str | Path) -> Content:
 def _read(path: str | Path, parse, advice: str) -> Content:
     path = Path(path)
     try:
-        if not path.is_file():
-            raise UserError("there is no such file")
+        require_file(path)
         content = parse(path)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; give a file that can be read") from None
-    except (ValueError, IndexError, KeyError, TypeError, SafetensorError) as error:
+    except (ValueError, IndexError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         reason = short(error) or type(error).__name__
         kind = path.suffix[1:]
         raise UserError(f"{path}: damaged, or no {kind} file ({reason}); {advice}") from error
@@ -131,7 +131,7 @@ def _parse_checkpoint(path: Path) -> Content:
         if zlib.crc32(data) != checksum:
             raise ValueError("its checksum differs")
     pieces: dict[str, tuple[str, list[int], list[memoryview]]] = {}
-    for number, value in _fields(data, _MAX_TENSORS):
+    for number, value in _fields(data, MAX_TENSORS):
         if number != 1 or isinstance(value, int):
             raise ValueError("no list of tensors")
         tag, kind, dims, content = _value(value)
@@ -212,8 +212,11 @@ def _parse_safetensors(path: Path) -> Content:
     length = int.from_bytes(raw[:8], "little")
     if length > _MAX_HEADER:
         raise ValueError("its header is too large")
+    header = json.loads(raw[8 : 8 + length])
+    if len(header) > MAX_TENSORS:
+        raise ValueError(f"more than {MAX_TENSORS} tensors")
     entries = deserialize(raw)  # checks that the header and the bytes agree
-    metadata = json.loads(raw[8 : 8 + length]).get("__metadata__") or {}
+    metadata = header.get("__metadata__") or {}
     checksum = metadata.get("crc_num")
     del raw
     # Of a scalar, MindSpore sums up as many zeros as its value, so such a sum proves nothing.

@@ -9,6 +9,9 @@ import numpy as np
 AGAIN = "download or save it again"
 WIDENED = "bfloat16 widened to float32"
 
+# The keys of the dicts from the top level of a file down to a tensor; one key in a flat file.
+Place = tuple[str, ...]
+
 
 class Content(NamedTuple):
     """A file's tensors under the names they have there, in the file's order.

@@ -4,89 +4,79 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from PIL import Image
 
-from src.errors import UserError
-from src.weights.checkpoint import read_checkpoint, read_safetensors
-from src.weights.names import to_ours
+from src.weights.checkpoint import read_checkpoint
+from src.weights.content import Place
+from src.weights.files import read_content
 from src.weights.report import LoadReport, WeightsMismatch
-from src.weights.torch_file import read_torch_file
+from src.weights.select import select
 
 logger = logging.getLogger("cvt")
 
-_READERS = {".ckpt": read_checkpoint, ".safetensors": read_safetensors}
-_READERS |= dict.fromkeys((".pth", ".pt", ".bin"), read_torch_file)
-WEIGHT_SUFFIXES = tuple(_READERS)
-_EMA, _HEAD = "ema.", "head."
-# What our and MindSpore's optimizers and PyTorch's BatchNorm keep; other counters have no shape.
-_TRAINING_PREFIXES = ("moment1", "moment2", "moments", "adam_m", "adam_v")
-_TRAINING_SUFFIXES = ("num_batches_tracked", "global_step", "learning_rate")
+_HEAD, _NORM = "head.", "norm."
 _TABLE_ROWS = 20
 
 
-def read_weights(path: str | Path) -> tuple[dict[str, np.ndarray], LoadReport]:
-    """The weights in a file of any kind under our names, without the state of training.
+def read_weights(
+    path: str | Path, known: Collection[str] = (), entry: str | None = None
+) -> tuple[dict[str, np.ndarray], LoadReport]:
+    """Read the weights of a file or folder of any kind under our names.
 
-    Of a training state with a moving average, the average is taken.
+    State of training is left. Of several sets of weights, the moving average is taken.
+
+    Args:
+        path: the file or folder.
+        known: the parameters' names of the network to load; a CvT's are known anyway.
+        entry: the entry or prefix of the weights to take, where there are several sets.
 
     Returns:
-        Arrays by name in the file's order and type, and a report of what was left and renamed.
+        Arrays by name in the file's type, and a report of what was left and renamed.
 
     Raises:
-        UserError: a file that can't be read, or whose names are of no CvT.
+        UserError: a file that can't be read, whose names are of no known network, or with several
+            sets to choose from.
     """
-    reader = _READERS.get(Path(path).suffix.lower())
-    if reader is None:
-        raise UserError(f"{path}: a weight file's name ends in one of {' '.join(WEIGHT_SUFFIXES)}")
-    tensors, notes = reader(path)
-    report = LoadReport(str(path), notes=notes)
-    report.averaged = any(name.startswith(_EMA) for name in tensors)
-    for name, tensor in tensors.items():
-        kind = _kind_of_training(name, tensor)
-        kind = "not averaged" if f"{_EMA}{name}" in tensors else kind
-        if kind is not None:
-            report.ignored[name] = kind
-    tensors = {_without_ema(n): tensor for n, tensor in tensors.items() if n not in report.ignored}
-    try:
-        report.naming, names = to_ours(tensors)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    report.renamed = {ours: name for name, ours in names.items() if ours != name}
-    return {names[name]: tensor for name, tensor in tensors.items()}, report
+    report = LoadReport(str(path))
 
+    def choose(found: Mapping[Place, Any]) -> dict[Place, str]:
+        done = select(found, known, entry)
+        report.naming, report.renamed, report.averaged = done.naming, done.renamed, done.averaged
+        report.ignored, report.notes = done.ignored, done.notes
+        return done.names
 
-def _kind_of_training(name: str, tensor: np.ndarray) -> str | None:
-    """A word for state of training; None for a weight."""
-    first, last = name.partition(".")[0], name.rpartition(".")[2]
-    if first in _TRAINING_PREFIXES:
-        return first
-    return last if last in _TRAINING_SUFFIXES or tensor.ndim == 0 else None
-
-
-def _without_ema(name: str) -> str:
-    return name[len(_EMA) :] if name.startswith(_EMA) else name
+    content = read_content(Path(path), choose)
+    report.notes = [*report.notes, *content.notes]
+    return content.tensors, report
 
 
 def load_weights(
-    net: nn.Cell, path: str | Path, strict: bool = True, new_head: bool = False
+    net: nn.Cell,
+    path: str | Path,
+    strict: bool = True,
+    new_head: bool = False,
+    entry: str | None = None,
 ) -> LoadReport:
-    """Load a weight file into a network.
+    """Load a weight file or a folder of Hugging Face's into a network.
 
-    Reads MindSpore's .ckpt and .safetensors, Hugging Face's .safetensors and .bin, and official
-    .pth or .pt files, with our, the official or Hugging Face's names. Position embeddings are
+    Reads what MindSpore, PyTorch and safetensors write, by content and not by suffix, with our, the
+    official or Hugging Face's names under any entry and prefix. Position embeddings are
     interpolated to the network's grid. Float types other than the parameters' are converted.
 
     Args:
         net: changed only if the file fits, or `strict` is false.
-        path: the file.
+        path: the file or folder.
         strict: raise on anything missing, left over or misshapen. Otherwise load what fits; the
             report tells what did not.
         new_head: a head that does not fit keeps the network's initial values.
+        entry: the entry or prefix to take ("ema"), where the file holds several sets of weights;
+            by default a moving average.
 
     Returns:
         What became of every tensor.
@@ -95,7 +85,8 @@ def load_weights(
         WeightsMismatch: strict, and the file doesn't fit; has the report.
         UserError: a file that can't be read.
     """
-    tensors, report = read_weights(path)
+    known = {parameter.name for parameter in net.get_parameters()}
+    tensors, report = read_weights(path, known, entry)
     load_tensors(net, tensors, report, strict, new_head)
     return report
 
@@ -162,19 +153,32 @@ def _compare(
             report.shapes[name] = (tensors[name].shape, None)
 
 
+def _of_head(report: LoadReport) -> list[str]:
+    """The names of the head; the last norm belongs to it where the file has neither."""
+    missing = {*report.missing}
+    norm = [name for name in report.shapes if name.startswith(_NORM)]
+    head = [name for name in report.shapes if name.startswith(_HEAD)]
+    return norm + head if {*norm, *head} <= missing else head
+
+
+def _misfits(report: LoadReport) -> set[str]:
+    return {*report.missing, *report.unexpected, *(name for name, _, _ in report.mismatched)}
+
+
 def _except_head(report: LoadReport) -> None:
     """A head of which any part doesn't fit stays as it is initialised, the whole of it."""
-    misfits = [*report.missing, *report.unexpected, *(name for name, _, _ in report.mismatched)]
-    if not any(name.startswith(_HEAD) for name in misfits):
+    head = _of_head(report)
+    if _misfits(report).isdisjoint(head):
         return
-    report.new_head = [name for name in report.shapes if name.startswith(_HEAD)]
+    report.new_head = head
+    excused = {*head}
 
     def others(names: Iterable[str]) -> list[str]:
-        return [name for name in names if name not in report.new_head]
+        return [name for name in names if name not in excused]
 
     report.missing, report.unexpected = others(report.missing), others(report.unexpected)
     report.loaded = others(report.loaded)
-    report.mismatched = [row for row in report.mismatched if row[0] not in report.new_head]
+    report.mismatched = [row for row in report.mismatched if row[0] not in excused]
 
 
 def _require_fit(report: LoadReport) -> None:
@@ -183,8 +187,7 @@ def _require_fit(report: LoadReport) -> None:
     if not complaint:
         return
     logger.info("%s", report.table(everything=False, limit=_TABLE_ROWS))
-    misfits = [*report.missing, *report.unexpected, *(name for name, _, _ in report.mismatched)]
-    if all(name.startswith(_HEAD) for name in misfits):
+    if _misfits(report) <= {*_of_head(report)}:
         complaint += (
             "; only the head differs: set the file's number of classes, or start with a new head "
             "(new_head=True; train.py --finetune)"

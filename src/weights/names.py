@@ -7,7 +7,7 @@ Face's (transformers, modeling_cvt.py) in the modules. Shapes are the same in al
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from src.errors import UserError
 from src.weights.content import short
@@ -51,6 +51,10 @@ def _modules() -> dict[str, str]:
 _MODULES = _modules()
 _OFFICIAL_MODULES = frozenset(_MODULES.values())
 _SUFFIXES = {*_NORM_SUFFIXES, "cls_token", "pos_embed"}
+_OUR_SUFFIXES = {*_SUFFIXES, *_NORM_SUFFIXES.values()}
+_HEADLESS = "encoder.stages."
+_FIRST = re.compile(r"stage\d+$|norm$|head$|cvt$|encoder$|layernorm$|classifier$")
+_MAX_NAME = 512
 _NUMBER = re.compile(r"(?:(?<=^stage)|(?<=stages\.)|(?<=blocks\.)|(?<=layers\.))\d+")
 
 
@@ -65,7 +69,12 @@ def from_official(name: str) -> str | None:
 
 
 def from_huggingface(name: str) -> str | None:
-    """The official name for one of Hugging Face's; None for a name that no CvT has there."""
+    """The official name for one of Hugging Face's; None for a name that no CvT has there.
+
+    A CvtModel, which has no head, calls its modules as a CvtForImageClassification does, without
+    the `cvt.` in front.
+    """
+    name = f"cvt.{name}" if name.startswith(_HEADLESS) else name
     module, _, suffix = name.rpartition(".")
     numbers = iter(_NUMBER.findall(module))
     template = _MODULES.get(_NUMBER.sub("#", module))
@@ -74,34 +83,69 @@ def from_huggingface(name: str) -> str | None:
     return f"{re.sub('#', lambda _: next(numbers), template)}.{suffix}"
 
 
-def to_ours(names: Iterable[str]) -> tuple[str, dict[str, str]]:
+def is_ours(name: str) -> bool:
+    """Whether a CvT of ours may have a parameter of this name."""
+    module, _, suffix = name.rpartition(".")
+    return suffix in _OUR_SUFFIXES and _NUMBER.sub("#", module) in _OFFICIAL_MODULES
+
+
+def split_prefix(name: str, known: Collection[str] = ()) -> tuple[str, str] | None:
+    """Split what a wrapper put in front of a parameter's name, as "model." and "norm.weight".
+
+    Args:
+        name: without the dicts' keys above it.
+        known: names of other networks' parameters.
+
+    Returns:
+        The shortest prefix, perhaps "", behind which is a name that a CvT has by any naming, or a
+        known one, and that name; None where there is no such prefix.
+    """
+    if len(name) > _MAX_NAME:
+        return None
+    start = 0
+    while True:
+        rest = name[start:]
+        if rest in known:
+            return name[:start], rest
+        first = rest.partition(".")[0]
+        if _FIRST.match(first) and (is_ours(rest) or from_official(rest) or from_huggingface(rest)):
+            return name[:start], rest
+        start = name.find(".", start) + 1
+        if start == 0:
+            return None
+
+
+def to_ours(names: Iterable[str], known: Collection[str] = ()) -> tuple[str, dict[str, str]]:
     """Which of the three sets the names are of, and our name for each.
 
-    MindSpore's norm suffixes tell ours, which then stay as they are whatever the network.
+    MindSpore's norm suffixes, or names that are all known, tell ours, which then stay as they are
+    whatever the network.
 
     Raises:
         UserError: names of more than one set, or of none.
     """
     names = list(names)
-    ours = [n for n in names if n.rpartition(".")[2] in _NORM_SUFFIXES.values()]
+    ours = any(name.rpartition(".")[2] in _NORM_SUFFIXES.values() for name in names)
+    ours = ours or bool(names) and all(name in known for name in names)
     huggingface = {n: from_huggingface(n) for n in names}
     official = {n: from_official(n) for n in names}
     if ours:
-        naming, renamed = OURS, dict(zip(names, names))
-        others = [n for n in names if huggingface[n] or (official[n] or n) != n]
+        naming, renamed = OURS, {name: name for name in names}
+        others = {n for n in names if huggingface[n] or (official[n] or n) != n} - {*known}
         strange: list[str] = []
     elif any(huggingface.values()):
         naming = HUGGING_FACE
         renamed = {n: name and from_official(name) for n, name in huggingface.items()}
-        others = [n for n in names if official[n]]
+        others = {n for n in names if official[n]}
         strange = [n for n in names if not renamed[n] and n not in others]
     else:
-        naming, renamed, others = OFFICIAL, official, []
+        naming, renamed, others = OFFICIAL, official, set()
         strange = [n for n in names if not official[n]]
-    known = next((n for n in names if renamed[n] and n not in others), "")
     if others:
+        known_one = next((n for n in names if renamed[n] and n not in others), "")
+        other = next(n for n in names if n in others)
         raise UserError(
-            f"mixes {naming}, as {short(known)}, with others, as {short(others[0])}; "
+            f"mixes {naming}, as {short(known_one)}, with others, as {short(other)}; "
             "save one set alone"
         )
     if strange:

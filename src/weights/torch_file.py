@@ -11,7 +11,7 @@ The formats (PyTorch's note "Serialization semantics"; torch/serialization.py in
 
 from __future__ import annotations
 
-import io
+import os
 import struct
 import zipfile
 from collections.abc import Callable
@@ -21,74 +21,87 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from src.errors import UserError
-from src.weights.content import AGAIN, WIDENED, Content, short, widen
-from src.weights.torch_pickle import BFLOAT16, REFUSED, Storage, StoredTensor, unpickle
+from src.weights.content import AGAIN, WIDENED, Content, Place, short, widen
+from src.weights.kinds import MAX_TENSORS, TORCH_LEGACY, TORCH_ZIP, kind_of
+from src.weights.torch_pickle import (
+    BFLOAT16,
+    REFUSED,
+    Interpreter,
+    Storage,
+    StoredTensor,
+    Stream,
+)
 
-# Where training scripts put the weights; the plain ones go before the averaged ones.
-_ENTRIES = ("state_dict", "model", "model_state", "model_state_dict", "module")
-_ENTRIES += ("model_ema", "state_dict_ema")
-
-_MAX_PICKLE = 16 << 20  # CvT-13's takes 0.1 MB
+_MAX_PICKLE = 4 << 20  # CvT-W24's, with its average and AdamW's state, takes 0.5 MB
+_MAX_DIRECTORY, _MAX_DEPTH, _MAX_LIST = 4 << 20, 5, 16
 _MAGIC = 0x1950A86A20F9469CFC6C
 _RESAVE = "in PyTorch 1.6 or later: torch.save(torch.load(FILE, map_location='cpu'), FILE)"
+_HELPERS = ("_codecs.encode", "copyreg._reconstructor", "copy_reg._reconstructor")
 
+# Tells which of the tensors to read and what to call each.
+Choose = Callable[[dict[Place, StoredTensor]], dict[Place, str]]
 _Opened = tuple[Any, Callable[[Storage], bytes]]  # the unpickled content, what reads a storage
 
 
-def read_torch_file(path: str | Path) -> Content:
-    """Reads the tensors of a `.pth`, `.pt` or `.bin` file that torch.save wrote.
+def read_torch_file(path: str | Path, choose: Choose | None = None) -> Content:
+    """Read the tensors of a file that torch.save wrote, whatever its suffix.
 
-    A dict under a usual name ("state_dict", "model", ...) is unwrapped, and `module.` or
-    `_orig_mod.` before all names is cut off; the notes say what was taken and what was left.
+    Args:
+        path: the file.
+        choose: is given all tensors by their place, the keys of the dicts down to them, and
+            returns a name for each that is to be read; by default all, the keys joined by dots.
 
     Returns:
         Arrays that are C-contiguous, read-only, of the file's own type, but float32 (exact) for
-        bfloat16. Tensors of one storage may share memory.
+        bfloat16. Tensors of one storage may share memory. The notes name the objects that were set
+        aside, and the top level's entries of which nothing was read.
 
     Raises:
-        UserError: no such file, damaged, another format, holds something that is neither tensor
-            nor plain container, or no tensors; the message says which and what to do.
+        UserError: no such file, damaged, another format, an attack, or no tensors; the message
+            says which and what to do. Errors of `choose` come with the path before them.
     """
     path = Path(path)
     try:
-        if not path.is_file():
-            raise UserError("there is no such file")
+        kind = kind_of(path)
+        if kind not in (TORCH_ZIP, TORCH_LEGACY):
+            raise UserError(f"not a file that torch.save wrote; {AGAIN}")
         with path.open("rb") as file:
             size = path.stat().st_size
-            content, read_storage = _open(file, size)
-            tensors, notes = _state_dict(content)
-            if any(tensor.storage.dtype == BFLOAT16 for tensor in tensors.values()):
-                notes.append(WIDENED)
-            return Content(_arrays(tensors, read_storage, size), notes)
+            pickles = Interpreter()
+            opened = _open_zip if kind == TORCH_ZIP else _open_legacy
+            content, read_storage = opened(file, size, pickles)
+            stored = _tensors(content, pickles)
+            names = choose(stored) if choose else {place: ".".join(place) for place in stored}
+            tensors = {name: stored[place] for place, name in names.items()}
+            arrays = _arrays(tensors, read_storage, size)
+        return Content(arrays, _notes(content, names, tensors, pickles))
     except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+        error.args = (f"{path}: {error}", *error.args[1:])
+        raise
     except Exception as error:  # zipfile, pickletools, NumPy ... each has its own for damaged bytes
         reason = f"{type(error).__name__}: {short(error)}"
         raise UserError(f"{path}: cannot be read, perhaps damaged ({reason}); {AGAIN}") from error
 
 
-def _open(file: BinaryIO, size: int) -> _Opened:
-    head = file.read(512)
-    file.seek(0)
-    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    if head.startswith(b"PK\x03\x04"):
-        return _open_zip(file, size)
-    if head.startswith(b"\x80"):
-        return _open_legacy(file, size)
-    if not head:
-        raise UserError(f"the file is empty; {AGAIN}")
-    if text.startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
-        raise UserError("this is an HTML or XML page, not a checkpoint; download it again")
-    if text.startswith(b"version https://git-lfs"):
-        raise UserError("this is a Git LFS pointer, not the checkpoint; run: git lfs pull")
-    if head[8:9] == b"{":
-        raise UserError("this is a safetensors file; rename it to end in .safetensors")
-    if head[257:262] == b"ustar":
-        raise UserError(f"PyTorch's tar format from before 0.2; save it again {_RESAVE}")
-    raise UserError(f"not a file that torch.save wrote, or its beginning is damaged; {AGAIN}")
+def _notes(content: Any, names: dict, tensors: dict, pickles: Interpreter) -> list[str]:
+    notes = []
+    entries = {place[0] for place in names}
+    items = content.items() if isinstance(content, dict) else ()
+    left = [k for k, v in items if k not in entries and type(v) is not StoredTensor]
+    if left:
+        listed = ", ".join(map(short, left[:8])) + (", ..." if len(left) > 8 else "")
+        notes.append(f"left aside {listed}")
+    foreign = [name for name in pickles.foreign if name not in _HELPERS]
+    if foreign:
+        listed = ", ".join(map(short, foreign[:8])) + (", ..." if len(foreign) > 8 else "")
+        notes.append(f"objects set aside, nothing of them run: {listed}")
+    if any(tensor.storage.dtype == BFLOAT16 for tensor in tensors.values()):
+        notes.append(WIDENED)
+    return notes
 
 
-def _open_zip(file: BinaryIO, size: int) -> _Opened:
+def _open_zip(file: BinaryIO, size: int, pickles: Interpreter) -> _Opened:
+    _require_small_directory(file, size)
     try:
         archive = zipfile.ZipFile(file)
     except zipfile.BadZipFile:
@@ -120,17 +133,32 @@ def _open_zip(file: BinaryIO, size: int) -> _Opened:
             raise UserError(f"storage {name} of {storage.nbytes} bytes {found}; {AGAIN}")
         return archive.read(info)
 
-    content = unpickle(io.BytesIO(archive.read(f"{root}data.pkl")), {})
+    content = pickles.unpickle(Stream(archive.read(f"{root}data.pkl")))
     return content, read_storage
 
 
-def _open_legacy(file: BinaryIO, size: int) -> _Opened:
-    head = io.BytesIO(file.read(_MAX_PICKLE))
-    storages: dict[str, Storage] = {}
-    if unpickle(head, storages) != _MAGIC or unpickle(head, storages) != 1001:
+def _require_small_directory(file: BinaryIO, size: int) -> None:
+    """Refuse an archive of so many records that zipfile would be busy for long with their list."""
+    tail = min(size, 22 + (1 << 16))
+    file.seek(-tail, os.SEEK_END)
+    end = file.read(tail)
+    at = end.rfind(b"PK\x05\x06")
+    length = int.from_bytes(end[at + 12 : at + 16], "little") if at >= 0 else 0
+    wide = end.rfind(b"PK\x06\x06", 0, at)
+    if length == 0xFFFFFFFF and wide >= 0:  # zip64
+        length = int.from_bytes(end[wide + 40 : wide + 48], "little")
+    if length > min(size, _MAX_DIRECTORY):
+        raise UserError(f"its list of records claims {length} bytes; {AGAIN}")
+    file.seek(0)
+
+
+def _open_legacy(file: BinaryIO, size: int, pickles: Interpreter) -> _Opened:
+    head = Stream(file.read(_MAX_PICKLE))
+    storages = pickles.storages
+    if pickles.unpickle(head) != _MAGIC or pickles.unpickle(head) != 1001:
         raise UserError("a pickle, but not one that torch.save wrote")
-    unpickle(head, storages)  # the writer's C types: unused by PyTorch, too
-    content, keys = unpickle(head, storages), unpickle(head, storages)
+    pickles.unpickle(head)  # the writer's C types: unused by PyTorch, too
+    content, keys = pickles.unpickle(head), pickles.unpickle(head)
 
     starts, position = {}, head.tell()
     for key in keys:
@@ -149,42 +177,46 @@ def _open_legacy(file: BinaryIO, size: int) -> _Opened:
     return content, read_storage
 
 
-def _state_dict(content: Any) -> tuple[dict[str, StoredTensor], list[str]]:
-    """The tensors under the usual entries; notes on which were taken and what else lay there."""
-    trail: list[str] = []
-    left: list[Any] = []
-    for _ in range(4):
-        if not isinstance(content, dict):
-            raise UserError("no dict in it; save model.state_dict() alone")
-        entry = next((key for key in _ENTRIES if _is_nest(content.get(key))), None)
-        if entry is None:
-            break
-        left += [key for key in content if key != entry]
-        trail.append(entry)
-        content = content[entry]
-    tensors = {k: v for k, v in content.items() if type(v) is StoredTensor and type(k) is str}
-    left += [key for key in content if key not in tensors]
-    names = ", ".join(map(short, left[:8])) + (", ..." if len(left) > 8 else "")
-    entry = " > ".join(trail) or "the top level"
-    if not tensors:
-        raise UserError(f"no tensors in {entry}, only: {names}; save model.state_dict() alone")
-    notes = [f"taken from {entry}"] if trail else []
-    if left:
-        notes.append(f"left aside {names}")
-    others = [key for key in left if key in _ENTRIES]
-    if others:
-        notes.append(f"{others[0]} may hold other weights: save it alone to load it")
-    for prefix in ("module.", "_orig_mod.", "module."):  # DistributedDataParallel, torch.compile
-        if all(name.startswith(prefix) for name in tensors):
-            tensors = {name[len(prefix) :]: tensor for name, tensor in tensors.items()}
-            notes.append(f"{prefix} cut off all names")
-    return tensors, notes
+def _tensors(content: Any, pickles: Interpreter) -> dict[Place, StoredTensor]:
+    """Every tensor in dicts within dicts and short lists; what comes twice, at its first place.
+
+    Raises:
+        UserError: none, or too many.
+    """
+    if not isinstance(content, (dict, list, tuple)) or type(content) is StoredTensor:
+        raise UserError(f"no dict in it{_objects(pickles)}; save model.state_dict() alone")
+    found: dict[Place, StoredTensor] = {}
+    seen, level = {id(content)}, [((), content)]
+    for _ in range(_MAX_DEPTH):
+        deeper = []
+        for place, container in level:
+            for key, value in _entries(container):
+                if type(value) is StoredTensor:
+                    found[(*place, key)] = value
+                elif isinstance(value, (dict, list, tuple)) and id(value) not in seen:
+                    seen.add(id(value))
+                    deeper.append(((*place, key), value))
+        if len(found) > MAX_TENSORS:
+            raise UserError(f"it has more than {MAX_TENSORS} tensors; {REFUSED}")
+        level = deeper
+    if not found:
+        keys = [key for key, _ in _entries(content)]
+        listed = ", ".join(map(short, keys[:8])) + (", ..." if len(keys) > 8 else "")
+        only = f", only: {listed}" if listed else ""
+        raise UserError(f"no tensors in it{only}{_objects(pickles)}; save model.state_dict() alone")
+    return found
 
 
-def _is_nest(value: Any) -> bool:
-    return isinstance(value, dict) and any(
-        isinstance(v, (StoredTensor, dict)) for v in value.values()
-    )
+def _entries(container: dict | list | tuple) -> list[tuple[str, Any]]:
+    if isinstance(container, dict):
+        return list(container.items())
+    short_enough = len(container) <= _MAX_LIST
+    return [(str(n), each) for n, each in enumerate(container)] if short_enough else []
+
+
+def _objects(pickles: Interpreter) -> str:
+    first = ", ".join(map(short, list(pickles.foreign)[:3]))
+    return f" (objects of {first}, which are not run)" if first else ""
 
 
 def _arrays(

@@ -2,34 +2,44 @@
 
 A pickle is a program. Python's Unpickler is not safe on a stranger's file even with a strict
 `find_class`: BUILD alters whatever that gave out, one opcode asks for a memo of 32 GB, the hash of
-a deeply nested tuple overflows C's stack. So the few opcodes that a dict of tensors needs are
-interpreted here. Globals stay names; those admitted are `collections.OrderedDict`, `torch.Size`,
-`_rebuild_tensor_v2` and `_rebuild_parameter` of `torch._utils`, and the storage types below. All
-else (functions, Namespace, NumPy scalars, devices, whole modules) is refused by name.
+a deeply nested tuple overflows C's stack. So the opcodes are interpreted here, and globals stay
+names. `collections.OrderedDict`, `torch.Size`, the storage types and three functions of
+`torch._utils` get a meaning; any other object (Namespace, NumPy scalars, a project's own classes)
+becomes a `Foreign`, an empty shell that is set aside. `foreign.is_attack` tells what is refused.
 """
 
 from __future__ import annotations
 
+import io
 import pickletools
 from collections import OrderedDict
-from typing import Any, BinaryIO, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from src.errors import UserError
 from src.weights.content import AGAIN, short
+from src.weights.foreign import is_attack
 
 # NumPy has no bfloat16: its 16 bits are read as integers and widened later.
 _KINDS = ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
 _DTYPES = ("<f8", "<f4", "<f2", "<u2", "<i8", "<i4", "<i2", "i1", "u1", "?")
 _STORAGES = {f"torch.{kind}Storage": dtype for kind, dtype in zip(_KINDS, _DTYPES)}
 BFLOAT16 = "<u2"
-_TENSOR, _PARAMETER = "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter"
+_TENSORS = ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor")
+_PARAMETERS = (
+    "torch._utils._rebuild_parameter",
+    "torch._utils._rebuild_parameter_with_state",
+)
+_SUBCLASS = "torch._tensor._rebuild_from_type_v2"
 _ORDERED_DICT, _SIZE = "collections.OrderedDict", "torch.Size"
+_FUNCTIONS = {*_TENSORS, *_PARAMETERS, _SUBCLASS, _SIZE}
+_MEANINGFUL = {*_STORAGES, *_FUNCTIONS, _ORDERED_DICT}
 
-# The opcodes that push their own argument, and those that push a constant.
-_LITERALS = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE"}
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+# Bounds on the work that a hostile pickle can ask for. CvT-W24's weights with their average and
+# AdamW's state take 0.5 MB and 120,000 opcodes.
+_MAX_OPCODES, _MAX_LINE, _MAX_DIMS, _MAX_REFERENCE = 400_000, 4096, 64, 8
 
 REFUSED = (
     "only tensors and plain containers are read, and nothing is run; if you trust the source, "
@@ -55,93 +65,247 @@ class StoredTensor(NamedTuple):
     shape: tuple[int, ...]
     strides: tuple[int, ...]
 
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+
+class Foreign(dict):
+    """An object of a class that has no meaning here; only the items of a mapping are kept."""
+
 
 class _Global(str):
     """A name that the pickle asked for, never the thing of that name."""
 
 
-def unpickle(stream: BinaryIO, storages: dict[str, Storage]) -> Any:
-    """Interprets the stream's next pickle; adds the storages it refers to."""
-    stack: list[Any] = []
-    marks: list[list[Any]] = []
-    memo: dict[int, Any] = {}
-    for opcode, arg, _ in pickletools.genops(stream):
-        name = opcode.name
-        if name in _LITERALS:
-            stack.append(arg)
-        elif name in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
-            memo[len(memo) if arg is None else arg] = stack[-1]
-        elif name in ("BINGET", "LONG_BINGET"):
-            stack.append(memo[arg])
-        elif name in _CONSTANTS:
-            stack.append(_CONSTANTS[name])
-        elif name in ("EMPTY_DICT", "EMPTY_LIST"):
-            stack.append({} if name == "EMPTY_DICT" else [])
-        elif name == "MARK":
-            marks.append(stack)
-            stack = []
-        elif name in ("TUPLE", "APPENDS", "SETITEMS"):
-            items, stack = stack, marks.pop()
-            if name == "TUPLE":
-                stack.append(tuple(items))
-            else:
-                _fill(stack[-1], items)
-        elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
-            stack[-int(name[-1]) :] = [tuple(stack[-int(name[-1]) :])]
-        elif name in ("APPEND", "SETITEM"):
-            count = 1 if name == "APPEND" else 2
-            items, stack[-count:] = stack[-count:], []
-            _fill(stack[-1], items)
-        elif name == "GLOBAL":
-            stack.append(_admit(arg.replace(" ", ".", 1)))
-        elif name == "STACK_GLOBAL":
-            stack[-2:] = [_admit(".".join(stack[-2:]))]
-        elif name == "BINPERSID":
-            stack.append(_storage(stack.pop(), storages))
-        elif name == "REDUCE":
-            stack[-2:] = [_call(stack[-2], stack[-1])]
-        elif name == "BUILD" and type(stack[-2]) is OrderedDict:
-            stack.pop()  # `_metadata`, the layers' format versions: no weights in it
-        elif name == "STOP":
-            return stack[-1]
-        elif name not in ("PROTO", "FRAME"):
-            asked = f"{name} {short(arg)}" if isinstance(arg, str) else name
-            raise UserError(f"the pickle uses the opcode {asked}; {REFUSED}")
-    raise UserError(f"its pickle does not end; {AGAIN}")
+class Stream(io.BytesIO):
+    """The bytes of pickles; lines of text opcodes are short, as a decimal's cost is quadratic."""
+
+    def readline(self, size: int = -1) -> bytes:
+        return super().readline(_MAX_LINE)
 
 
-def _storage(reference: Any, storages: dict[str, Storage]) -> Storage:
-    if type(reference) is not tuple or len(reference) < 5:
+class Interpreter:
+    """Interprets pickles one after the other.
+
+    Attributes:
+        storages: those that the pickles referred to, by key.
+        foreign: the names of the objects set aside, in order.
+    """
+
+    def __init__(self) -> None:
+        self.storages: dict[str, Storage] = {}
+        self.foreign: dict[str, None] = {}
+        self._stack: list[Any] = []
+        self._marks: list[list[Any]] = []
+        self._memo: dict[str, Any] = {}
+
+    def unpickle(self, stream: Stream) -> Any:
+        """Interpret the stream's next pickle.
+
+        Raises:
+            UserError: it holds what only an attack or another format has.
+        """
+        self._stack, self._marks, self._memo = [], [], {}
+        for count, (opcode, arg, _) in enumerate(pickletools.genops(stream)):
+            if opcode.name == "STOP":
+                return self._stack[-1]
+            if count > _MAX_OPCODES:
+                raise UserError(f"its pickle has more than {_MAX_OPCODES} opcodes; {REFUSED}")
+            handle = _HANDLERS.get(opcode.name)
+            if handle is None:
+                asked = f"{opcode.name} {short(arg)}" if isinstance(arg, str) else opcode.name
+                raise UserError(f"the pickle uses the opcode {asked}; {REFUSED}")
+            handle(self, arg)
+        raise UserError(f"its pickle does not end; {AGAIN}")
+
+    def push(self, value: Any) -> None:
+        self._stack.append(value)
+
+    def ignore(self, arg: Any) -> None:
+        """The protocol's number, a frame's length."""
+
+    def pop(self, arg: Any) -> None:
+        # An empty stack below a mark: POP removes the mark.
+        if self._stack:
+            self._stack.pop()
+        else:
+            self._stack = self._marks.pop()
+
+    def duplicate(self, arg: Any) -> None:
+        self._stack.append(self._stack[-1])
+
+    def mark(self, arg: Any) -> None:
+        self._marks.append(self._stack)
+        self._stack = []
+
+    def items_since_mark(self, arg: Any = None) -> list[Any]:
+        items, self._stack = self._stack, self._marks.pop()
+        return items
+
+    def remember(self, arg: int | None) -> None:
+        # As text, whose hash an attacker can't make collide.
+        self._memo[str(len(self._memo) if arg is None else arg)] = self._stack[-1]
+
+    def recall(self, arg: int) -> None:
+        self._stack.append(self._memo[str(arg)])
+
+    def tuple_of(self, count: int) -> None:
+        self._stack[-count:] = [tuple(self._stack[-count:])]
+
+    def tuple_since_mark(self, arg: Any) -> None:
+        items = self.items_since_mark()
+        self._stack.append(tuple(items))
+
+    def list_since_mark(self, arg: Any) -> None:
+        items = self.items_since_mark()
+        self._stack.append(items)
+
+    def dict_since_mark(self, arg: Any) -> None:
+        items = self.items_since_mark()
+        self._stack.append({})
+        _fill(self._stack[-1], items)
+
+    def fill_since_mark(self, arg: Any) -> None:
+        items = self.items_since_mark()
+        _fill(self._stack[-1], items)
+
+    def fill_one(self, arg: Any) -> None:
+        item = self._stack.pop()
+        _fill(self._stack[-1], [item])
+
+    def fill_pair(self, arg: Any) -> None:
+        pair, self._stack[-2:] = self._stack[-2:], []
+        _fill(self._stack[-1], pair)
+
+    def global_name(self, arg: str) -> None:
+        self._stack.append(self._admit(*arg.split(" ", 1)))
+
+    def global_from_stack(self, arg: Any) -> None:
+        module, name = self._stack[-2:]
+        if type(module) is not str or type(name) is not str:
+            raise UserError(f"the pickle names a global by something else than text; {REFUSED}")
+        self._stack[-2:] = [self._admit(module, name)]
+
+    def instance_since_mark(self, arg: str | None) -> None:
+        """INST and OBJ: a class, named by the opcode or first behind the mark, and arguments."""
+        items = self.items_since_mark()
+        self._stack.append(_instance(items[0] if arg is None else self._admit(*arg.split(" ", 1))))
+
+    def instance(self, arg: Any) -> None:
+        self._stack[-2:] = [_instance(self._stack[-2])]
+
+    def instance_with_keywords(self, arg: Any) -> None:
+        self._stack[-3:] = [_instance(self._stack[-3])]
+
+    def storage(self, arg: Any) -> None:
+        self._stack.append(_storage(self._stack.pop(), self.storages))
+
+    def call(self, arg: Any) -> None:
+        self._stack[-2:] = [_call(self._stack[-2], self._stack[-1])]
+
+    def build(self, arg: Any) -> None:
+        # `_metadata` of a state_dict and the state of objects set aside: no weights in them.
+        if type(self._stack[-2]) not in (OrderedDict, Foreign):
+            raise UserError(f"the pickle alters something that has no state; {REFUSED}")
+        self._stack.pop()
+
+    def _admit(self, module: str, name: str) -> _Global:
+        full = f"{module}.{name}"
+        if full not in _MEANINGFUL:
+            if len(full) > _MAX_LINE or is_attack(module, name):
+                raise UserError(f"the pickle asks for {short(full)}; {REFUSED}")
+            self.foreign[full] = None
+        return _Global(full)
+
+
+_Handler = Callable[[Interpreter, Any], None]
+_HANDLERS: dict[str, _Handler] = dict.fromkeys(
+    (
+        "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT",
+        "STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE",
+        "BINBYTES", "SHORT_BINBYTES", "BYTEARRAY8",
+    ),
+    Interpreter.push,
+)  # fmt: skip
+_HANDLERS |= {
+    "NONE": lambda self, _: self.push(None),
+    "NEWTRUE": lambda self, _: self.push(True),
+    "NEWFALSE": lambda self, _: self.push(False),
+    "EMPTY_TUPLE": lambda self, _: self.push(()),
+    "EMPTY_LIST": lambda self, _: self.push([]),
+    "EMPTY_SET": lambda self, _: self.push([]),  # nothing is hashed
+    "EMPTY_DICT": lambda self, _: self.push({}),
+    "TUPLE1": lambda self, _: self.tuple_of(1),
+    "TUPLE2": lambda self, _: self.tuple_of(2),
+    "TUPLE3": lambda self, _: self.tuple_of(3),
+    "TUPLE": Interpreter.tuple_since_mark,
+    "LIST": Interpreter.list_since_mark,
+    "FROZENSET": Interpreter.list_since_mark,
+    "DICT": Interpreter.dict_since_mark,
+    "APPEND": Interpreter.fill_one,
+    "SETITEM": Interpreter.fill_pair,
+    "MARK": Interpreter.mark,
+    "POP": Interpreter.pop,
+    "POP_MARK": Interpreter.items_since_mark,
+    "DUP": Interpreter.duplicate,
+    "GLOBAL": Interpreter.global_name,
+    "STACK_GLOBAL": Interpreter.global_from_stack,
+    "NEWOBJ": Interpreter.instance,
+    "NEWOBJ_EX": Interpreter.instance_with_keywords,
+    "BINPERSID": Interpreter.storage,
+    "REDUCE": Interpreter.call,
+    "BUILD": Interpreter.build,
+}
+_HANDLERS |= dict.fromkeys(("APPENDS", "ADDITEMS", "SETITEMS"), Interpreter.fill_since_mark)
+_HANDLERS |= dict.fromkeys(("INST", "OBJ"), Interpreter.instance_since_mark)
+_HANDLERS |= dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"), Interpreter.remember)
+_HANDLERS |= dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), Interpreter.recall)
+_HANDLERS |= dict.fromkeys(("PROTO", "FRAME"), Interpreter.ignore)
+
+
+def _storage(reference: Any, storages: dict[str, Storage]) -> Storage | Foreign:
+    if type(reference) is not tuple or not 5 <= len(reference) <= _MAX_REFERENCE:
         reference = (None,) * 5
     tag, kind, key, _, numel, *part = reference
     # Before PyTorch 0.4 the sixth item could make the storage a part of another one.
-    known = tag == "storage" and type(kind) is _Global and kind in _STORAGES and not any(part)
-    if not known or type(key) is not str:
+    known = tag == "storage" and type(kind) is _Global and not any(part)
+    if not known or type(key) is not str or kind in (*_FUNCTIONS, _ORDERED_DICT):
         raise UserError(f"the pickle refers to something that is no storage; {REFUSED}")
+    if kind not in _STORAGES:  # complex or quantised numbers
+        return Foreign()
     new = Storage(key, _STORAGES[kind], *_sizes((numel,)))
     if storages.setdefault(key, new) != new:
         raise UserError(f"storage {short(key)} is described in two ways; {AGAIN}")
     return new
 
 
-def _admit(name: str) -> _Global:
-    if name not in _STORAGES and name not in (_TENSOR, _PARAMETER, _ORDERED_DICT, _SIZE):
-        raise UserError(f"the pickle asks for {short(name)}; {REFUSED}")
-    return _Global(name)
-
-
 def _fill(container: Any, items: list[Any]) -> None:
     if type(container) is list:
         container.extend(items)
         return
-    # No tuples, whose hash recurses, and no integers so long that a dict of them turns slow.
-    plain = all(
-        type(key) in (str, float) or (type(key) is int and key.bit_length() < 64)
-        for key in items[::2]
-    )
-    if not plain or not isinstance(container, dict) or len(items) % 2:
+    if not isinstance(container, dict):
         raise UserError(f"the pickle fills a container in an unusual way; {REFUSED}")
-    container.update(zip(items[::2], items[1::2]))
+    if type(container) is Foreign and len(items) % 2:
+        return  # what a list or set of a project's own class holds
+    if len(items) % 2:
+        raise UserError(f"the pickle fills a container in an unusual way; {REFUSED}")
+    container.update(zip(map(_key, items[::2]), items[1::2]))
+
+
+def _key(key: Any) -> str:
+    """A dict's key as text: no hash recurses or collides, as those of tuples and integers can."""
+    if type(key) is str:
+        return key
+    plain = key is None or type(key) in (bool, float) or type(key) is int and abs(key) < 1 << 63
+    return str(key) if plain else f"<{type(key).__name__.strip('_').lower()}>"
+
+
+def _instance(kind: Any) -> Any:
+    """What a class is made to."""
+    if type(kind) is not _Global or kind in _FUNCTIONS or kind in _STORAGES:
+        raise UserError(f"the pickle makes an instance of no class; {REFUSED}")
+    return OrderedDict() if kind == _ORDERED_DICT else Foreign()
 
 
 def _call(target: Any, arguments: Any) -> Any:
@@ -150,19 +314,31 @@ def _call(target: Any, arguments: Any) -> Any:
     first = arguments[0] if type(arguments) is tuple and arguments else None
     if name == _ORDERED_DICT and arguments == ():
         return OrderedDict()
+    if name == _ORDERED_DICT and type(first) is list and len(arguments) == 1:  # Python 2
+        return OrderedDict((_key(key), value) for key, value in first)
     if name == _SIZE:
         return _sizes(first)
-    if name == _PARAMETER and type(first) is StoredTensor:
+    if name in _PARAMETERS and type(first) in (StoredTensor, Foreign):
         return first
-    if name == _TENSOR and type(first) is Storage:
+    if name == _SUBCLASS and type(first) is _Global and len(arguments) > 2:
+        return _call(first, arguments[2]) if first in _TENSORS else Foreign()
+    if name in _TENSORS and type(first) is Foreign:
+        return first
+    if name in _TENSORS and type(first) is Storage:
         offset, shape, strides = arguments[1:4]
         tensor = StoredTensor(first, *_sizes((offset,)), _sizes(shape), _sizes(strides))
         if len(tensor.shape) == len(tensor.strides):
             return tensor
+    if type(target) is _Global and name not in _MEANINGFUL:
+        return Foreign()
     raise UserError(f"the pickle calls {name} in an unusual way; {REFUSED}")
 
 
 def _sizes(values: Any) -> tuple[int, ...]:
-    if type(values) is not tuple or not all(type(value) is int and value >= 0 for value in values):
+    if (
+        type(values) is not tuple
+        or len(values) > _MAX_DIMS
+        or not all(type(value) is int and value >= 0 for value in values)
+    ):
         raise UserError(f"a size, stride or offset that is no number from 0 up; {AGAIN}")
     return values

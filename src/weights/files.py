@@ -1,0 +1,149 @@
+"""The files that hold a set of weights: one, or the shards of a folder; and their tensors."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from src.errors import UserError
+from src.weights.checkpoint import read_checkpoint, read_safetensors
+from src.weights.content import AGAIN, Content, Place, short
+from src.weights.kinds import (
+    CHECKPOINT,
+    MAX_BYTES,
+    MAX_TENSORS,
+    SAFETENSORS,
+    TORCH_LEGACY,
+    TORCH_ZIP,
+    kind_of,
+    require_file,
+)
+from src.weights.torch_file import read_torch_file
+
+_READERS = {CHECKPOINT: read_checkpoint, SAFETENSORS: read_safetensors}
+_READERS |= dict.fromkeys((TORCH_ZIP, TORCH_LEGACY), read_torch_file)
+_INDEX = ".index.json"
+# What Hugging Face's libraries look for in a folder, in their order; last, a run of ours.
+_IN_FOLDER = ("model.safetensors", f"model.safetensors{_INDEX}", "pytorch_model.bin")
+_IN_FOLDER += (f"pytorch_model.bin{_INDEX}", "checkpoints/best.ckpt", "best.ckpt")
+_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".tar")
+_SHARD = re.compile(r"-(\d+)-of-(\d+)\.")
+_MAX_INDEX, _MAX_SHARDS = 4 << 20, 1000
+
+
+def read_content(path: Path, choose: Callable[[Mapping[Place, Any]], dict[Place, str]]) -> Content:
+    """Read the tensors of a weight file, of a folder, or of an index and its shards.
+
+    Args:
+        path: the file or folder.
+        choose: as for `read_torch_file`.
+
+    Raises:
+        UserError: nothing that can be read, or shards that don't belong together.
+    """
+    files, promised = _weight_files(path)
+    only = files[0]
+    if not promised and _kind(only) in (TORCH_ZIP, TORCH_LEGACY):
+        return read_torch_file(only, choose)
+    tensors: dict[str, np.ndarray] = {}
+    notes: dict[str, None] = {}
+    for file in files:
+        content = _READERS[_kind(file)](file)
+        twice = next((name for name in content.tensors if name in tensors), None)
+        if twice is not None:
+            raise UserError(f"{file}: {short(twice)} is in another shard, too; {AGAIN}")
+        tensors.update(content.tensors)
+        notes.update(dict.fromkeys(content.notes))
+        if len(tensors) > MAX_TENSORS:
+            raise UserError(f"{path}: more than {MAX_TENSORS} tensors; {AGAIN}")
+    lost = sorted(promised - tensors.keys())
+    if lost:
+        raise UserError(f"{path}: {len(lost)} tensors are in no shard: {short(lost[0])}; {AGAIN}")
+    try:
+        names = choose({(name,): tensor for name, tensor in tensors.items()})
+    except UserError as error:
+        error.args = (f"{path}: {error}", *error.args[1:])
+        raise
+    notes.update({f"{len(files)} shards": None} if promised else {})
+    return Content({name: tensors[place[0]] for place, name in names.items()}, list(notes))
+
+
+def weight_files(path: str | Path) -> list[Path]:
+    """The files that hold the weights of a file, folder or index.
+
+    Raises:
+        UserError: there are none, or several to choose from.
+    """
+    path = Path(path)
+    files, promised = _weight_files(path)
+    return [_index_of(path), *files] if promised else files
+
+
+def _kind(file: Path) -> str:
+    try:
+        return kind_of(file)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror}; give a file that can be read") from None
+
+
+def _index_of(path: Path) -> Path:
+    return _in_folder(path) if path.is_dir() else path
+
+
+def _weight_files(path: Path) -> tuple[list[Path], set[str]]:
+    """The files, and the names of the tensors that an index promises in them."""
+    file = _index_of(path)
+    if file.name.endswith(_INDEX):
+        return _shards(file)
+    shard = _SHARD.search(file.name)
+    if shard and int(shard[2]) > 1 and file.is_file():
+        raise UserError(f"{file}: one of {int(shard[2])} shards; give their folder or index")
+    return [file], set()
+
+
+def _in_folder(folder: Path) -> Path:
+    for name in _IN_FOLDER:
+        if (folder / name).is_file():
+            return folder / name
+    files = sorted(file for file in folder.iterdir() if file.is_file())
+    indexes = [file for file in files if file.name.endswith(_INDEX)]
+    weights = [file for file in files if file.name.endswith(_SUFFIXES)]
+    candidates = indexes or [file for file in weights if file.name != "training_args.bin"]
+    if len(candidates) != 1:
+        found = ", ".join(short(file.name) for file in candidates[:4]) or "none"
+        raise UserError(f"{folder}: one weight file was expected in it, found {found}; give a file")
+    return candidates[0]
+
+
+def _shards(index: Path) -> tuple[list[Path], set[str]]:
+    try:
+        require_file(index)
+        if index.stat().st_size > _MAX_INDEX:
+            raise UserError(f"larger than {_MAX_INDEX >> 20} MB")
+        shard_of = json.loads(index.read_bytes())["weight_map"]
+        names = list(dict.fromkeys(shard_of.values()))
+        if not names or len(names) > _MAX_SHARDS or len(shard_of) > MAX_TENSORS:
+            raise UserError(f"{len(shard_of)} tensors in {len(names)} files")
+        for name in names:
+            if type(name) is not str or name != Path(name).name or "\\" in name or "\0" in name:
+                raise UserError(f"it names {short(name)}, which is no file of its folder")
+        files = [index.parent / name for name in names]
+        for file in files:
+            if not file.is_file():
+                raise UserError(f"the shard {short(file.name)} is missing; {AGAIN}")
+        if sum(file.stat().st_size for file in files) > MAX_BYTES:
+            raise UserError(f"its shards have more than {MAX_BYTES >> 30} GiB")
+    except UserError as error:
+        raise UserError(f"{index}: {error}") from None
+    except OSError as error:
+        raise UserError(f"{index}: {error.strerror}; give a file that can be read") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{index}: no index of shards ({short(error)}); {AGAIN}") from None
+    return files, {*shard_of}

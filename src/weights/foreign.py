@@ -1,0 +1,75 @@
+"""Which names in a stranger's pickle are objects to set aside, and which only make an attack.
+
+Nothing of either kind is ever imported or called. Telling them apart is for the user: a checkpoint
+with an argparse.Namespace beside its weights is common, one with os.system in it is an attack.
+
+Of the standard library, only the types of data on a list pass. Elsewhere every name passes, for a
+project's own classes can't be known, except modules and functions that load, run or open something.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import sysconfig
+from pathlib import Path
+
+
+def _standard_library() -> frozenset[str]:
+    names = getattr(sys, "stdlib_module_names", None)
+    if names is None:  # Python 3.9
+        folder = Path(sysconfig.get_path("stdlib"))
+        files = [*folder.iterdir(), *folder.glob("lib-dynload/*")]
+        names = {*sys.builtin_module_names, *(file.name.partition(".")[0] for file in files)}
+        names -= {"site-packages", "__pycache__", "test"}
+    python2 = {"__builtin__", "commands", "copy_reg", "imp", "popen2", "urllib2", "new"}
+    return frozenset(names) | python2 | {"nt", "posix", "distutils", "asyncore", "pipes"}
+
+
+_STANDARD_LIBRARY = _standard_library()
+_DATA_MODULES = {"collections", "datetime", "decimal", "fractions", "pathlib", "uuid", "zoneinfo"}
+_DATA_MODULES |= {"typing", "enum", "ipaddress", "_decimal", "_datetime", "_collections"}
+_DATA_NAMES = {
+    "argparse.Namespace", "optparse.Values", "types.SimpleNamespace", "time.struct_time",
+    "_codecs.encode", "re._compile", "random.Random", "array.array",
+    "array._array_reconstructor", "functools.partial", "_functools.partial",
+    "inspect._empty", "logging.getLogger", "copyreg._reconstructor", "copyreg.__newobj__",
+    "copyreg.__newobj_ex__", "copy_reg._reconstructor", "configparser.ConfigParser",
+    "string.Template", "dataclasses._MISSING_TYPE", "pathlib._local.PosixPath",
+    "pathlib._local.WindowsPath", "pathlib._local.Path", "pathlib._local.PurePosixPath",
+}  # fmt: skip
+_BUILTINS = {
+    "bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset", "int", "list", "long",
+    "object", "range", "set", "slice", "str", "tuple", "unicode", "xrange", "NoneType",
+    "Ellipsis", "NotImplemented",
+}  # fmt: skip
+_BUILTIN_MODULES = ("builtins", "__builtin__")
+_RUNNING_MODULES = re.compile(
+    r"(pip|setuptools|pkg_resources|dill|cloudpickle|joblib|IPython|cffi|requests|urllib3|"
+    r"paramiko|fabric|pexpect|sh|execnet|"
+    r"numpy\.(testing|f2py|distutils|ctypeslib|lib\.npyio|lib\.format)|"
+    r"torch\.(hub|jit|package|serialization|ops|classes|_inductor|_dynamo|distributed\.rpc|"
+    r"utils\.(cpp_extension|model_zoo|data\.datapipes))|torchvision\.datasets|mindspore\.hub)(\.|$)"
+)
+_RUNNING_NAMES = {
+    "system", "popen", "popen2", "popen3", "popen4", "exec", "execfile", "eval", "literaleval",
+    "compile", "getattr", "setattr", "delattr", "getattribute", "globals", "subclasses", "import",
+    "importmodule", "loadmodule", "load", "loads", "loadlibrary", "open", "run", "runpath",
+    "runmodule", "runcode", "runstring", "runpy", "call", "checkcall", "checkoutput", "spawn",
+    "execv", "execve", "startfile", "unlink", "remove", "rmtree", "rmdir", "rename", "readpickle",
+    "memmap", "fromfile", "readtext", "readbytes", "writetext", "writebytes", "attrgetter",
+    "methodcaller", "makefunction", "makeskelfunction", "loadfrombytes", "urlopen",
+    "urlretrieve", "download", "builtins",
+}  # fmt: skip
+
+
+def is_attack(module: str, name: str) -> bool:
+    """Whether a pickle's global has no place in a checkpoint; `name` may be dotted."""
+    full, root = f"{module}.{name}", module.partition(".")[0]
+    if module in _BUILTIN_MODULES:
+        return name not in _BUILTINS
+    if root in _STANDARD_LIBRARY:
+        return full not in _DATA_NAMES and (module not in _DATA_MODULES or "." in name)
+    if _RUNNING_MODULES.match(full):
+        return True
+    return any(word.replace("_", "") in _RUNNING_NAMES for word in name.split("."))
