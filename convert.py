@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from src.command_line import load_config, parse
+from src.command_line import load_config, parse, take_keys
 from src.config import RuntimeOnly
 from src.errors import UserError, executable
+from src.files import require_writable
 from src.runtime import log_to, prepare_environment, setup
 
 
@@ -16,36 +17,63 @@ def main(argv: list[str]) -> None:
 
     def add_arguments(parser) -> None:
         parser.add_argument(
-            "--src", type=str, required=True, help="official .pth, Hugging Face's, or one of ours"
+            "--src",
+            type=str,
+            required=True,
+            help="weights of MindSpore, PyTorch or safetensors: a file, a folder, or an index",
         )
         parser.add_argument("--dst", type=str, required=True, help="a .ckpt or .safetensors")
         parser.add_argument("--model", type=str, help="default: told by the tensors' sizes")
         parser.add_argument(
-            "--verify", action="store_true", help="compare logits of source and result"
+            "--entry",
+            type=str,
+            help="which weights to take, as state_dict or ema; default: the average, or the only",
         )
-        parser.add_argument("--force", action="store_true", help="replace an existing file")
+        parser.add_argument(
+            "--verify", action="store_true", help="compare the tensors of source and result"
+        )
+        parser.add_argument(
+            "--force", action="store_true", help="replace a file that is no earlier result"
+        )
 
     description = "Convert weights; --config gives the model's keys where it is no named variant."
     keys, arguments = parse(argv, "convert.py", description, add_arguments, schema=RuntimeOnly)
+    for word in take_keys(argv)[1]:
+        if word.partition("=")[0] not in ("--runtime.device", "--runtime.device_id"):
+            raise UserError(
+                f"{word}: has no effect on a conversion, which computes nothing; leave it out"
+            )
     source, target = Path(arguments.src), Path(arguments.dst)
     if target.suffix not in (".ckpt", ".safetensors"):
         raise UserError(f"--dst {target}: the name must end in .ckpt or .safetensors")
-    if target.exists() and (not arguments.force or target.resolve() == source.resolve()):
-        raise UserError(f"--dst {target}: exists; add --force to replace it, or give another name")
+    require_writable(target, "--dst")
     if arguments.model and arguments.config:
         raise UserError("--model and --config: give one of them, the recipe names its model")
     config = load_config(Path(arguments.config)) if arguments.config else None
     prepare_environment()
     log_to()
     from src.deploy.convert import convert
-    from src.weights import sha256_of
+    from src.weights import sha256_of, weight_files
 
+    files = weight_files(source)
+    if target.resolve() in (file.resolve() for file in files):
+        raise UserError(f"--dst {target}: is the source; give another name")
     setup(keys.runtime)
-    done = convert(source, target, arguments.model, config, arguments.verify)
+    done = convert(
+        source,
+        target,
+        arguments.model,
+        config,
+        arguments.verify,
+        arguments.entry,
+        arguments.force,
+    )
     print(f"{done.report.table()}\n\n{done.model}: {done.report}")
-    if done.difference is not None:
-        print(f"verified: the largest difference of the logits is {done.difference:g}")
-    print(f"source  {sha256_of(source)}  {source}\nresult  {sha256_of(target)}  {target}")
+    if done.verified is not None:
+        print(f"verified: all {done.verified} tensors of the result equal the source's")
+    for file in files:
+        print(f"source  {sha256_of(file)}  {file}")
+    print(f"result  {sha256_of(target)}  {target}")
     print(f"next: python eval.py --ckpt {target} --config RECIPE --data.path FOLDER")
 
 

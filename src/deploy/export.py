@@ -18,7 +18,7 @@ from src.deploy.formats import checking_engines, require, write_model
 from src.errors import UserError
 from src.files import replacing, write_json
 from src.recipe import build_model, build_preprocessing, open_split, resolve_classes
-from src.weights import load_weights, sha256_of
+from src.weights import load_weights, sha256_of, weight_files
 
 logger = logging.getLogger("cvt")
 CHECKED_IMAGES = 16
@@ -109,7 +109,7 @@ def _describe(
         "weight_dtype": options.weight_dtype,
         "precision": options.precision,
         "checkpoint": checkpoint.name,
-        "checkpoint_sha256": sha256_of(checkpoint),
+        "checkpoint_sha256": sha256_of(*weight_files(checkpoint)),
         "mindspore": ms.__version__,
     }
     if options.file_format == "onnx":

@@ -33,7 +33,7 @@ from src.recipe import (
     require_precision,
     without_flash_attention,
 )
-from src.weights import WEIGHT_SUFFIXES, load_weights
+from src.weights import load_weights, weight_files
 
 EXPORTED_SUFFIXES = (".mindir", ".onnx")
 RUNTIME_OF_WEIGHTS = ("mode", "precision", "flash_attention", "compiled_ops")
@@ -93,16 +93,13 @@ class Predictor:
         ):
             if number is not None and number < 1:
                 raise UserError(f"{name} {number}: must be 1 or more")
-        if not path.is_file():
+        if not path.exists():
             raise UserError(f"{path}: no such file; give a .mindir, an .onnx or weights")
         check_engine(path, engine)
         if path.suffix in EXPORTED_SUFFIXES:
             opened = _open_exported(path, config, engine, threads, runtime)
-        elif path.suffix in WEIGHT_SUFFIXES:
-            opened = _open_weights(path, config, threads, runtime or {})
         else:
-            known = " ".join((*EXPORTED_SUFFIXES, *WEIGHT_SUFFIXES))
-            raise UserError(f"{path}: must be one of {known}")
+            opened = _open_weights(path, config, threads, runtime or {})
         self._run, self._network, self.preprocessing, self.class_names, self._fixed = opened
         self.batch_size = self._fixed or batch_size
         self.max_pixels = max_pixels
@@ -275,6 +272,7 @@ def _open_exported(
 def _open_weights(
     path: Path, config: str | Path | None, threads: int | None, runtime: Mapping[str, Any]
 ) -> _Opened:
+    weight_files(path)  # says what any other file is
     config = config or run_config_of(path)
     if config is None:
         raise UserError(f"{path}: no config.yaml of a run beside it; give --config")

@@ -243,10 +243,11 @@ def _checksum(entries: list[tuple[str, dict]]) -> int:
     return number
 
 
-def sha256_of(path: str | Path) -> str:
-    """The hexadecimal digest of a file's bytes."""
+def sha256_of(path: str | Path, *more: str | Path) -> str:
+    """The hexadecimal digest of the bytes of one file, or of several one after the other."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
+    for each in (path, *more):
+        with open(each, "rb") as file:
+            for block in iter(lambda file=file: file.read(1 << 20), b""):
+                digest.update(block)
     return digest.hexdigest()

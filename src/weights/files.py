@@ -74,13 +74,15 @@ def read_content(path: Path, choose: Callable[[Mapping[Place, Any]], dict[Place,
 
 
 def weight_files(path: str | Path) -> list[Path]:
-    """The files that hold the weights of a file, folder or index.
+    """The files that hold the weights of a file, folder or index; their beginnings are looked at.
 
     Raises:
-        UserError: there are none, or several to choose from.
+        UserError: no weight files, or several to choose from.
     """
     path = Path(path)
     files, promised = _weight_files(path)
+    for file in files:
+        _kind(file)
     return [_index_of(path), *files] if promised else files
 
 

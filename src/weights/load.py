@@ -12,6 +12,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from PIL import Image
 
+from src.errors import UserError
 from src.weights.checkpoint import read_checkpoint
 from src.weights.content import Place
 from src.weights.files import read_content

@@ -25,7 +25,9 @@ from src.weights.names import split_prefix, to_ours
 _WRAPPERS = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _COUNTERS = ("num_batches_tracked", "global_step", "learning_rate")
 _STATISTICS = ("running_mean", "running_var", "moving_mean", "moving_variance")
+_MINDSPORE = (".gamma", ".beta", ".moving_mean", ".moving_variance")
 _AVERAGES = {"ema", "teacher", "swa", "averaged", "average", "shadow", "polyak", "avg"}
+_MAX_GROUPS, _MAX_SETS = 200, 32  # of an honest file: under ten
 _TOP = "top"  # what --entry calls a set that has neither entry nor prefix
 
 
@@ -49,7 +51,7 @@ class Selection(NamedTuple):
     notes: list[str]
 
 
-@dataclass
+@dataclass(eq=False)
 class _Group:
     """Tensors with known names behind one entry and prefix."""
 
@@ -78,22 +80,24 @@ class _Group:
         """What stands before this set's prefix in a copy of a part of it; "" for another set."""
         added = copy.prefix[: len(copy.prefix) - len(self.prefix)]
         whole = self.entry == copy.entry and copy.prefix == added + self.prefix
-        return added if whole and added[-1:] == "." and copy.places.keys() <= {*self.places} else ""
+        return (
+            added
+            if whole and added[-1:] == "." and copy.places.keys() <= self.places.keys()
+            else ""
+        )
 
 
 @dataclass
 class _Sorted:
-    """The tensors of a file: sets of known names, counters of training, and all others."""
+    """The tensors of a file: sets of known names, counters of training, and all others.
+
+    `whole` are the groups that are not just some layers.
+    """
 
     groups: list[_Group]
+    whole: list[_Group]
     counters: dict[Place, str]
     strange: dict[Place, str]  # the name without what PyTorch's wrappers insert
-
-    @property
-    def whole(self) -> list[_Group]:
-        """The groups that are not just some layers."""
-        largest = max((len(group.places) for group in self.groups), default=0)
-        return [group for group in self.groups if 2 * len(group.places) >= largest]
 
 
 def select(
@@ -120,8 +124,8 @@ def select(
         ignored = _joined(lying.counters)
         return Selection({p: ours[n] for p, n in names.items()}, {}, naming, False, ignored, [])
     chosen = _choose(sets, whole, entry, found)
-    places, base, notes = _complete(chosen, lying, sets, entry)
-    ignored, left = _beside(chosen, base, lying, {*places.values()}, found)
+    places, base, notes = _complete(chosen, lying, sets)
+    ignored, left = _beside(chosen, base, lying, {*places.values()})
     naming, ours = to_ours([*places, *left], known)
     names = {place: ours[name] for name, place in {**places, **left}.items()}
     renamed = {ours[name]: name for name in places if ours[name] != name}
@@ -130,9 +134,9 @@ def select(
         if group is not chosen and not (group is base and group.entry == chosen.entry):
             notes.append(f"{group.label} holds other weights: convert.py --entry {group.label}")
     aside = [
-        name
-        for place, name in lying.strange.items()
-        if place[:-1] == chosen.entry and place not in names
+        place[-1]
+        for place in found
+        if place[:-1] == chosen.entry and place not in names and ".".join(place) not in ignored
     ]
     if aside:
         notes.append(f"left aside {_some(aside)}")
@@ -141,7 +145,7 @@ def select(
 
 def _sort(found: Mapping[Place, Any], known: Collection[str]) -> _Sorted:
     groups: dict[tuple[Place, str], _Group] = {}
-    lying = _Sorted([], {}, {})
+    lying = _Sorted([], [], {}, {})
     for place, tensor in found.items():
         name = _WRAPPERS.sub("", place[-1])
         last = name.rpartition(".")[2]
@@ -156,6 +160,12 @@ def _sort(found: Mapping[Place, Any], known: Collection[str]) -> _Sorted:
         else:
             lying.strange[place] = name
     lying.groups = list(groups.values())
+    largest = max((len(group.places) for group in lying.groups), default=0)
+    lying.whole = [group for group in lying.groups if 2 * len(group.places) >= largest]
+    if len(lying.groups) > _MAX_GROUPS or len(lying.whole) > _MAX_SETS:
+        raise UserError(
+            f"its tensors have {len(groups)} different prefixes; save the weights of one CvT alone"
+        )
     return lying
 
 
@@ -200,7 +210,7 @@ def _choose(
 
 
 def _complete(
-    chosen: _Group, lying: _Sorted, sets: list[_Group], entry: str | None
+    chosen: _Group, lying: _Sorted, sets: list[_Group]
 ) -> tuple[dict[str, Place], _Group | None, list[str]]:
     """The chosen tensors with a head from outside the prefix, or what has no average from the rest.
 
@@ -234,7 +244,6 @@ def _beside(
     base: _Group | None,
     lying: _Sorted,
     taken: set[Place],
-    found: Mapping[Place, Any],
 ) -> tuple[dict[str, str], dict[str, Place]]:
     """What else lies in the dict of the weights.
 
@@ -247,15 +256,27 @@ def _beside(
     origins = [chosen, *([base] if base else [])]
     prefixes = sorted({group.prefix for group in origins}, key=len, reverse=True)
 
+    by_mindspore = any(name.endswith(_MINDSPORE) for each in origins for name in each.places)
+    strange = tuple(lying.strange.values())
+    with_strange = {
+        group.prefix
+        for group in lying.groups
+        if by_mindspore and any(name.startswith(group.prefix) for name in strange)
+    }
+
     def belongs(name: str) -> str | None:
         return next((name[len(each) :] for each in prefixes if name.startswith(each)), None)
 
     for group in lying.groups:
         if group is chosen or group.entry != chosen.entry or {*group.places.values()} <= taken:
             continue
-        added = next(filter(None, (origin.added_by(group) for origin in origins)), "")
-        kind = "not averaged" if group is base else added.rstrip(".") or f"of {group.label}"
-        if group in lying.whole or (added and _alike(group, origins, lying, found)):
+        origin = next((each for each in origins if each.added_by(group)), None)
+        kind = origin.added_by(group).rstrip(".") if origin else f"of {group.label}"
+        kind = "not averaged" if group is base else kind
+        # MindSpore's optimizers name the state of a few trained layers so, too; other tensors with
+        # the names of layers behind a prefix are among some that have names that no layer has.
+        partial = origin is not None and by_mindspore and group.prefix not in with_strange
+        if group in lying.whole or partial:
             ignored.update(
                 _joined({place: kind for place in group.places.values() if place not in taken})
             )
@@ -269,14 +290,6 @@ def _beside(
         if rest is not None:
             left[rest] = place
     return ignored, left
-
-
-def _alike(copy: _Group, origins: list[_Group], lying: _Sorted, found: Mapping[Place, Any]) -> bool:
-    """Whether some layers' copy is state: of equal shapes, and nothing else has its prefix."""
-    if any(name.startswith(copy.prefix) for name in lying.strange.values()):
-        return False
-    shapes = {name: found[place].shape for each in origins for name, place in each.places.items()}
-    return all(found[place].shape == shapes.get(name) for name, place in copy.places.items())
 
 
 def _provenance(chosen: _Group) -> list[str]:

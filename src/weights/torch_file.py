@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import struct
 import zipfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -49,7 +50,7 @@ def read_torch_file(path: str | Path, choose: Choose | None = None) -> Content:
     Args:
         path: the file.
         choose: is given all tensors by their place, the keys of the dicts down to them, and
-            returns a name for each that is to be read; by default all, the keys joined by dots.
+            returns a name for each that is to be read; by default those of the fullest dict.
 
     Returns:
         Arrays that are C-contiguous, read-only, of the file's own type, but float32 (exact) for
@@ -71,7 +72,7 @@ def read_torch_file(path: str | Path, choose: Choose | None = None) -> Content:
             opened = _open_zip if kind == TORCH_ZIP else _open_legacy
             content, read_storage = opened(file, size, pickles)
             stored = _tensors(content, pickles)
-            names = choose(stored) if choose else {place: ".".join(place) for place in stored}
+            names = (choose or _fullest)(stored)
             tensors = {name: stored[place] for place, name in names.items()}
             arrays = _arrays(tensors, read_storage, size)
         return Content(arrays, _notes(content, names, tensors, pickles))
@@ -203,8 +204,16 @@ def _tensors(content: Any, pickles: Interpreter) -> dict[Place, StoredTensor]:
         keys = [key for key, _ in _entries(content)]
         listed = ", ".join(map(short, keys[:8])) + (", ..." if len(keys) > 8 else "")
         only = f", only: {listed}" if listed else ""
-        raise UserError(f"no tensors in it{only}{_objects(pickles)}; save model.state_dict() alone")
+        raise UserError(
+            f"no tensors in the top level{only}{_objects(pickles)}; save model.state_dict() alone"
+        )
     return found
+
+
+def _fullest(stored: dict[Place, StoredTensor]) -> dict[Place, str]:
+    """The tensors of the dict that holds the most, by its own keys."""
+    above = Counter(place[:-1] for place in stored).most_common(1)[0][0]
+    return {place: place[-1] for place in stored if place[:-1] == above}
 
 
 def _entries(container: dict | list | tuple) -> list[tuple[str, Any]]:
