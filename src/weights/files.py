@@ -134,7 +134,7 @@ def _shards(index: Path) -> tuple[list[Path], set[str]]:
         if not names or len(names) > _MAX_SHARDS or len(shard_of) > MAX_TENSORS:
             raise UserError(f"{len(shard_of)} tensors in {len(names)} files")
         for name in names:
-            if type(name) is not str or name != Path(name).name or "\\" in name or "\0" in name:
+            if type(name) is not str or not re.fullmatch(r"[^/\\\0]*[^./\\\0][^/\\\0]*", name):
                 raise UserError(f"it names {short(name)}, which is no file of its folder")
         files = [index.parent / name for name in names]
         for file in files:

@@ -53,8 +53,10 @@ _OFFICIAL_MODULES = frozenset(_MODULES.values())
 _SUFFIXES = {*_NORM_SUFFIXES, "cls_token", "pos_embed"}
 _OUR_SUFFIXES = {*_SUFFIXES, *_NORM_SUFFIXES.values()}
 _HEADLESS = "encoder.stages."
-_FIRST = re.compile(r"stage\d+$|norm$|head$|cvt$|encoder$|layernorm$|classifier$")
-_MAX_NAME = 512
+# A CvT's first modules, and the fewest and most dots of the names in them.
+_FIRST = re.compile(r"(norm|head|layernorm|classifier)$|(stage\d+)$|(cvt|encoder)$")
+_DOTS = {1: range(1, 2), 2: range(1, 7), 3: range(4, 13)}
+_MAX_NAME, _MAX_PARTS = 512, 24
 _NUMBER = re.compile(r"(?:(?<=^stage)|(?<=stages\.)|(?<=blocks\.)|(?<=layers\.))\d+")
 
 
@@ -100,19 +102,23 @@ def split_prefix(name: str, known: Collection[str] = ()) -> tuple[str, str] | No
         The shortest prefix, perhaps "", behind which is a name that a CvT has by any naming, or a
         known one, and that name; None where there is no such prefix.
     """
-    if len(name) > _MAX_NAME:
+    parts = name.split(".")
+    if len(name) > _MAX_NAME or len(parts) > _MAX_PARTS:
         return None
     start = 0
-    while True:
+    for at, first in enumerate(parts):
         rest = name[start:]
         if rest in known:
             return name[:start], rest
-        first = rest.partition(".")[0]
-        if _FIRST.match(first) and (is_ours(rest) or from_official(rest) or from_huggingface(rest)):
+        module = _FIRST.match(first)
+        if module and len(parts) - at - 1 in _DOTS[module.lastindex] and _is_of_cvt(rest):
             return name[:start], rest
-        start = name.find(".", start) + 1
-        if start == 0:
-            return None
+        start += len(first) + 1
+    return None
+
+
+def _is_of_cvt(name: str) -> bool:
+    return is_ours(name) or bool(from_official(name) or from_huggingface(name))
 
 
 def to_ours(names: Iterable[str], known: Collection[str] = ()) -> tuple[str, dict[str, str]]:

@@ -65,7 +65,7 @@ def read_torch_file(path: str | Path, choose: Choose | None = None) -> Content:
     try:
         kind = kind_of(path)
         if kind not in (TORCH_ZIP, TORCH_LEGACY):
-            raise UserError(f"not a file that torch.save wrote; {AGAIN}")
+            raise UserError(f"this is a {kind} file, not one that torch.save wrote")
         with path.open("rb") as file:
             size = path.stat().st_size
             pickles = Interpreter()

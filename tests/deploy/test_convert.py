@@ -13,6 +13,7 @@ from src.config import Config, ModelConfig
 from src.deploy import convert as conversion
 from src.errors import UserError
 from src.models import create_model, list_models
+from src.models.cvt import CvT
 from src.weights import load_weights, save_weights
 from src.weights.names import to_ours
 from tests.conftest import ROOT, TINY, run_command
@@ -45,7 +46,7 @@ def test_command(tmp_path, recipe):
     assert len([line for line in lines if line.startswith("left ")]) == 18
     assert ["loaded", "head.bias", "[10]", "[10]", "classifier.bias"] in map(str.split, lines)
     assert "203 tensors loaded" in done.stdout and "Hugging Face names, 203 renamed" in done.stdout
-    assert "verified: the largest difference of the logits is 0" in lines
+    assert "verified: all 203 tensors of the result equal the source's" in lines
     for path in (SOURCE, target):
         assert hashlib.sha256(path.read_bytes()).hexdigest() in done.stdout
     assert [path.name for path in target.parent.iterdir()] == ["pico.ckpt"]
@@ -58,11 +59,21 @@ def test_command(tmp_path, recipe):
     ("words", "message"),
     [
         (["--src", SOURCE, "--dst", "x.pth"], "--dst x.pth: the name must end in .ckpt or"),
-        (["--src", SOURCE, "--dst", "old.ckpt"], "--dst old.ckpt: exists; add --force"),
-        (["--src", "old.ckpt", "--dst", "old.ckpt", "--force"], "--dst old.ckpt: exists"),
+        (["--src", SOURCE, "--dst", "old.ckpt"], "--dst old.ckpt: exists and is no earlier result"),
+        (["--src", SOURCE, "--dst", SOURCE, "--force"], "the name must end in"),
+        (["--src", SOURCE, "--dst", "old.ckpt/x.ckpt"], "old.ckpt is no folder"),
+        (["--src", SOURCE, "--dst", "x.ckpt", "--entry", "ema"], "no weights under ema; --entry"),
+        (["--src", SOURCE, "--dst", "x.ckpt", "--runtime.precision", "float16"], "has no effect"),
+        (
+            ["--src", SOURCE, "--dst", "x.ckpt", "--runtime.compiled_ops=never"],
+            "compiled_ops=never: has",
+        ),
         (["--src", SOURCE, "--dst", "x.ckpt", "--model", "cvt_13", "--config", "r"], "one of them"),
         (["--src", "nowhere.pth", "--dst", "x.ckpt"], "nowhere.pth: there is no such file"),
-        (["--src", "old.ckpt", "--dst", "x.ckpt"], "old.ckpt: damaged, or no ckpt file"),
+        (
+            ["--src", "old.ckpt", "--dst", "x.ckpt"],
+            "old.ckpt: no weight file of MindSpore",
+        ),
         (["--src", SOURCE, "--dst", "x.ckpt", "--model", "cvt_14"], "did you mean cvt_"),
         (["--src", MALICIOUS, "--dst", "x.ckpt"], "the pickle asks for posix.system"),
         (["--src", SOURCE, "--dst", "x.ckpt"], "give --config with the model's keys"),
@@ -90,10 +101,46 @@ def test_another_result_is_not_kept(tmp_path, config, monkeypatch):
 
     monkeypatch.setattr(conversion, "save_weights", save_another)
     (tmp_path / "x.ckpt").write_text("as it was")
-    with pytest.raises(UserError, match="logits differ by .*: not kept"):
-        conversion.convert(SOURCE, tmp_path / "x.ckpt", None, config, verify=True)
+    with pytest.raises(UserError, match="the written head.bias differs .*: not kept"):
+        conversion.convert(SOURCE, tmp_path / "x.ckpt", None, config, verify=True, force=True)
     assert [path.name for path in tmp_path.iterdir()] == ["x.ckpt"]
     assert (tmp_path / "x.ckpt").read_text() == "as it was"
+
+
+def test_only_an_earlier_result_is_replaced(tmp_path, config):
+    target = tmp_path / "x.ckpt"
+    conversion.convert(SOURCE, target, None, config, verify=False)
+    first = target.read_bytes()
+    net = pico.model()
+    save_weights(net, target)
+    conversion.convert(SOURCE, target, None, config, verify=False)
+    assert target.read_bytes() == first
+    weights = {parameter.name: parameter for parameter in net.get_parameters()}
+    save_weights({**weights, "step": Tensor(np.zeros(1, np.float32))}, target)
+    before = target.read_bytes()
+    with pytest.raises(UserError, match="x.ckpt: exists and is no earlier result"):
+        conversion.convert(SOURCE, target, None, config, verify=False)
+    assert target.read_bytes() == before
+    conversion.convert(SOURCE, target, None, config, verify=False, force=True)
+    assert target.read_bytes() == first
+
+
+def test_verifying_computes_nothing(tmp_path, config, monkeypatch):
+    """Devices compute float32 in ways of their own, which says nothing about the file."""
+    monkeypatch.setattr(CvT, "construct", None)
+    done = conversion.convert(SOURCE, tmp_path / "x.ckpt", None, config, verify=True)
+    assert done.verified == 203
+
+
+def test_a_file_that_was_written_shorter_is_not_kept(tmp_path, config, monkeypatch):
+    def save_less(net, path):
+        parameters = {parameter.name: parameter for parameter in net.get_parameters()}
+        save_weights({n: p for n, p in parameters.items() if n != "head.bias"}, path)
+
+    monkeypatch.setattr(conversion, "save_weights", save_less)
+    with pytest.raises(UserError, match="the written head.bias differs"):
+        conversion.convert(SOURCE, tmp_path / "x.ckpt", None, config, verify=True)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("variant", ["cvt_13", "cvt_21", "cvt_w24"])
@@ -111,7 +158,7 @@ def test_our_own_variants_are_recognised(tmp_path):
     save_weights(net, tmp_path / "x.ckpt")
     done = conversion.convert(tmp_path / "x.ckpt", tmp_path / "y.safetensors", None, None, False)
     assert done.model == "cvt_nano" and len(done.report.loaded) == len(list(net.get_parameters()))
-    assert done.difference is None
+    assert done.verified is None
     assert set(conversion._VARIANTS.values()) <= set(list_models())
 
 
@@ -120,12 +167,12 @@ def test_a_backbone_without_head_converts(tmp_path):
     save_weights(create_model("cvt_nano", num_classes=0, **sizes), tmp_path / "x.ckpt")
     config = Config(model=ModelConfig(name="cvt_nano", image_size=32, **sizes))
     done = conversion.convert(tmp_path / "x.ckpt", tmp_path / "y.ckpt", None, config, True)
-    assert done.difference == 0
+    assert done.verified == len(done.report.loaded)
     assert (tmp_path / "x.ckpt").read_bytes() == (tmp_path / "y.ckpt").read_bytes()
 
 
 def test_help_tells_every_option():
     done = run_command("convert.py", "--help", cwd=ROOT)
     assert done.returncode == 0
-    for option in ("--src", "--dst", "--model", "--verify", "--force", "--config"):
+    for option in ("--src", "--dst", "--model", "--entry", "--verify", "--force", "--config"):
         assert option in done.stdout

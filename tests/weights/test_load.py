@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 import subprocess
@@ -24,8 +25,11 @@ from src.weights import (
     save_weights,
 )
 from src.weights.load import interpolate_pos_embed
+from src.weights.names import from_huggingface, from_official
 from tests.conftest import ROOT, TINY
 from tests.golden import official, pico
+
+THEIRS = json.loads((official.FOLDER / "hf_state_dict_keys.json").read_text())["cvt_13"]
 
 
 def values(net: nn.Cell) -> dict[str, np.ndarray]:
@@ -260,10 +264,113 @@ def test_state_returns_the_numbers_beside_it(tmp_path):
     assert cell.weight.asnumpy().tolist() == [1, 1, 1]
 
 
-def test_other_suffixes_are_refused(tmp_path, net):
-    shutil.copy(official.FOLDER / "pico_official.pth", tmp_path / "x.pth.tar")
-    with pytest.raises(UserError, match=r"x.pth.tar: .* ends in one of .ckpt .safetensors .pth"):
-        load_weights(net, tmp_path / "x.pth.tar")
+@pytest.mark.parametrize("name", ["x.pth.tar", "x.ckpt", "x", "x.safetensors", "x.PT"])
+def test_the_suffix_does_not_matter(tmp_path, name):
+    for source in ("pico_official.pth", "pico_hf.safetensors", "pico_legacy.pth"):
+        shutil.copy(official.FOLDER / source, tmp_path / name)
+        model = pico.model()
+        load_weights(model, tmp_path / name)
+        expected = pico.model()
+        load_weights(expected, official.FOLDER / source)
+        assert same(values(model), values(expected))
+
+
+def as_hugging_face(net: nn.Cell, headless: bool = False) -> dict[str, np.ndarray]:
+    """A network's values under the names of a CvtForImageClassification, or of a CvtModel."""
+    weights = values(net)
+    theirs = {}
+    for name in THEIRS:
+        ours = from_official(from_huggingface(name) or "")
+        if ours in weights:
+            theirs[name] = weights[ours]
+    assert len(theirs) == len(weights)
+    if headless:
+        return {n[4:]: array for n, array in theirs.items() if n.startswith("cvt.")}
+    return theirs
+
+
+def write_shards(folder, tensors: dict, count: int, stem: str = "model", **changes) -> None:
+    names = [f"{stem}-{n + 1:05}-of-{count:05}.safetensors" for n in range(count)]
+    shard_of = {name: names[n % count] for n, name in enumerate(tensors)}
+    for shard in names:
+        part = {n: a for n, a in tensors.items() if shard_of[n] == shard}
+        save_file(part, folder / shard)
+    index = {"metadata": {}, "weight_map": {**shard_of, **changes}}
+    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index))
+
+
+def test_folders_shards_and_an_index_load(tmp_path, net, other):
+    theirs = as_hugging_face(net)
+    for count in (1, 3):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        if count == 1:
+            save_file(theirs, folder / "model.safetensors")
+        else:
+            write_shards(folder, theirs, count)
+        load_weights(other, saved(net, tmp_path / "z.ckpt", head__bias=Tensor(np.ones(10, "f4"))))
+        report = load_weights(other, folder)
+        assert same(values(other), values(net)) and report.naming == "Hugging Face names"
+        assert ("3 shards" in str(report)) == (count == 3)
+    load_weights(other, folder / "model.safetensors.index.json")
+    with pytest.raises(UserError, match="one of 3 shards; give their folder"):
+        load_weights(other, folder / "model-00002-of-00003.safetensors")
+
+
+def test_a_file_without_head_and_last_norm_takes_a_new_head(tmp_path, net, other):
+    save_file(as_hugging_face(net, headless=True), tmp_path / "model.safetensors")
+    before = values(other)
+    with pytest.raises(WeightsMismatch, match="4 missing: .*; only the head differs"):
+        load_weights(other, tmp_path)
+    report = load_weights(other, tmp_path, new_head=True)
+    assert report.new_head == ["norm.gamma", "norm.beta", "head.weight", "head.bias"]
+    for name, array in values(net).items():
+        expected = before[name] if name in report.new_head else array
+        assert values(other)[name].tobytes() == expected.tobytes(), name
+
+
+OPTIMIZERS = [
+    lambda weights: nn.SGD(weights, momentum=0.9),
+    lambda weights: nn.RMSProp(weights, centered=True),
+    lambda weights: nn.Adagrad(weights),
+    lambda weights: nn.Adam(weights, use_amsgrad=True),
+    lambda weights: nn.ASGD(weights),
+    lambda weights: nn.Rprop(weights, learning_rate=nn.CosineDecayLR(0.1, 0.2, 9)),
+    lambda weights: nn.AdaMax([{"params": weights[:9], "lr": 0.1}, {"params": weights[9:]}]),
+    lambda weights: nn.Momentum(weights[-2:], 0.1, 0.9),
+]
+
+
+@pytest.mark.parametrize("wrapped", ["", "network.", "train._backbone."])
+@pytest.mark.parametrize("make", OPTIMIZERS, ids=range(len(OPTIMIZERS)))
+def test_the_state_of_mindspores_optimizers_is_left(tmp_path, net, other, make, wrapped):
+    optimizer = make(list(net.trainable_params()))
+    names = {p.name for p in net.get_parameters()}
+    state = {p.name: p for p in optimizer.get_parameters() if p.name not in names}
+    entries = {wrapped + n: Tensor(array) for n, array in values(net).items()}
+    for name, parameter in state.items():
+        kind = next((name[: -len(n)] for n in names if name.endswith(f".{n}")), None)
+        entries[name if kind is None else kind + wrapped + name[len(kind) :]] = Tensor(
+            parameter.asnumpy()
+        )
+    save_checkpoint(entries, tmp_path / "x.ckpt")
+    load_weights(other, saved(net, tmp_path / "z.ckpt", head__bias=Tensor(np.ones(10, "f4"))))
+    report = load_weights(other, tmp_path / "x.ckpt")
+    assert same(values(other), values(net))
+    assert len(report.ignored) == len(entries) - len(names) >= 2
+
+
+def test_weights_of_our_other_networks_load_with_prefix_and_average(tmp_path):
+    resnet = create_model("resnet_nano", num_classes=3)
+    weights = values(resnet)
+    state = {f"network.{name}": Tensor(array + 1) for name, array in weights.items()}
+    state.update({f"ema.network.{name}": Tensor(array) for name, array in weights.items()})
+    state.update({f"moment1.network.{name}": Tensor(array) for name, array in weights.items()
+                  if "moving" not in name})  # fmt: skip
+    save_checkpoint(state, tmp_path / "x.ckpt")
+    report = load_weights(resnet, tmp_path / "x.ckpt")
+    assert same(values(resnet), weights) and report.averaged
 
 
 def test_names_of_no_cvt_are_refused_with_the_path(tmp_path, net):

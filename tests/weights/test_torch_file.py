@@ -19,6 +19,7 @@ from tests.weights.torch_bytes import (
     DATA,
     SIX,
     SOUND,
+    glob,
     mapping,
     num,
     read,
@@ -35,7 +36,7 @@ HUGE = 1 << 40
 
 @pytest.mark.parametrize("name", ["kinds.pth", "kinds_legacy.pth", "kinds_wrapped_protocol4.pth"])
 def test_reads_what_pytorch_wrote(name):
-    arrays = read(DATA / name)
+    arrays = {key.replace("module.", ""): array for key, array in read(DATA / name).items()}
     with np.load(DATA / "kinds.npz") as expected:
         assert list(arrays) == list(expected)
         for key, array in arrays.items():
@@ -64,27 +65,28 @@ def test_crc_not_written_is_not_compared(tmp_path):
     assert read(path)["w"].sum() == 15
 
 
-@pytest.mark.parametrize("entry", ["state_dict", "model", "module", "model_ema"])
-def test_unwraps_and_tells(tmp_path, entry):
-    weights = {"module.w": tensor(), "module.b": tensor((3,), (1,))}
-    body = mapping(**{entry: mapping(**weights)}, epoch=num(3), optimizer=mapping(state=b"}"))
-    tensors, notes = read_torch_file(write_zip(tmp_path / "x.pth", body))
-    assert list(tensors) == ["w", "b"]
-    expected = [f"taken from {entry}", "left aside epoch, optimizer", "module. cut off all names"]
-    assert notes == expected
+def test_only_chosen_tensors_are_read_and_the_rest_is_named(tmp_path):
+    body = mapping(
+        old=mapping(w=tensor()), net=mapping(w=tensor((3,), (1,)), b=tensor()), epoch=num(3)
+    )
+    asked = {}
+
+    def choose(stored):
+        asked.update({place: each.shape for place, each in stored.items()})
+        return {("net", "w"): "weight"}
+
+    tensors, notes = read_torch_file(write_zip(tmp_path / "x.pth", body), choose)
+    assert asked == {("old", "w"): (2, 3), ("net", "w"): (3,), ("net", "b"): (2, 3)}
+    assert {name: array.tolist() for name, array in tensors.items()} == {"weight": [0, 1, 2]}
+    assert notes == ["left aside old, epoch"]
 
 
-def test_prefix_stays_where_some_names_lack_it(tmp_path):
-    body = mapping(**{"module.w": tensor(), "w": tensor()})
-    assert list(read(write_zip(tmp_path / "x.pth", body))) == ["module.w", "w"]
-
-
-def test_plain_weights_go_before_averaged_ones_and_it_says_so(tmp_path):
-    averaged = mapping(w=tensor((6,), (1,)))
-    body = mapping(model_ema=averaged, model=mapping(w=tensor()), state_dict=b"}")
-    tensors, notes = read_torch_file(write_zip(tmp_path / "x.pth", body))
-    assert tensors["w"].shape == (2, 3)
-    assert notes[-1] == "model_ema may hold other weights: save it alone to load it"
+def test_tensors_in_lists_and_one_dict_in_two_places(tmp_path):
+    shared = mapping(w=tensor()) + b"q\x01"
+    body = b"](" + mapping(model=shared, again=b"h\x01") + num(3) + b"e"
+    found = []
+    read_torch_file(write_zip(tmp_path / "x.pth", body), lambda s: found.extend(s) or {})
+    assert found == [("0", "model", "w")]
 
 
 @pytest.mark.parametrize(
@@ -92,10 +94,14 @@ def test_plain_weights_go_before_averaged_ones_and_it_says_so(tmp_path):
     [
         (tensor(), "no dict"),
         (mapping(epoch=num(1), name=text("x")), "no tensors in the top level, only: epoch, name"),
-        (mapping(state_dict=mapping(a=mapping())), "no tensors in state_dict, only: a"),
-        (b"}q\x00" + text("model") + b"h\x00s", "no tensors in model > model"),
+        (mapping(state_dict=mapping(a=mapping())), "no tensors in the top level, only: state_dict"),
+        (b"}q\x00" + text("model") + b"h\x00s", "no tensors in the top level, only: model"),
+        (
+            mapping(model=glob("mymodels", "Net") + b")\x81" + mapping(w=tensor()) + b"b"),
+            "only: model .objects of mymodels.Net, which are not run.; save model.state_dict",
+        ),
     ],
-    ids=["bare tensor", "numbers", "nested too deep", "holds itself"],
+    ids=["bare tensor", "numbers", "nested too deep", "holds itself", "whole model"],
 )
 def test_without_tensors(tmp_path, body, pattern):
     refuse(write_zip(tmp_path / "x.pth", body), pattern)
@@ -193,7 +199,17 @@ def test_zip_bombs_are_refused(tmp_path):
     forged.write_bytes(raw)
     refuse(forged, "claim more bytes than the file has")
 
-    refuse(write_zip(tmp_path / "z.pth", b"N0" * (9 << 20)), "data.pkl is larger than 16 MB")
+    refuse(write_zip(tmp_path / "z.pth", b"N0" * (3 << 20)), "data.pkl is larger than 4 MB")
+
+
+def test_an_archive_of_a_million_records_is_refused_before_their_list_is_read(tmp_path):
+    path = tmp_path / "x.pth"
+    path.write_bytes(write_zip(path, SOUND).read_bytes())
+    raw = bytearray(path.read_bytes())
+    end = raw.rindex(b"PK\x05\x06")
+    raw[end + 12 : end + 16] = struct.pack("<I", 5 << 20)
+    path.write_bytes(bytes(5 << 20).join((raw[:end], raw[end:])))
+    refuse(path, "its list of records claims 5242880 bytes")
 
 
 @pytest.mark.parametrize(
@@ -223,12 +239,12 @@ OTHER_FILES = {
     "page": (b"\r\n <!DOCTYPE html><html>404</html>", "this is an HTML or XML page"),
     "xml": (b"<?xml version='1.0'?><Error>AccessDenied</Error>", "HTML or XML page"),
     "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "run: git lfs pull"),
-    "safetensors": (struct.pack("<Q", 2) + b"{}", "this is a safetensors file"),
+    "safetensors": (struct.pack("<Q", 2) + b"{}", "this is a safetensors file, not one"),
     "tar": (tar_bytes(), "tar format .* torch.save\\(torch.load"),
-    "zip of something": (b"PK\x05\x06" + bytes(18), "not a file that torch.save wrote"),
+    "zip of something": (b"PK\x05\x06" + bytes(18), "no weight file of"),
     "pickle of something": (b"\x80\x02K\x01.", "not one that torch.save wrote"),
     "pickle without end": (b"\x80\x02", "exhausted"),
-    "noise": (np.random.default_rng(0).bytes(1 << 20), "not a file that torch.save wrote"),
+    "noise": (np.random.default_rng(0).bytes(1 << 20), "no weight file of"),
     "zip of noise": (b"PK\x03\x04" + np.random.default_rng(1).bytes(1 << 20), "end is missing"),
     "pickle of noise": (b"\x80" + np.random.default_rng(2).bytes(1 << 20), ""),
 }

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from src.weights.torch_file import read_torch_file
 from tests.weights.torch_bytes import (
     DATA,
+    SIX,
     glob,
     mapping,
     num,
@@ -41,18 +43,93 @@ def test_malicious_file_runs_nothing():
     assert (MARKER.exists() and MARKER.stat().st_mtime_ns) == before
 
 
+ATTACKS = [
+    "os.system", "posix.system", "nt.system", "subprocess.Popen", "builtins.eval", "builtins.exec",
+    "builtins.getattr", "builtins.__import__", "__builtin__.eval", "torch.load", "sys.exit",
+    "runpy.run_path", "importlib.import_module", "pathlib.Path.unlink", "shutil.rmtree",
+    "ctypes.CDLL", "types.CodeType", "operator.attrgetter", "pickle.loads", "_pickle.loads",
+    "webbrowser.open", "socket.create_connection", "commands.getoutput", "codecs.open",
+    "numpy.testing._private.utils.runstring", "numpy.load", "torch.hub.load", "pip.main",
+    "cloudpickle.cloudpickle._make_function", "mine.tools.os.system", "torch.jit.load",
+    "torch.storage._load_from_bytes", "pandas.eval", "functools.reduce", "argparse.FileType",
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("write", [write_zip, write_legacy])
-@pytest.mark.parametrize(
-    "name",
-    ["os.system", "builtins.eval", "argparse.Namespace", "torch.load", "collections.defaultdict",
-     "numpy.core.multiarray.scalar", "torch._utils._rebuild_sparse_tensor", "functools.partial"],
-)  # fmt: skip
-def test_other_globals_are_refused_by_name(tmp_path, write, name):
+@pytest.mark.parametrize("name", ATTACKS)
+def test_attacks_are_refused_by_name(tmp_path, write, name):
     module, attribute = name.rsplit(".", 1)
+    if name == "pathlib.Path.unlink":
+        module, attribute = "pathlib", "Path.unlink"
     by_stack = text(module) + text(attribute) + b"\x93"
     for wanted in (glob(module, attribute), by_stack):
         body = mapping(w=tensor(), x=wanted + tup(text("touch " + str(MARKER))) + b"R")
         refuse(write(tmp_path / "x.pth", body), f"asks for {name}; ")
+
+
+OBJECTS = {
+    "argparse.Namespace": b")\x81" + mapping(lr=num(1)) + b"b",
+    "collections.defaultdict": tup(glob("builtins", "list")) + b"R" + text("k") + b"Ns",
+    "numpy.core.multiarray.scalar": tup(glob("numpy", "dtype"), b"C\x02ab") + b"R",
+    "numpy._core.multiarray._reconstruct": tup(glob("numpy", "ndarray"), nums(0), b"C\x01b")
+    + b"R" + tup(num(1), nums(3), b"N", b"\x89", b"C\x03abc") + b"b",
+    "numpy.float32": b"",
+    "torch._utils._rebuild_sparse_tensor": tup(num(1)) + b"R",
+    "torch.device": tup(text("cuda"), num(0)) + b"R",
+    "torch.bfloat16": b"",
+    "pathlib.PosixPath": tup(text("/etc"), text("passwd")) + b"R",
+    "datetime.datetime": tup(b"C\x02ab") + b"R",
+    "functools.partial": tup(glob("torch.nn", "LayerNorm")) + b"R" + tup(b"N", b"}") + b"b",
+    "mine.train.Settings": b")}\x92" + mapping(lr=num(1)) + b"b",
+    "__main__.History": b")\x81" + b"(" + num(1) + num(2) + num(3) + b"e",
+    "enum.auto": b")R",
+    "uuid.UUID": b")\x81}b",
+    "omegaconf.dictconfig.DictConfig": b")\x81}b",
+    "torch.storage.UntypedStorage": b"",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("write", [write_zip, write_legacy])
+@pytest.mark.parametrize("name", OBJECTS)
+def test_objects_beside_the_weights_are_set_aside_and_named(tmp_path, write, name):
+    module, attribute = name.rsplit(".", 1)
+    body = mapping(epoch=num(1), x=glob(module, attribute) + OBJECTS[name], w=tensor())
+    tensors, notes = read_torch_file(write(tmp_path / "x.pth", body))
+    assert tensors["w"].tobytes() == SIX and len(tensors) == 1
+    assert notes[0] == "left aside epoch, x" and notes[1].startswith("objects set aside, nothing ")
+    assert name in notes[1]
+
+
+def test_objects_of_older_protocols_are_set_aside(tmp_path):
+    for body in (b"(imine\nSettings\n", b"(" + glob("mine", "Settings") + b"o"):
+        arrays = read(write_zip(tmp_path / "x.pth", mapping(x=body, w=tensor())))
+        assert list(arrays) == ["w"]
+
+
+def test_tensors_of_other_kinds_are_set_aside(tmp_path):
+    parts = text("storage"), glob("torch", "ComplexFloatStorage"), text("9"), text("cpu"), num(6)
+    other = tensor(stored=tup(*parts) + b"Q")
+    arrays = read(write_zip(tmp_path / "x.pth", mapping(x=other, w=tensor())))
+    assert list(arrays) == ["w"]
+
+
+def test_parameters_with_attributes_and_older_tensors_are_read(tmp_path):
+    parameter = glob("torch._utils", "_rebuild_parameter_with_state")
+    parameter += tup(tensor(), b"\x88", b"N", b"}") + b"R"
+    old = glob("torch._utils", "_rebuild_tensor")
+    old += tup(storage(), num(0), nums(6), nums(1)) + b"R"
+    kind = glob("torch._tensor", "_rebuild_from_type_v2")
+    parts = storage(), num(0), nums(2, 3), nums(3, 1), b"\x89", b"N"
+    kind += tup(
+        glob("torch._utils", "_rebuild_tensor_v2"), glob("mine", "Weight"), tup(*parts), b"}"
+    )
+    body = mapping(a=parameter, b=old, c=kind + b"R")
+    arrays = read(write_zip(tmp_path / "x.pth", body))
+    assert {name: array.shape for name, array in arrays.items()} == {
+        "a": (2, 3),
+        "b": (6,),
+        "c": (2, 3),
+    }
 
 
 ODD_PICKLES = {
@@ -81,9 +158,6 @@ ODD_PICKLES = {
     "storage count is text": tup(text("storage"), glob("torch", "FloatStorage"), *[text("0")] * 3)
     + b"Q",
     "append to a number": num(1) + num(2) + b"a",
-    "key is a tuple": b"}" + b")" + b"N" + b"s",
-    "key nested without end": b"}" + b")" + b"\x85" * 300_000 + b"N" + b"s",
-    "key of 100 bytes": b"}" + num(1 << 800) + b"N" + b"s",
     "memo never filled": b"h\x07",
     "empty stack": b"R",
     "mark missing": b"t",
@@ -100,11 +174,30 @@ def test_odd_pickles_are_refused(tmp_path, write, body):
 
 
 HARMLESS_BOMBS = {
+    "key is a tuple": b"}" + b")" + b"N" + b"s",
+    "key nested without end": b"}" + b")" + b"\x85" * 300_000 + b"N" + b"s",
+    "key of 100 bytes": b"}" + num(1 << 800) + b"N" + b"s",
+    "keys that collide": b"}(" + b"".join(num((i << 40) + 7) + b"N" for i in range(40_000)) + b"u",
+    "set of tuples": b"\x8f(" + tup(b")" * 20_000) * 5 + b"\x90",
     "memo index 2**31 - 1": b"Nr\xff\xff\xff\x7f",
     "lists in lists": b"]" * 100_000 + b"a" * 99_999,
     # Each list holds the one before twice: 2**200 leaves for who walks through them.
     "billion laughs": tup(b"]q\x01", *[b"](h\x01h\x01eq\x01"] * 200),
 }
+
+
+LONG = tup(*[b"K\x01"] * 10_000) + b"q\x05"
+BOMBS = {
+    "sizes of a long tuple": LONG + (glob("torch", "Size") + b"h\x05\x85R") * 5_000,
+    "references of a long tuple": LONG + b"h\x05Q" * 20_000,
+    "opcodes": b"N0" * 300_000,
+    "decimal": b"L" + b"9" * 1_000_000 + b"L\n",
+}
+
+
+@pytest.mark.parametrize("body", BOMBS.values(), ids=BOMBS.keys())
+def test_bombs_are_refused_soon(tmp_path, body):
+    refuse(write_zip(tmp_path / "x.pth", mapping(x=body, w=tensor())), seconds=1.5)
 
 
 @pytest.mark.parametrize("body", HARMLESS_BOMBS.values(), ids=HARMLESS_BOMBS.keys())

@@ -1,0 +1,183 @@
+"""Where weights lie in a file: entries, prefixes, several sets, and what lies beside them."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import numpy as np
+import pytest
+
+from src.errors import UserError
+from src.weights.select import select
+from tests.golden import official
+
+SHAPES = official.NAMES["cvt_13"]
+WEIGHTS = [name for name in SHAPES if "num_batches" not in name]
+TRAINED = [name for name in WEIGHTS if "running" not in name]
+THEIRS = list(json.loads((official.FOLDER / "hf_state_dict_keys.json").read_text())["cvt_13"])
+
+
+class Window:
+    """A tensor that is still in a file; equal where it is the same part of it."""
+
+    def __init__(self, part: object, ndim: int = 2) -> None:
+        self.part, self.ndim = part, ndim
+
+    def __eq__(self, other: object) -> bool:
+        return self.part == other.part
+
+    __hash__ = None
+
+
+def tensors(*entry: str, prefix: str = "", names=WEIGHTS, values: str = "") -> dict:
+    """A set of weights under an entry and a prefix."""
+    return {
+        (*entry, f"{prefix}{name}"): Window(
+            (values, name), 0 if name.endswith("num_batches_tracked") else 2
+        )
+        for name in names
+    }
+
+
+PLACES = [
+    ((), "model."),
+    ((), "network._backbone."),
+    (("net",), ""),
+    (("weights", "params"), "module.model."),
+    (("algorithm",), "net.encoder_q."),
+    (("state",), "_orig_mod.module."),
+    (("state_dict",), "cvt."),
+    (("0",), "student.0."),
+]
+
+
+@pytest.mark.parametrize("names", [list(SHAPES), THEIRS], ids=["official", "Hugging Face"])
+@pytest.mark.parametrize(("entry", "prefix"), PLACES)
+def test_any_entry_and_prefix(entry, prefix, names):
+    done = select(tensors(*entry, prefix=prefix, names=names))
+    assert sorted(done.names.values()) == sorted(select(tensors(names=WEIGHTS)).names.values())
+    text = "; ".join(done.notes)
+    assert (f"taken from {' > '.join(entry)}" in text) == bool(entry)
+    cut = prefix.replace("_orig_mod.", "")
+    assert (f"prefix {cut} cut off" in text) == bool(cut)
+    assert not done.averaged and set(done.ignored.values()) == {"num_batches_tracked"}
+
+
+def test_names_inside_of_which_pytorch_wraps():
+    names = [name.replace("blocks.0.", "blocks.0._checkpoint_wrapped_module.") for name in WEIGHTS]
+    done = select(tensors(prefix="_fsdp_wrapped_module.", names=names))
+    assert sorted(done.names.values()) == sorted(select(tensors()).names.values())
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (((), ""), ((), "ema.")),
+        (((), "student."), ((), "teacher.")),
+        (((), "model."), ((), "ema_model.")),
+        ((("model",), ""), (("model_ema",), "module.")),
+        ((("state_dict",), "net."), (("callbacks", "EMA", "shadow"), "")),
+        ((("params",), ""), (("swa_state",), "")),
+    ],
+)
+@pytest.mark.parametrize("turned", [False, True])
+def test_of_two_sets_the_average_is_taken_and_the_other_is_named(first, second, turned):
+    both = [tensors(*entry, prefix=prefix) for entry, prefix in (first, second)]
+    done = select({**both[turned], **both[not turned]})
+    assert done.averaged and done.names.keys() == both[1].keys()
+    label = ".".join([*first[0], first[1].rstrip(".")]).strip(".") or "top"
+    plain = select({**both[0], **both[1]}, entry=label)
+    assert plain.names.keys() == both[0].keys() and not plain.averaged
+    told = " ".join([*done.notes, *done.ignored.values()])
+    assert f"{label} holds other weights" in told or "not averaged" in told
+
+
+def test_an_average_of_what_is_trained_is_completed_with_the_statistics():
+    average = tensors("ema", names=TRAINED, values="ema")
+    plain = tensors("model")
+    done = select({**plain, **average})
+    rest = len(WEIGHTS) - len(TRAINED)
+    assert len(done.names) == len(WEIGHTS) and average.keys() <= done.names.keys()
+    assert f"{rest} tensors without an average taken from model" in done.notes
+
+
+def test_of_two_plain_sets_the_user_chooses():
+    found = {**tensors("model"), **tensors("best", prefix="net.", values="other")}
+    with pytest.raises(UserError, match="2 sets of weights: model, best.net; choose .* --entry"):
+        select(found)
+    for entry in ("best.net", "best", "net"):
+        assert all(place[0] == "best" for place in select(found, entry=entry).names)
+    with pytest.raises(UserError, match="no weights under ema; --entry may be one of: model, best"):
+        select(found, entry="ema")
+
+
+def test_the_same_tensors_in_two_places_are_one_set():
+    assert len(select({**tensors("model"), **tensors("again")}).names) == len(WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        tensors("optimizer", "momentum", names=TRAINED),
+        tensors("optim", "ema", names=TRAINED),
+        tensors("slots", names=TRAINED),
+        tensors(prefix="exp_avg."),
+        tensors(prefix="exp_avg_sq."),
+    ],
+)
+def test_the_state_of_an_optimizer_is_not_taken(state):
+    plain = tensors(names=[name for name in WEIGHTS if name in TRAINED or state.keys() & {"x"}])
+    plain = plain if any(len(place) == 1 for place in state) else tensors("model")
+    state = {p: t for p, t in state.items() if len(p) > 1 or p[0].split(".", 1)[1] in TRAINED}
+    for found in ({**plain, **state}, {**state, **plain}):
+        done = select(found)
+        assert done.names.keys() == plain.keys() and not done.averaged
+
+
+def test_a_head_outside_of_the_backbone_belongs_to_it():
+    backbone = [name for name in WEIGHTS if not name.startswith("head.")]
+    found = {
+        **tensors(prefix="model.backbone.", names=backbone),
+        **tensors(prefix="model.", names=["head.weight", "head.bias"]),
+    }
+    done = select(found)
+    assert done.names.keys() == found.keys()
+    assert "with head.weight, head.bias from model" in done.notes
+
+
+def test_strange_tensors_under_the_prefix_are_refused_and_others_are_named():
+    with pytest.raises(UserError, match="1 of its .* names belong to no CvT, .*: aux.weight"):
+        select({**tensors(prefix="model."), ("model.aux.weight",): Window(0)})
+    with pytest.raises(UserError, match="2 of its .* names belong to no CvT"):
+        select({**tensors(), ("neck.norm.weight",): Window(0), ("neck.fc.weight",): Window(1)})
+    done = select({**tensors(prefix="model."), ("loss.weight",): Window(0)})
+    assert "left aside loss.weight" in done.notes and len(done.names) == len(WEIGHTS)
+
+
+def test_only_counters_and_only_strangers():
+    with pytest.raises(UserError, match="only counters"):
+        select({("step",): Window(0, 0)})
+    with pytest.raises(UserError, match="2 of its 2 names belong to no CvT"):
+        select({("fc.weight",): Window(0), ("a", "fc.bias"): Window(0)})
+
+
+HOSTILE = {
+    "strange": lambda n: f"a{n}.b.c.weight",
+    "one layer each": lambda n: f"a{n}.norm.weight",
+    "dots": lambda n: f"{n}{'.norm' * 100}.x",
+    "of MindSpore": lambda n: f"stage0.blocks.{n}.norm1.gamma",
+    "mixed": lambda n: f"stage0.blocks.{n}.norm1.gamma" if n % 2 else f"layernorm.{n}.weight",
+    "copies": lambda n: f"{'m.' * (n % 100)}stage0.blocks.{n // 100}.norm1.gamma",
+}
+
+
+@pytest.mark.parametrize("make", HOSTILE.values(), ids=HOSTILE)
+def test_20_000_names_cost_little(make):
+    found = {(make(number),): np.zeros((1, 1)) for number in range(20_000)}
+    start = time.process_time()
+    try:
+        select(found)
+    except UserError as error:
+        assert len(str(error)) < 500
+    assert time.process_time() - start < 1.5
