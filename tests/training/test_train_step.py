@@ -348,3 +348,20 @@ def test_ranks_stay_equal_where_their_reductions_differ(tmp_path):
     ]
     assert words[0] == words[1]
     assert np.isfinite([float(n) for n in words[0].split()[3::2]]).all()
+
+
+class Twins(ms.nn.Cell):
+    """Two layers of one shape, so that pairing them wrongly raises nothing."""
+
+    def __init__(self, names):
+        super().__init__()
+        for name in names:
+            self.insert_child_to_cell(name, ms.nn.Dense(4, 4))
+
+
+def test_weights_and_their_averages_are_paired_by_name(pynative_mode):
+    average = Twins("ba")
+    average.update_parameters_name("ema.")
+    step = tiny_step(Twins("ab"), ema_net=average, ema_decay=0.9)
+    names = [parameter.name.removeprefix("ema.") for parameter in step.averages]
+    assert names == [parameter.name for parameter in step.weights] and names[0] == "a.weight"
