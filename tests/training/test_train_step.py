@@ -356,7 +356,7 @@ class Twins(ms.nn.Cell):
     def __init__(self, names):
         super().__init__()
         for name in names:
-            self.insert_child_to_cell(name, ms.nn.Dense(4, 4))
+            setattr(self, name, ms.nn.Dense(4, 4))
 
 
 def test_weights_and_their_averages_are_paired_by_name(pynative_mode):
