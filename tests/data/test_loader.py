@@ -7,8 +7,10 @@ import random
 import numpy as np
 import pytest
 
+from src.data import loader
 from src.data.augment import train_operations
-from src.data.base import ArraySource
+from src.data.base import ArraySource, FileSource
+from src.data.images import prepare
 from src.data.loader import (
     choose_workers,
     epoch_indices,
@@ -17,6 +19,7 @@ from src.data.loader import (
 )
 from src.data.transforms import Preprocessing
 from src.errors import UserError
+from tests.data.images import file_of, photo
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 EVAL = Preprocessing((8, 8), None, MEAN, STD)
@@ -293,3 +296,18 @@ def test_workers(caplog):
     assert len(caplog.records) == 1 and f"{cores + 3} data workers asked for" in caplog.text
     with pytest.raises(UserError):
         choose_workers(-1)
+
+
+def test_a_file_is_looked_at_in_the_first_epoch_only(tmp_path, monkeypatch):
+    """Unless it has another size then; those that `prepare` changes are looked at each time."""
+    looked = []
+    monkeypatch.setattr(loader, "prepare", lambda content: looked.append(1) or prepare(content))
+    for number, kind in enumerate(["JPEG", "PNG", "BMP"]):
+        (tmp_path / str(number)).write_bytes(file_of(photo(20, 20, number), kind))
+    files = [str(tmp_path / str(number)) for number in range(3)]
+    source = FileSource(files, np.arange(3), ["a", "b", "c"], "files")
+    first, again = (collect(eval_batches(source, EVAL.operations(True), 3)) for _ in range(2))
+    assert len(looked) == 3 + 1 and equal(first, again)
+    (tmp_path / "0").write_bytes(file_of(photo(24, 20, 7)))
+    changed = collect(eval_batches(source, EVAL.operations(True), 3))
+    assert len(looked) == 3 + 1 + 2 and not equal(first, changed)
