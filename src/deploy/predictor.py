@@ -15,7 +15,7 @@ from PIL import Image
 
 from src.command_line import find_checkpoint, load_config, run_config_of
 from src.data import Preprocessing
-from src.data.headers import MAX_PIXELS, check_size
+from src.data.headers import SERVED_PIXELS, check_size
 from src.data.images import to_pixels
 from src.deploy.description import read_description
 from src.deploy.engines import (
@@ -65,7 +65,8 @@ class Predictor:
             OpenVINO where it is installed.
         threads: that compute; None takes all cores that the process may use. MindSpore and the
             compiled operators have one number for the whole process, the last one that was given.
-        max_pixels: larger images are refused by their header, before they take memory.
+        max_pixels: larger images are refused by their header, before they take memory. Training and
+            evaluation take up to 89,478,485.
         runtime: keys of the recipe's group `runtime` to change, for weights: any of
             `RUNTIME_OF_WEIGHTS`.
 
@@ -82,7 +83,7 @@ class Predictor:
         *,
         engine: str = "auto",
         threads: int | None = None,
-        max_pixels: int = MAX_PIXELS,
+        max_pixels: int = SERVED_PIXELS,
         runtime: Mapping[str, Any] | None = None,
     ):
         path = find_checkpoint(Path(path).expanduser())

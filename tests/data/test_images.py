@@ -1,5 +1,6 @@
 """Images of every kind, through the loader's pipelines, against Pillow's pixels or a formula."""
 
+import inspect
 import io
 import json
 import os
@@ -17,8 +18,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from src.data import FileSource, Preprocessing, eval_batches, train_batches, train_operations
-from src.data.headers import FORMATS, is_cut_off
+from src.data.headers import FORMATS, MAX_PIXELS, is_cut_off
 from src.data.images import decode, examine, prepare
+from src.deploy import Predictor
 from src.errors import UserError
 from tests.data.images import MEAN, STD, file_of, photo
 
@@ -322,6 +324,12 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     text, seconds = line.split("|")
     assert_matches(text, words or r"\(9400, 9400, 3\)")
     assert float(seconds) < 2 and int(kilobytes) < 420_000
+
+
+def test_a_predictor_takes_fewer_pixels_than_a_data_set():
+    """An image of a stranger's must not take 500 MB."""
+    default = inspect.signature(Predictor).parameters["max_pixels"].default
+    assert 7 * default < 400e6 and default < MAX_PIXELS
 
 
 def test_a_lower_limit_of_pixels():
