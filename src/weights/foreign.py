@@ -48,7 +48,7 @@ _RUNNING_MODULES = re.compile(
     r"(pip|setuptools|pkg_resources|dill|cloudpickle|joblib|IPython|cffi|requests|urllib3|"
     r"paramiko|fabric|pexpect|sh|execnet|"
     r"numpy\.(testing|f2py|distutils|ctypeslib|lib\.npyio|lib\.format)|"
-    r"torch\.(hub|jit|package|serialization|ops|classes|_inductor|_dynamo|distributed\.rpc|"
+    r"torch\.(hub|jit|package|ops|classes|_inductor|_dynamo|distributed\.rpc|"
     r"utils\.(cpp_extension|model_zoo|data\.datapipes))|torchvision\.datasets|mindspore\.hub)(\.|$)"
 )
 _RUNNING_NAMES = {

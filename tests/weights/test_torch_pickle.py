@@ -205,3 +205,11 @@ def test_bombs_in_what_is_left_aside_cost_nothing(tmp_path, body):
     start = time.process_time()
     arrays = read(write_zip(tmp_path / "x.pth", mapping(x=body, w=tensor())))
     assert list(arrays) == ["w"] and time.process_time() - start < 2
+
+
+def test_objects_that_pytorch_saved_beside_the_weights():
+    """Namespace, NumPy's and torch's values, a date, sets, a class of the script's, a partial."""
+    tensors, notes = read_torch_file(DATA / "objects.pth", lambda found: {("net", "module.w"): "w"})
+    assert tensors["w"].tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert "args, best, device, dtype, rng, when" in notes[0]
+    assert "argparse.Namespace, pathlib.PurePosixPath" in notes[1]
