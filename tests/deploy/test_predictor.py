@@ -86,7 +86,7 @@ def test_models_that_cannot_be_used(exported, tmp_path, digits):
     with pytest.raises(UserError, match="no such file"):
         Predictor(tmp_path / "none.mindir")
     (tmp_path / "a.txt").touch()
-    with pytest.raises(UserError, match="no weight file of MindSpore|no such file|file is empty"):
+    with pytest.raises(UserError, match="a.txt: the file is empty"):
         Predictor(tmp_path / "a.txt")
     (tmp_path / "a.mindir").write_bytes(b"nothing")
     with pytest.raises(UserError, match="a.mindir.json: missing"):
