@@ -251,7 +251,7 @@ class Attention(nn.Cell):
         self.attend = ScaledDotProductAttention(stage.num_heads, self.head_dim, scale=dim**-0.5)
 
     def _project(
-        self, x: Tensor, height: int, width: int, only_cls: bool
+        self, x: Tensor, height: int, width: int, only_cls: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens [B, T, C] -> q [B, T or 1, C], k and v [B, T', C] before their Linears."""
         cls, tokens = self.take_front(x) if self.has_cls_token else (None, x)
