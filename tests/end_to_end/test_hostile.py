@@ -102,3 +102,27 @@ def test_a_folder_that_cannot_be_trained_on_gets_one_line(kind, tmp_path, monkey
     code, said = run(monkeypatch, capsys, *options)
     assert code == 2
     assert said.startswith("train.py: error: ") and said.count("\n") == 1, said
+
+
+RESUMES = {
+    "a wrong output": (["--output=nowhere", "--resume"], "--output nowhere: no run there"),
+    "an output that is no run": (["--output=.", "--resume"], "--output .: no run there"),
+    "no such state": (["--resume", "runs/a/step-1.ckpt"], "--resume runs/a/step-1.ckpt: no such"),
+    "a folder that is no run": (["--resume", "."], "--resume .: no run there"),
+    "a recipe's output without a run": (
+        ["--config=recipe.yaml", "--output=nowhere", "--resume"], "nowhere: no run there to resume"
+    ),
+    "changes accepted of nothing": (
+        ["--config=recipe.yaml", "--output=run", "--accept_changes"], "--accept_changes: is for --r"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", RESUMES)
+def test_what_cannot_be_resumed_gets_one_line(kind, tmp_path, monkeypatch, capsys):
+    (tmp_path / "recipe.yaml").write_text(DIGITS + "model: {name: cvt_nano, image_size: 32}\n")
+    monkeypatch.chdir(tmp_path)
+    words, expected = RESUMES[kind]
+    code, said = run(monkeypatch, capsys, *words)
+    assert code == 2 and expected in said and said.count("\n") == 1, said
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
