@@ -5,7 +5,7 @@
 environment() {
   local requirements=$1 base=${PYTHON:-python3} modules stamp digest numpy
   modules='import mindspore, jsonargparse, docstring_parser, matplotlib, mlxtend, tqdm, yaml, PIL, onnx'
-  [ "$requirements" = requirements.txt ] || modules+=', pytest, ruff, onnxruntime, openvino, fastapi, uvicorn'
+  [ "$requirements" = requirements.txt ] || modules+=', pytest, xdist, ruff, onnxruntime, openvino, fastapi, uvicorn'
   if "$base" -c "$modules" 2>/dev/null; then
     PYTHON=$base
     return

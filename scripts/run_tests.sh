@@ -1,5 +1,8 @@
 #!/usr/bin/env bash
-# The whole test suite from a bare clone. Arguments go to pytest: bash scripts/run_tests.sh tests/models
+# Run the test suite from a bare clone, with a worker for each core.
+#   bash scripts/run_tests.sh                everything
+#   bash scripts/run_tests.sh --quick        without jobs, campaigns and full-size networks
+#   bash scripts/run_tests.sh tests/models   other arguments go to pytest
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
@@ -13,4 +16,9 @@ if command -v shellcheck >/dev/null; then
 else
   echo "shellcheck is not installed: the scripts go unchecked"
 fi
-exec "$PYTHON" -m pytest "$@"
+words=(-n auto --dist loadfile --no-loadscope-reorder)
+if [ "${1-}" = --quick ]; then
+  shift
+  words+=(-m "not big and not slow")
+fi
+exec "$PYTHON" -m pytest "${words[@]}" "$@"

@@ -1,5 +1,7 @@
 """What every test needs: the environment that the executables set, and small shared models."""
 
+import contextlib
+import fcntl
 import os
 import shutil
 import subprocess
@@ -12,6 +14,7 @@ from src.runtime import prepare_environment
 
 prepare_environment()  # before any test imports MindSpore
 
+LONG_FILES = ("tests/faults", "tests/launch", "tests/ascend", "tests/benchmark")
 ROOT = Path(__file__).resolve().parents[1]
 TINY = {"embed_dims": (8, 16, 32), "num_heads": (1, 2, 4), "depths": (1, 1, 2), "num_classes": 10}
 TINY_KEYS = [
@@ -20,6 +23,39 @@ TINY_KEYS = [
     "--training.batch_size=250",
     "--evaluation.batch_size=300",
 ]
+
+
+def pytest_collection_modifyitems(items) -> None:
+    """Start the long files first, so that no worker ends with one while the others are idle."""
+    items.sort(key=lambda item: not any(item.nodeid.startswith(file) for file in LONG_FILES))
+
+
+@contextlib.contextmanager
+def file_lock(path: Path, exclusive: bool = True):
+    """Hold a lock among the workers of a run."""
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def cores(request, shared_folder):
+    """Run a test that is marked `all_cores` alone, the others beside each other.
+
+    Every test passes the gate, so that one that waits for the others to end is not overtaken.
+    """
+    alone = request.node.get_closest_marker("all_cores") is not None
+    with contextlib.ExitStack() as lock:
+        with file_lock(shared_folder / "gate"):
+            lock.enter_context(file_lock(shared_folder / "cores", exclusive=alone))
+        yield
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory) -> Path:
+    """A folder that all workers of this run share."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
 
 @pytest.fixture(autouse=True)
@@ -60,9 +96,17 @@ def run_command(*words: str, cwd: Path, module: bool = False) -> subprocess.Comp
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory) -> Path:
+def trained(shared_folder) -> Path:
     """The folder of a finished run: a tiny network, two epochs on the digits, EMA on."""
-    work = tmp_path_factory.mktemp("trained")
+    work = shared_folder / "trained"
+    with file_lock(shared_folder / "trained.lock"):
+        if not work.exists():
+            _train(work)
+    return work / "run"
+
+
+def _train(work: Path) -> None:
+    work.mkdir()
     done = run_command(
         "train.py",
         f"--config={ROOT / 'config/digits/cvt_nano.yaml'}",
@@ -75,4 +119,3 @@ def trained(tmp_path_factory) -> Path:
     )
     assert done.returncode == 0, done.stderr
     assert [path.name for path in work.iterdir()] == ["run"], "training left files behind"
-    return work / "run"

@@ -17,10 +17,14 @@ from tests.conftest import ROOT, TINY_KEYS
 TRAIN = ["bash", str(ROOT / "scripts/run_distribute_train.sh"), "config/digits/cvt_nano.yaml", "-"]
 NO_CHANCE = ["--augment.padding=0", "--data.train_images=64", "--data.workers=1"]
 
-pytestmark = pytest.mark.skipif(
-    len(os.sched_getaffinity(0)) < 2 if hasattr(os, "sched_getaffinity") else True,
-    reason="two CPU ranks need two cores",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.all_cores,
+    pytest.mark.skipif(
+        len(os.sched_getaffinity(0)) < 2 if hasattr(os, "sched_getaffinity") else True,
+        reason="two CPU ranks need two cores",
+    ),
+]
 
 
 def environment(free_port):
