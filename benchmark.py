@@ -16,6 +16,8 @@ IMAGENET_CLASSES = 1000
 COUNTED = ("complexity", "scaling")
 ONLY = {
     "model_file": ("infer",),
+    "engine": ("infer",),
+    "reference": ("infer", "train", "data"),
     "images": ("data",),
     "seconds": ("infer", "train", "data"),
     "plain": ("infer", "train", "compile"),
@@ -77,12 +79,22 @@ def add_arguments(parser) -> None:
     measured.add_argument(
         "--peer",
         nargs="+",
-        help="what to measure beside ours: hf, hf_compiled (infer, train, compile), timm, "
-        "torchvision (data), or a script, as docs/performance.md tells",
+        help="what to measure beside ours: hf, hf_compiled (infer, train, compile), "
+        "hf_onnxruntime, hf_openvino (infer), timm, torchvision (data), or a script, as "
+        "docs/performance.md tells",
     )
     measured.add_argument("--peer_python", type=str, help="interpreter that has the peers")
     measured.add_argument(
-        "--model_file", type=str, help="exported .mindir or .onnx to measure too (infer)"
+        "--model_file", nargs="+", help="exported .mindir or .onnx files to measure too (infer)"
+    )
+    measured.add_argument(
+        "--engine",
+        nargs="+",
+        choices=("openvino", "onnxruntime", "mindspore"),
+        help="what runs the files, each file in each engine that takes it; default: infer.py's",
+    )
+    measured.add_argument(
+        "--reference", type=str, help="the side whose speed the ratios compare (default: ours)"
     )
     measured.add_argument(
         "--plain",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,10 +23,12 @@ if TYPE_CHECKING:
 PEERS = {
     "hf": ("hf.py", ("infer", "train", "compile")),
     "hf_compiled": ("hf.py", ("infer", "train", "compile")),
+    "hf_onnxruntime": ("hf_engines.py", ("infer",)),
+    "hf_openvino": ("hf_engines.py", ("infer",)),
     "timm": ("timm_loader.py", ("data",)),
     "torchvision": ("torchvision_loader.py", ("data",)),
 }
-HF = ("hf", "hf_compiled")
+HF = ("hf", "hf_compiled", "hf_onnxruntime", "hf_openvino")
 SCRIPTS = Path(__file__).parent / "peers"
 # By path: with -m Python would import from the user's folder first.
 WORKER = [sys.executable, str(Path(__file__).with_name("worker.py"))]
@@ -54,9 +57,7 @@ def plan_sides(net: nn.Cell, config: Config, options: Options, job: dict) -> lis
         UserError: a peer that there is not, or that lacks what the recipe has.
     """
     plans = [Plan("ours", WORKER, job)]
-    if options.model_file is not None:
-        file_job = {**job, "mode": "infer_file", "model_file": options.model_file}
-        plans.append(Plan("file", WORKER, file_job))
+    plans += plan_files(options.model_file, options.engine, job)
     if options.predictor:
         plans.append(Plan("predictor", WORKER, {**job, "mode": "predictor"}))
     if options.plain:
@@ -84,6 +85,29 @@ def plan_sides(net: nn.Cell, config: Config, options: Options, job: dict) -> lis
                 f"--peer {name}: another side has the name {Path(name).stem}; rename it"
             )
         plans.append(Plan(Path(name).stem, [python, str(script)], peer_job, remedy))
+    return plans
+
+
+def plan_files(files: Sequence[str], engines: Sequence[str], job: dict) -> list[Plan]:
+    """A side for each exported file in each engine that takes it, named FILE or FILE:ENGINE.
+
+    Raises:
+        UserError: no such file, two of one name, or engines of which none takes a file.
+    """
+    plans = []
+    for file in files:
+        path = Path(file)
+        if path.suffix not in (".mindir", ".onnx") or not path.is_file():
+            raise UserError(f"--model_file {path}: give an exported .mindir or .onnx")
+        taken = [e for e in engines if (e == "mindspore") == (path.suffix == ".mindir")]
+        if engines and not taken:
+            raise UserError(f"--model_file {path}: is not run by {', '.join(engines)}")
+        for engine in taken or ["auto"]:
+            name = f"{path.name}:{engine}" if taken else path.name
+            if any(plan.name == name for plan in plans):
+                raise UserError(f"--model_file {path}: another file has this name; rename it")
+            file_job = {**job, "mode": "infer_file", "model_file": file, "engine": engine}
+            plans.append(Plan(name, WORKER, file_job))
     return plans
 
 

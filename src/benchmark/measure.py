@@ -42,7 +42,9 @@ class Options:
         images: of a pass in mode "data".
         peer: names or scripts.
         peer_python: the peers' interpreter.
-        model_file: an exported file to be a further side of "infer".
+        model_file: exported files to be further sides of "infer".
+        engine: what runs them; nothing takes infer.py's choice.
+        reference: name of the side whose speed the ratios compare; None takes ours.
         plain: whether ours without compiled operators is a further side.
         predictor: whether `Predictor` in a plain Python process is a further side of "infer".
     """
@@ -55,7 +57,9 @@ class Options:
     images: int = 1000
     peer: Sequence[str] = ()
     peer_python: str | None = None
-    model_file: str | None = None
+    model_file: Sequence[str] = ()
+    engine: Sequence[str] = ()
+    reference: str | None = None
     plain: bool = False
     predictor: bool = False
 
@@ -69,6 +73,10 @@ def measure(config: Config, options: Options) -> dict[str, Any]:
     cores = usable_cores(options.threads)
     with _prepared(config, options, len(cores)) as (net, job):
         plans = plan_sides(net, config, options, job)
+        reference = options.reference or plans[0].name
+        if reference not in (plan.name for plan in plans):
+            names = ", ".join(plan.name for plan in plans)
+            raise UserError(f"--reference {reference}: no such side; choose from {names}")
         macs = None if options.mode == "data" else complexity(net, image_size(config.model))
         matmul = [] if macs is None else [plan_matmul(job)]
         with contextlib.ExitStack() as stack:
@@ -78,8 +86,13 @@ def measure(config: Config, options: Options) -> dict[str, Any]:
     figures = {
         **_head(config, options, len(cores)),
         "sides": summarise(
-            started, rounds, options.mode, None if macs is None else macs.total.total_macs
+            started,
+            rounds,
+            options.mode,
+            None if macs is None else macs.total.total_macs,
+            reference,
         ),
+        "reference": reference,
     }
     print_measured(figures)
     warn_of_idle_work(rounds)

@@ -17,7 +17,11 @@ MOST_IDLE = 0.05  # cores that a side may keep busy while it is another's turn
 
 
 def summarise(
-    started: dict[str, dict], rounds: dict[str, list[dict]], mode: str, macs: int | None
+    started: dict[str, dict],
+    rounds: dict[str, list[dict]],
+    mode: str,
+    macs: int | None,
+    reference: str,
 ) -> list[dict[str, Any]]:
     """The figures of each side.
 
@@ -26,17 +30,17 @@ def summarise(
         rounds: each side's answers to "round", in the order of the rounds.
         mode: "infer", "train" or "data".
         macs: of the network for an image; None leaves out what is only of a network.
+        reference: the side whose speed is divided by the others'.
 
     Returns:
         For each side name, what, images_per_second (median of its rounds; all in `rounds`), ratio
-        (median over the rounds of ours / this side), images_per_core_second (of processor time),
-        first_call_seconds, prepare_seconds; with macs also peak_memory in bytes, gflops (a MAC is
-        two) and share_of_peak (of "matmul", which is the last side and has no ratio).
+        (median over the rounds of the reference / this side), images_per_core_second (of processor
+        time), first_call_seconds, prepare_seconds; with macs also peak_memory in bytes, gflops (a
+        MAC is two) and share_of_peak (of "matmul", which is the last side and has no ratio).
     """
     speeds = {
         name: [r["images"] / r["seconds"] for r in answers] for name, answers in rounds.items()
     }
-    ours = next(iter(speeds.values()))
     sides = []
     for name, answers in rounds.items():
         is_matmul = name == "matmul"
@@ -50,7 +54,7 @@ def summarise(
             side.update(
                 images_per_second=statistics.median(speeds[name]),
                 rounds=speeds[name],
-                ratio=statistics.median(a / b for a, b in zip(ours, speeds[name])),
+                ratio=statistics.median(a / b for a, b in zip(speeds[reference], speeds[name])),
                 images_per_core_second=statistics.median(
                     a["images"] / max(a["cpu_seconds"], CLOCK_TICK) for a in answers
                 ),
@@ -81,7 +85,7 @@ def print_measured(figures: dict[str, Any]) -> None:
     """A line for each side, and what they are."""
     _print_title(figures)
     networks = "gflops" in figures["sides"][0]
-    head = ["", "img/s", "of all rounds", "ours is", "img/core s", "first call"]
+    head = ["", "img/s", "of all rounds", f"{figures['reference']} is", "img/core s", "first call"]
     rows = [head + ["memory", "GFLOP/s", "of matmul"] * networks]
     for side in figures["sides"]:
         cells = [side["name"], "", "", "", "", ""]
@@ -91,7 +95,7 @@ def print_measured(figures: dict[str, Any]) -> None:
                 side["name"],
                 f"{side['images_per_second']:.4g}",
                 f"{low:.4g} to {high:.4g}",
-                "" if side is figures["sides"][0] else f"{side['ratio']:.2f} x",
+                "" if side["name"] == figures["reference"] else f"{side['ratio']:.2f} x",
                 f"{side['images_per_core_second']:.4g}",
                 f"{side['first_call_seconds']:.1f} s",
             ]

@@ -74,9 +74,7 @@ def infer_file(config: Config, job: dict) -> Work:
     from src.deploy.engines import open_model
 
     path = Path(job["model_file"])
-    if path.suffix not in (".mindir", ".onnx") or not path.is_file():
-        raise UserError(f"--model_file {path}: give an exported .mindir or .onnx")
-    run = open_model(path)
+    run = open_model(path, job["engine"], job["threads"])
     images = _noise(job)
     try:
         classes = run(images).shape[1]
@@ -90,7 +88,7 @@ def infer_file(config: Config, job: dict) -> Work:
             f"--model_file {path}: has {classes} classes, the network beside it "
             f"{job['num_classes']}; give --model.name and --model.num_classes of the file"
         )
-    return Work(lambda: len(run(images)), f"{path.name}, ")
+    return Work(lambda: len(run(images)), f"{path.name} in {run.engine}, by ")
 
 
 def train(config: Config, job: dict) -> Work:

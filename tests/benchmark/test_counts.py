@@ -90,7 +90,7 @@ def test_a_recipe_and_options_reach_the_network(monkeypatch, capsys):
         (["--model.name=cvt_133"], "did you mean cvt_13?"),
         (["--model.image_size=8"], "16 pixels or more"),
         (["--model.width=64"], "unknown key model.width"),
-        (["--json=nowhere/f.json"], "nowhere/f.json"),
+        (["--json=."], "--json .: is a folder"),
         (["--batch_size=2"], "--batch_size: has no meaning in mode complexity"),
     ],
     ids=lambda value: value if isinstance(value, str) else value[0],

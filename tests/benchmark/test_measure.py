@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import benchmark
-from src.benchmark.job import Plan, cvt_sizes
+from src.benchmark.job import Plan, cvt_sizes, plan_files
 from src.benchmark.measure import alternate, start_all
 from src.benchmark.report import summarise, warn_of_idle_work
 from src.benchmark.side import Side, usable_cores
@@ -88,7 +88,7 @@ def test_ratios_and_operations_are_worked_out_round_by_round():
         "matmul": answers(1.0, 1.0, 1.0),  # 10 products a second
     }
     macs = 2048**3
-    ours, peer, best = summarise(dict.fromkeys(rounds, start), rounds, "train", macs)
+    ours, peer, best = summarise(dict.fromkeys(rounds, start), rounds, "train", macs, "ours")
     assert ours["images_per_second"] == peer["images_per_second"] == 5
     assert [ours["ratio"], peer["ratio"]] == [1, 2]
     assert peer["rounds"] == [5, 5, 1]
@@ -97,7 +97,9 @@ def test_ratios_and_operations_are_worked_out_round_by_round():
     assert ours["share_of_peak"] == pytest.approx(3 * 5 / 10)
     assert best["share_of_peak"] == 1
     assert "ratio" not in best
-    (alone,) = summarise({"ours": start}, {"ours": rounds["ours"]}, "data", None)
+    ours, peer, _ = summarise(dict.fromkeys(rounds, start), rounds, "train", macs, "peer")
+    assert [ours["ratio"], peer["ratio"]] == [0.5, 1]
+    (alone,) = summarise({"ours": start}, {"ours": rounds["ours"]}, "data", None, "ours")
     assert "gflops" not in alone and "peak_memory" not in alone
 
 
@@ -105,7 +107,7 @@ def test_a_round_too_short_for_the_clock_is_no_fault():
     """The system tells processor time in ticks, so a short round may have taken none."""
     start = {"what": "x", "first_call_seconds": 1.0, "prepare_seconds": 1.0}
     answer = {"images": 4, "seconds": 0.1, "cpu_seconds": 0.0}
-    (side,) = summarise({"ours": start}, {"ours": [answer]}, "data", None)
+    (side,) = summarise({"ours": start}, {"ours": [answer]}, "data", None, "ours")
     assert side["images_per_core_second"] == pytest.approx(4 / 0.01)
 
 
@@ -161,8 +163,8 @@ def test_inference_beside_an_exported_file_and_a_peer(monkeypatch, log, tmp_path
     figures = json.loads(file.read_text())
     ours, exported, predictor, peer, matmul = figures["sides"]
     names = [side["name"] for side in figures["sides"]]
-    assert names == ["ours", "file", "predictor", "stand_in", "matmul"]
-    assert exported["what"].startswith("tiny.mindir, MindSpore")
+    assert names == ["ours", "tiny.mindir", "predictor", "stand_in", "matmul"]
+    assert exported["what"].startswith("tiny.mindir in mindspore, by MindSpore")
     assert predictor["what"].startswith("Predictor, MindSpore")
     assert min(*exported["rounds"], *predictor["rounds"]) > 0
     assert peer["rounds"] == [2, 4] and peer["images_per_second"] == 3
@@ -247,6 +249,7 @@ def test_first_calls_come_from_fresh_processes(monkeypatch, log, tmp_path, capsy
         ("train", ["--images=3"], "--images: has no meaning in mode train"),
         ("infer", ["--threads=4096"], "--threads 4096"),
         ("infer", ["--model_file=nowhere.mindir"], "--model_file nowhere.mindir"),
+        ("infer", ["--reference=theirs"], "--reference theirs: no such side; choose from ours"),
         ("data", [], "needs a folder"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
@@ -255,6 +258,21 @@ def test_a_users_error_is_one_line(monkeypatch, log, capsys, mode, words, compla
     assert call(monkeypatch, mode, *words) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert complaint in line
+
+
+def test_each_file_runs_in_each_engine_that_takes_it(tmp_path):
+    for name in ("a.onnx", "b.mindir"):
+        (tmp_path / name).touch()
+    files = [str(tmp_path / name) for name in ("a.onnx", "b.mindir")]
+    plans = plan_files(files, ["openvino", "onnxruntime", "mindspore"], {})
+    assert [each.name for each in plans] == [
+        "a.onnx:openvino", "a.onnx:onnxruntime", "b.mindir:mindspore",
+    ]  # fmt: skip
+    assert [each.name for each in plan_files(files, [], {})] == ["a.onnx", "b.mindir"]
+    with pytest.raises(UserError, match=r"b.mindir: is not run by openvino"):
+        plan_files(files, ["openvino"], {})
+    with pytest.raises(UserError, match="another file has this name"):
+        plan_files([files[0], files[0]], [], {})
 
 
 def test_the_sizes_of_a_variant_are_read_off_the_network():
