@@ -50,7 +50,7 @@ def text(path):
 
 
 def another_format(path):
-    Image.new("RGB", (9, 9)).save(path, "WEBP")
+    Image.new("RGB", (9, 9)).save(path, "GIF")
 
 
 def empty(path):
@@ -63,7 +63,7 @@ DAMAGES = {
     cut_in_header: CUT_OFF,
     cut_in_a_marker: CUT_OFF,
     text: "not a readable image (no image, or damaged at its beginning)",
-    another_format: "not a readable image (of the format WEBP; JPEG, PNG, BMP and TIFF are read)",
+    another_format: "not a readable image (of the format GIF; JPEG, PNG, BMP, TIFF and WEBP are read)",
     empty: "not a readable image (empty, 0 bytes)",
     os.remove: "No such file or directory",
 }
