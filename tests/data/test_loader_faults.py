@@ -8,6 +8,7 @@ from PIL import Image
 
 from src.data.augment import train_operations
 from src.data.base import FileSource, Source
+from src.data.headers import READ
 from src.data.loader import eval_batches, find_broken, train_batches
 from src.data.transforms import Preprocessing
 from src.errors import UserError
@@ -63,7 +64,7 @@ DAMAGES = {
     cut_in_header: CUT_OFF,
     cut_in_a_marker: CUT_OFF,
     text: "not a readable image (no image, or damaged at its beginning)",
-    another_format: "not a readable image (of the format GIF; JPEG, PNG, BMP, TIFF and WEBP are read)",
+    another_format: f"not a readable image (of the format GIF; {READ})",
     empty: "not a readable image (empty, 0 bytes)",
     os.remove: "No such file or directory",
 }
