@@ -53,12 +53,12 @@ def kind_of(path: Path) -> str:
     with path.open("rb") as file:
         head = file.read(512)
     length = int.from_bytes(head[:8], "little")
+    if head[8:9] == b"{" and length <= size - 8:  # first: the length may begin like any other kind
+        return SAFETENSORS
     if head.startswith(b"PK\x03\x04"):
         return TORCH_ZIP
     if head.startswith(b"\x80"):
         return TORCH_LEGACY
-    if head[8:9] == b"{" and length <= size - 8:
-        return SAFETENSORS
     if _starts_with_value(head):
         return CHECKPOINT
     raise UserError(_other(head))

@@ -127,3 +127,11 @@ def test_every_kind_by_its_content(tmp_path):
     write_zip(tmp_path / "c.ckpt", SOUND)
     for name in ("a.ckpt", "b.ckpt", "c.ckpt"):
         assert read(tmp_path / name)["w"].shape == (2, 3)
+
+
+@pytest.mark.parametrize("length", [0x80, 0x10A, 0x450])
+def test_safetensors_whose_length_begins_like_another_kind(tmp_path, length):
+    header = b'{"w":{"dtype":"F32","shape":[6],"data_offsets":[0,24]}}'.ljust(length)
+    raw = length.to_bytes(8, "little") + header + bytes(24)
+    (tmp_path / "x.ckpt").write_bytes(raw)
+    assert read(tmp_path / "x.ckpt")["w"].shape == (6,)
