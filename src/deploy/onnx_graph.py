@@ -29,6 +29,7 @@ class OnnxGraph:
         self._nodes: list[onnx.NodeProto] = []
         self._weights: dict[str, np.ndarray] = {}
         self._types = {INPUT: "float32"}
+        self._names = {}  # how often each was asked for
         self._scopes: list[str] = []
 
     @contextlib.contextmanager
@@ -38,21 +39,21 @@ class OnnxGraph:
         yield
         del self._scopes[-len(names) :]
 
-    def node(self, op: str, *inputs: str, to: str | None = None, **attributes) -> str:
+    def node(self, op: str, *inputs: str, dtype: str | None = None, **attributes) -> str:
         """Append an operator with one output.
 
         Args:
             op: its name in ONNX.
             inputs: values.
-            to: type of the output where it is not the first input's.
+            dtype: type of the output where it is not the first input's.
             attributes: of the operator.
 
         Returns:
             The output.
         """
-        name = self._name(op, {node.name for node in self._nodes})
+        name = self._unique(op)
         self._nodes.append(helper.make_node(op, inputs, [name], name, **attributes))
-        self._types[name] = to or self._types[inputs[0]]
+        self._types[name] = dtype or self._types[inputs[0]]
         return name
 
     def constant(self, name: str, values: np.ndarray | Sequence[int]) -> str:
@@ -63,7 +64,7 @@ class OnnxGraph:
 
     def cast(self, x: str, to: str) -> str:
         """Convert to "float32" or "float16"; nothing happens to what is of this type."""
-        return x if self._types[x] == to else self.node("Cast", x, to=to)
+        return x if self._types[x] == to else self.node("Cast", x, dtype=to, to=TYPES[to])
 
     def weight(self, name: str, values: np.ndarray) -> str:
         """Add weights of a product, in the stored type, and convert them to the computing one."""
@@ -140,7 +141,7 @@ class OnnxGraph:
             return self.add(x, self.constant("beta", beta))
 
     def model(self, logits: str, shape: Sequence[int | None], classes: int) -> onnx.ModelProto:
-        """Finish the graph.
+        """Finish the graph, which is empty afterwards.
 
         Args:
             logits: the value that becomes the output, float32.
@@ -154,13 +155,17 @@ class OnnxGraph:
             "cvt",
             [helper.make_tensor_value_info(INPUT, TensorProto.FLOAT, [batch, *shape[1:]])],
             [helper.make_tensor_value_info(OUTPUT, TensorProto.FLOAT, [batch, classes])],
-            [numpy_helper.from_array(values, name) for name, values in self._weights.items()],
         )
         opset = helper.make_opsetid("", OPSET)
-        return helper.make_model(graph, opset_imports=[opset], ir_version=IR_VERSION)
+        model = helper.make_model(graph, opset_imports=[opset], ir_version=IR_VERSION)
+        while self._weights:  # one by one, because a gigabyte of them should not exist twice
+            name = next(iter(self._weights))
+            values = self._weights.pop(name)
+            model.graph.initializer.append(numpy_helper.from_array(values, name))
+        return model
 
     def _store(self, name: str, values: np.ndarray) -> str:
-        name = self._name(name, self._weights)
+        name = self._unique(name)
         self._weights[name] = values
         self._types[name] = str(values.dtype)
         return name
@@ -172,9 +177,8 @@ class OnnxGraph:
         self._weights[name] = values
         return name
 
-    def _name(self, last: str, taken) -> str:
+    def _unique(self, last: str) -> str:
+        """The scopes and `last`, with a number behind the second of a name and the following."""
         name = "/".join([*self._scopes, last])
-        number = 1
-        while (name if number == 1 else f"{name}_{number}") in taken:
-            number += 1
+        number = self._names[name] = self._names.get(name, 0) + 1
         return name if number == 1 else f"{name}_{number}"

@@ -58,14 +58,13 @@ def write_onnx(
             "halve them with --weight_dtype float16, or take --format mindir"
         )
     net = fuse(net)
+    classes = net.num_classes or _width(net)
     graph = OnnxGraph(precision, "float16" if half else "float32")
     feature = write(graph, net, tuple(shape[2:]))  # [B, C]
-    classes = net.num_classes or _width(net)
     if net.num_classes:
         feature = graph.linear(feature, "head", *_affine(net.head))
-    model = graph.model(graph.cast(feature, "float32"), shape, classes)
-    onnx.checker.check_model(model)
-    onnx.save(model, path)
+    onnx.save(graph.model(graph.cast(feature, "float32"), shape, classes), path)
+    onnx.checker.check_model(str(path), full_check=True)
 
 
 def _cvt(graph: OnnxGraph, net: CvT, size: tuple[int, int]) -> str:
@@ -257,6 +256,7 @@ def _conv_batch_norm(graph: OnnxGraph, x: str, cell: ConvBatchNorm) -> str:
 
 def _with_cls_token(graph: OnnxGraph, x: str, token: Parameter) -> str:
     """Tokens [B, N, C] -> [B, 1 + N, C]; zeros made of x give the token its batch axis."""
+    x = graph.cast(x, "float32")
     zeros = graph.node("Mul", graph.tokens(x, 0, 1), graph.constant("zero", 0.0))
     return graph.concat(graph.add(zeros, graph.constant("cls_token", _value(token))), x)
 

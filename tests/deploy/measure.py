@@ -82,7 +82,8 @@ def measure_formats(name: str, output: Path) -> dict:
     from mindspore import Tensor
 
     from src.config import RuntimeConfig
-    from src.deploy.formats import open_model, write_model
+    from src.deploy.engines import open_model
+    from src.deploy.formats import checking_engines, write_model
     from src.deploy.fuse import fuse
     from src.recipe import accelerate
     from tests.golden import official
@@ -107,12 +108,13 @@ def measure_formats(name: str, output: Path) -> dict:
         to_fused, to_checkpoint = [], []
         for batch in (1, None):
             path = output / f"{name}.{kind}"
-            write_model(inference, (batch, 3, *size), path, kind)
-            opened = open_model(path)
-            for count in BATCHES if batch is None else (1,):
-                found = opened(images[:count])
-                to_fused.append(difference(found, fused[:count]))
-                to_checkpoint.append(difference(found, expected[:count]))
+            write_model(net, (batch, 3, *size), path, kind)
+            for engine in checking_engines(kind):
+                opened = open_model(path, engine)
+                for count in BATCHES if batch is None else (1,):
+                    found = opened(images[:count])
+                    to_fused.append(difference(found, fused[:count]))
+                    to_checkpoint.append(difference(found, expected[:count]))
             path.unlink()
         figures |= {f"{kind}_fused": max(to_fused), f"{kind}_checkpoint": max(to_checkpoint)}
     return figures
@@ -241,7 +243,9 @@ def measure_folder(output: Path, photos: Path | None) -> dict:
 
 def measure_speed(output: Path) -> dict:
     """Fused against unfused MINDIR, in turn: medians of the rounds' ratios."""
-    from src.deploy.formats import open_model, write_model
+    from mindspore import Tensor, export
+
+    from src.deploy.engines import open_model
     from src.deploy.fuse import fuse
     from tests.golden import official
 
@@ -249,7 +253,7 @@ def measure_speed(output: Path) -> dict:
     images, runs, profiles = noise(16, (224, 224)), [], []
     for name, each in (("unfused", net), ("fused", fuse(net))):
         path = output / f"{name}.mindir"
-        write_model(each, images.shape, path, "mindir")
+        export(each, Tensor(images), file_name=str(path), file_format="MINDIR")
         runs.append(open_model(path))
         with multiprocessing.get_context("spawn").Pool(1, setup) as pool:
             profiles.append(pool.apply(profile, (path, images)))

@@ -15,7 +15,7 @@ def profile(path: Path, images: np.ndarray) -> dict[str, float]:
     """Milliseconds of a batch by kind of operator; MindSpore's profiler works once a process."""
     from mindspore import Profiler
 
-    from src.deploy.formats import open_model
+    from src.deploy.engines import open_model
 
     forward, folder = open_model(path), path.with_suffix(".profile")
     forward(images)
