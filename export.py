@@ -88,7 +88,7 @@ def _runtime(runtime: RuntimeConfig, file_format: str) -> RuntimeConfig:
     """
     if file_format == "air":
         return dataclasses.replace(runtime, precision="float32")
-    return RuntimeConfig(device="CPU", seed=runtime.seed)
+    return RuntimeConfig(device="CPU", mode=runtime.mode, seed=runtime.seed)
 
 
 def _count(text: str) -> int:
