@@ -129,8 +129,21 @@ class OnnxGraph:
         kind = types.pop() if len(types) == 1 else "float32"
         return self.node("Concat", *(self.cast(x, kind) for x in tokens), axis=1)
 
-    def layer_norm(self, x: str, name: str, gamma: np.ndarray, beta: np.ndarray, eps: float) -> str:
-        """x [..., C] -> float32 [..., C], in operators that every engine knows."""
+    def layer_norm(
+        self,
+        x: str,
+        name: str,
+        gamma: np.ndarray,
+        beta: np.ndarray,
+        eps: float,
+        single: bool = False,
+    ) -> str:
+        """x [B, T, C], or [B, C] if single -> float32 of that shape.
+
+        In operators that every engine knows. MindSpore Lite 2.0 fuses Mul and Add into a Scale,
+        which with several threads gives wrong numbers for a few short rows and says nothing; a
+        Reshape in between prevents that where the rows are few, one for each image.
+        """
         with self.scope(name):
             x = self.cast(x, "float32")
             x = self.node("Sub", x, self.node("ReduceMean", x, axes=[-1], keepdims=1))
@@ -138,6 +151,7 @@ class OnnxGraph:
             variance = self.node("ReduceMean", square, axes=[-1], keepdims=1)
             deviation = self.node("Sqrt", self.add(variance, self.constant("eps", eps)))
             x = self.node("Mul", self.node("Div", x, deviation), self.constant("gamma", gamma))
+            x = self.reshape(x, -1, len(gamma)) if single else x
             return self.add(x, self.constant("beta", beta))
 
     def model(self, logits: str, shape: Sequence[int | None], classes: int) -> onnx.ModelProto:

@@ -77,14 +77,14 @@ def _cvt(graph: OnnxGraph, net: CvT, size: tuple[int, int]) -> str:
             x = _cvt_stage(graph, stage, x, grid, net.stage2.has_cls_token and i == 2)
         size = grid
     if net.stage2.has_cls_token:
-        return _norm(graph, graph.reshape(x, -1, net.stage2.dim), "norm", net.norm)
+        return _norm(graph, x, "norm", net.norm, single=True)
     return graph.node("ReduceMean", _norm(graph, x, "norm", net.norm), axes=[1], keepdims=0)
 
 
 def _cvt_stage(
     graph: OnnxGraph, stage: Stage, x: str, grid: tuple[int, int], only_cls: bool
 ) -> str:
-    """Map [B, C_in, H_in, W_in] -> tokens [B, T, C], or the class token [B, 1, C]."""
+    """Map [B, C_in, H_in, W_in] -> tokens [B, T, C], or the class token [B, C]."""
     with graph.scope("patch_embed"):
         x = _to_tokens(graph, _conv(graph, x, "proj", stage.patch_embed.proj), stage.dim, grid)
         x = _norm(graph, x, "norm", stage.patch_embed.norm)
@@ -104,7 +104,7 @@ def _cvt_stage(
 
 
 def _attention(graph: OnnxGraph, attn: Attention, x: str, grid: tuple, only_cls: bool) -> str:
-    """Tokens [B, T, C] -> [B, T, C], or the class token's [B, 1, C]."""
+    """Tokens [B, T, C] -> [B, T, C], or the class token's [B, C]."""
     count, dim = grid[0] * grid[1], attn.num_heads * attn.head_dim
     first = 1 if attn.has_cls_token else 0
     cls = graph.tokens(x, 0, 1) if first else None
@@ -123,12 +123,12 @@ def _attention(graph: OnnxGraph, attn: Attention, x: str, grid: tuple, only_cls:
         if first:
             joined = {each: graph.concat(cls, each) for each in dict.fromkeys((k, v))}
             k, v = joined[k], joined[v]
-            q = cls if only_cls else graph.concat(cls, q)
-    q = cls if only_cls else q
+            q = q if only_cls else graph.concat(cls, q)
+    q = _first_token(graph, x, dim) if only_cls else q
     q = graph.linear(q, "proj_q", *_affine(attn.proj_q))
     k = graph.linear(k, "proj_k", *_affine(attn.proj_k))
     v = graph.linear(v, "proj_v", *_affine(attn.proj_v))
-    queries = 1 if only_cls else first + grid[0] * grid[1]
+    queries = None if only_cls else first + grid[0] * grid[1]
     return _attend(graph, attn, q, k, v, queries, first + count)
 
 
@@ -159,31 +159,40 @@ def _pool(graph: OnnxGraph, attn: Attention, x: str, grid: tuple) -> tuple:
         return _to_tokens(graph, x, dim, correction.shape), correction.size
 
 
-def _attend(graph: OnnxGraph, attn, q: str, k: str, v: str, queries: int, keys: int) -> str:
-    """q [B, T, C], k and v [B, T', C] -> [B, T, C], behind the output's Linear."""
+def _attend(graph: OnnxGraph, attn, q: str, k: str, v: str, queries: int | None, keys: int) -> str:
+    """q [B, T, C], or [B, C] without queries, k and v [B, T', C] -> like q, through `proj`."""
     heads, dim = attn.num_heads, attn.head_dim
-    q = graph.transpose(graph.reshape(q, -1, queries, heads, dim), 0, 2, 1, 3)  # [B, h, T, C / h]
+    q = graph.reshape(q, -1, queries or 1, heads, dim)
+    q = graph.transpose(q, 0, 2, 1, 3)  # [B, h, T, C / h]
     k = graph.transpose(graph.reshape(k, -1, keys, heads, dim), 0, 2, 3, 1)  # [B, h, C / h, T']
     v = graph.transpose(graph.reshape(v, -1, keys, heads, dim), 0, 2, 1, 3)  # [B, h, T', C / h]
     scores = graph.cast(graph.matmul(q, k), "float32")
     x = graph.matmul(graph.node("Softmax", scores, axis=-1), v)
-    x = graph.reshape(graph.transpose(x, 0, 2, 1, 3), -1, queries, heads * dim)
+    shape = [heads * dim] if queries is None else [queries, heads * dim]
+    x = graph.reshape(graph.transpose(x, 0, 2, 1, 3), -1, *shape)
     return graph.linear(x, "proj", *_affine(attn.proj))
 
 
 def _block(
     graph: OnnxGraph, block: nn.Cell, x: str, attend: Callable, act: Callable, only_cls: bool
 ) -> str:
-    """x [B, T, C] -> [B, T, C], or the class token's [B, 1, C]."""
+    """x [B, T, C] -> [B, T, C], or the class token's [B, C]."""
     y = _norm(graph, x, "norm1", block.norm1)
     with graph.scope("attn"):
         y = attend(y)
-    x = graph.add(graph.tokens(x, 0, 1) if only_cls else x, y)
-    y = _norm(graph, x, "norm2", block.norm2)
+    if only_cls:
+        x = _first_token(graph, x, block.attn.num_heads * block.attn.head_dim)
+    x = graph.add(x, y)
+    y = _norm(graph, x, "norm2", block.norm2, single=only_cls)
     with graph.scope("mlp"):
         y = act(graph, graph.linear(y, "fc1", *_affine(block.mlp.fc1)))
         y = graph.linear(y, "fc2", *_affine(block.mlp.fc2))
     return graph.add(x, y)
+
+
+def _first_token(graph: OnnxGraph, x: str, dim: int) -> str:
+    """[B, T, C] -> [B, C]."""
+    return graph.reshape(graph.tokens(x, 0, 1), -1, dim)
 
 
 def _silu(graph: OnnxGraph, x: str) -> str:
@@ -212,16 +221,16 @@ def _vit(graph: OnnxGraph, net: VisionTransformer, size: tuple[int, int]) -> str
 
         def attend(y: str, attn=block.attn, alone: bool = alone) -> str:
             weight, bias = (np.split(each, 3) for each in _affine(attn.qkv))
-            first = graph.tokens(y, 0, 1) if alone else y
+            first = _first_token(graph, y, net.embed_dim) if alone else y
             q, k, v = (
                 graph.linear(each, name, weight[i], bias[i])
                 for i, (name, each) in enumerate((("q", first), ("k", y), ("v", y)))
             )
-            return _attend(graph, attn, q, k, v, 1 if alone else count, count)
+            return _attend(graph, attn, q, k, v, None if alone else count, count)
 
         with graph.scope(f"block{j}"):
             x = _block(graph, block, x, attend, _gelu, alone)
-    return _norm(graph, graph.reshape(x, -1, net.embed_dim), "norm", net.norm)
+    return _norm(graph, x, "norm", net.norm, single=True)
 
 
 def _resnet(graph: OnnxGraph, net: ResNet, size: tuple[int, int]) -> str:
@@ -272,8 +281,9 @@ def _four(padding: int | Sequence[int]) -> Sequence[int]:
     return (padding,) * 4 if isinstance(padding, int) else padding
 
 
-def _norm(graph: OnnxGraph, x: str, name: str, norm: nn.LayerNorm) -> str:
-    return graph.layer_norm(x, name, _value(norm.gamma), _value(norm.beta), norm.epsilon)
+def _norm(graph: OnnxGraph, x: str, name: str, norm: nn.LayerNorm, single: bool = False) -> str:
+    gamma, beta = _value(norm.gamma), _value(norm.beta)
+    return graph.layer_norm(x, name, gamma, beta, norm.epsilon, single)
 
 
 def _to_tokens(graph: OnnxGraph, x: str, dim: int, grid: Sequence[int]) -> str:
