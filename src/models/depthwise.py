@@ -7,6 +7,7 @@ not mind it: the tokens of a CvT lie as [B, H, W, C], so nothing is transposed. 
 from __future__ import annotations
 
 from mindspore import Tensor, nn, ops
+from mindspore import dtype as mstype
 
 KERNEL_SIZE, PADDING = 3, 1
 
@@ -25,6 +26,9 @@ class ShiftedDepthwise(nn.Cell):
     def __init__(self, stride: int) -> None:
         super().__init__()
         self.stride = stride
+        # The operator itself: ops.pad is Python code that the compiler loses inside nested loops.
+        self.pad = ops.PadV3(paddings_contiguous=True)
+        self.zero = Tensor(0.0, mstype.float32)
         self.reach = -(-KERNEL_SIZE // stride) - 1  # cells that a window reaches beyond its first
         # Above 2 the last window may end before the last row, which one more cell then holds.
         self.spare = int(stride > 2)
@@ -54,7 +58,7 @@ class ShiftedDepthwise(nn.Cell):
         stride, height, width = self.stride, x.shape[1], x.shape[2]
         a, b = self._axis(height), self._axis(width)
         below, right = a * stride - height - PADDING, b * stride - width - PADDING
-        x = ops.pad(x, (0, 0, PADDING, right, PADDING, below))
+        x = self.pad(x, (0, 0, PADDING, right, PADDING, below), self.zero)
         return x.reshape((x.shape[0], a, stride, b, stride, x.shape[3]))
 
     def _axis(self, size: int) -> int:
@@ -79,7 +83,7 @@ class ShiftedDepthwise(nn.Cell):
         stride, reach = self.stride, self.reach
         a, b = rows + reach + self.spare, columns + reach + self.spare
         behind = reach + self.spare
-        padded = ops.pad(dout, (0, 0, reach, behind, reach, behind))
+        padded = self.pad(dout, (0, 0, reach, behind, reach, behind), self.zero)
         row_phases = ()
         for r in range(stride):
             column_phases = ()
