@@ -18,10 +18,11 @@ from typing import Any, NoReturn
 import yaml
 from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
 
-from src.config import Config, Study
+from src.config import Config, DataConfig, Study
 from src.errors import UserError, shown
 from src.files import write_text
 from src.hints import nearest_key
+from src.yaml_text import MOST_BYTES, read_yaml
 
 CONFIG = "config.yaml"  # in a run's folder
 
@@ -65,7 +66,10 @@ def _one_line(message: str, known: Sequence[str]) -> str:
     message = re.sub(r'Parser key "([^"]+)":', r"\1:", message)
     message = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", message).replace("typing.", "")
     union = re.match(r"(\S+) Does not .*Subtypes: \[(.*)\] Errors: .*Given value: (.*)", message)
-    if union:
+    names = re.match(r"(\S+) Does not .* Not of type ClassNames: (.*?) - Expected a", message)
+    if names:
+        message = f"{names[1]} {names[2]}"
+    elif union:
         message = f"{union[1]} Expected one of {union[2]}. Got value: {shown(union[3])}"
     return shown(message, 600)
 
@@ -236,11 +240,10 @@ def as_option(key: str, value: Any) -> str:
 def _check_mapping(path: Path, schema: type) -> None:
     """Refuse what the parser takes in silence: a file or a group that is no mapping."""
     try:
-        if path.is_file() and path.stat().st_size > _MOST_BYTES:
-            raise UserError(f"--config {path}: has more than {_MOST_BYTES >> 20} MiB; is no recipe")
+        if path.is_file() and path.stat().st_size > MOST_BYTES:
+            raise UserError(f"--config {path}: has more than {MOST_BYTES >> 20} MiB; is no recipe")
         text = path.read_text(encoding="utf-8")
-        _check_size(text)
-        content = yaml.safe_load(text)
+        content = read_yaml(text)
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}; give a YAML file") from None
     except (ValueError, yaml.YAMLError) as error:  # ValueError: also of a date that is none
@@ -256,41 +259,17 @@ def _check_mapping(path: Path, schema: type) -> None:
             content.get(group.name, {}), dict
         ):
             raise UserError(f"--config {path}: {group.name} is a group of keys, not a value")
+    groups = [content, *(group for group in content.values() if isinstance(group, dict))]
+    for key, value in (item for group in groups for item in group.items()):
+        if isinstance(value, list) and len(value) > _MOST_VALUES and key not in _LONG_LISTS:
+            raise UserError(
+                f"--config {path}: {shown(key)} has {len(value):,} values; at most {_MOST_VALUES} "
+                "are read"
+            )
 
 
-# ImageNet-22k's 21,841 class names are half a MiB.
-_MOST_BYTES, _MOST_DEPTH = 4 << 20, 20
-
-
-def _check_size(text: str) -> None:
-    """Refuse nesting or aliases that grow beyond all bounds when they are read.
-
-    Raises:
-        yaml.YAMLError: too deep, a reference to itself, or more than `_MOST_BYTES` when expanded.
-    """
-    sizes: dict[str, int] = {}  # of anchored nodes, in letters, with their aliases expanded
-    open_nodes: list[list] = [[None, 0]]  # anchor and size
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        if isinstance(event, yaml.CollectionStartEvent):
-            open_nodes.append([event.anchor, 1])
-            if len(open_nodes) > _MOST_DEPTH:
-                raise yaml.YAMLError(f"nested deeper than {_MOST_DEPTH} levels")
-            continue
-        if isinstance(event, yaml.CollectionEndEvent):
-            anchor, size = open_nodes.pop()
-        elif isinstance(event, yaml.ScalarEvent):
-            anchor, size = event.anchor, 1 + len(event.value)
-        elif isinstance(event, yaml.AliasEvent):
-            if event.anchor not in sizes:
-                raise yaml.YAMLError(f"alias {shown(event.anchor)} of nothing before it")
-            anchor, size = None, sizes[event.anchor]
-        else:
-            continue
-        if anchor is not None:
-            sizes[anchor] = size
-        open_nodes[-1][1] += size
-        if open_nodes[-1][1] > _MOST_BYTES:
-            raise yaml.YAMLError(f"its aliases expand to more than {_MOST_BYTES >> 20} MiB")
+_MOST_VALUES = 1000  # jsonargparse takes time in proportion to the square of a list's length
+_LONG_LISTS = {key.name for key in dataclasses.fields(DataConfig) if "ClassNames" in str(key.type)}
 
 
 def save_config(config: Config, path: Path) -> None:

@@ -7,8 +7,11 @@ from jsonargparse.typing import (
     ClosedUnitInterval,
     NonNegativeInt,
     PositiveInt,
+    register_type,
     restricted_number_type,
 )
+
+from src.errors import shown
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -18,6 +21,27 @@ INFINITY = float("inf")
 Positive = restricted_number_type("Positive", float, [(">", 0), ("<", INFINITY)], join="and")
 NonNegative = restricted_number_type("NonNegative", float, [(">=", 0), ("<", INFINITY)], join="and")
 Share = restricted_number_type("Share", float, [(">=", 0), ("<", 1)], join="and")
+
+
+class ClassNames(list):
+    """Names of classes, checked at once: jsonargparse takes quadratic time for a list[str]."""
+
+
+def _class_names(value: Any) -> ClassNames:
+    if not isinstance(value, list):
+        raise ValueError(f"Expected a list of names. Got value: {shown(value)}")
+    for name in value:
+        if not isinstance(name, (str, int)) or isinstance(name, bool):
+            raise ValueError(f"Expected names, in quotes if need be. Got value: {shown(name)}")
+    return ClassNames(map(str, value))  # [3, 8] is YAML for two numbers
+
+
+register_type(
+    ClassNames,
+    serializer=list,
+    deserializer=_class_names,
+    type_check=lambda value, kind: isinstance(value, kind),
+)
 
 
 @dataclass
@@ -132,8 +156,8 @@ class DataConfig:
     path: Optional[str] = field(default=None, metadata=PATH)
     train_folder: str = "train"
     val_folder: str = "val"
-    class_names: Optional[list[Union[str, int]]] = None
-    classes: Optional[list[Union[str, int]]] = None
+    class_names: Optional[ClassNames] = None
+    classes: Optional[ClassNames] = None
     labels: Literal["val", "real", "v2"] = "val"
     labels_file: Optional[str] = field(default=None, metadata=PATH)
     train_images: Optional[PositiveInt] = None
@@ -146,12 +170,6 @@ class DataConfig:
     index: Optional[str] = field(default=None, metadata=PATH)
     broken: Literal["auto", "skip", "stop"] = "auto"
     broken_share: ClosedUnitInterval = 0.01
-
-    def __post_init__(self) -> None:
-        for key in ("class_names", "classes"):  # [3, 8] is YAML for two numbers
-            names = getattr(self, key)
-            if names is not None:
-                setattr(self, key, [str(name) for name in names])
 
 
 @dataclass
