@@ -68,7 +68,7 @@ def _one_line(message: str, known: Sequence[str]) -> str:
     union = re.match(r"(\S+) Does not .*Subtypes: \[(.*)\] Errors: .*Given value: (.*)", message)
     names = re.match(r"(\S+) Does not .* Not of type ClassNames: (.*?) - Expected a", message)
     if names:
-        message = f"{names[1]} {names[2]}"
+        message = f"{names[1]} {names[2]}. Got value: {shown(union[3])}"
     elif union:
         message = f"{union[1]} Expected one of {union[2]}. Got value: {shown(union[3])}"
     return shown(message, 600)

@@ -6,7 +6,6 @@ from typing import Any, Literal, Optional, Union
 from jsonargparse.typing import (
     ClosedUnitInterval,
     NonNegativeInt,
-    PositiveInt,
     register_type,
     restricted_number_type,
 )
@@ -18,6 +17,9 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 PATH = {"path": True}  # marks a key whose leading ~ is the user's home folder
 INFINITY = float("inf")
+MOST = 2**31 - 1  # of what MindSpore counts in 32 bits
+PositiveCount = restricted_number_type("PositiveCount", int, [(">=", 1), ("<=", MOST)], join="and")
+Count = restricted_number_type("Count", int, [(">=", 0), ("<=", MOST)], join="and")
 Positive = restricted_number_type("Positive", float, [(">", 0), ("<", INFINITY)], join="and")
 NonNegative = restricted_number_type("NonNegative", float, [(">=", 0), ("<", INFINITY)], join="and")
 Share = restricted_number_type("Share", float, [(">=", 0), ("<", 1)], join="and")
@@ -29,10 +31,10 @@ class ClassNames(list):
 
 def _class_names(value: Any) -> ClassNames:
     if not isinstance(value, list):
-        raise ValueError(f"Expected a list of names. Got value: {shown(value)}")
+        raise ValueError("Expected a list of names")
     for name in value:
         if not isinstance(name, (str, int)) or isinstance(name, bool):
-            raise ValueError(f"Expected names, in quotes if need be. Got value: {shown(name)}")
+            raise ValueError(f"Expected names; put quotes around {shown(name)}")
     return ClassNames(map(str, value))  # [3, 8] is YAML for two numbers
 
 
@@ -69,7 +71,7 @@ class RuntimeConfig:
     """
 
     device: Literal["auto", "Ascend", "GPU", "CPU"] = "auto"
-    device_id: NonNegativeInt = 0
+    device_id: Count = 0
     mode: Literal["graph", "pynative"] = "graph"
     precision: Literal["float32", "float16", "bfloat16"] = "float32"
     flash_attention: bool = False
@@ -105,7 +107,7 @@ class ModelConfig:
 
     name: str = "cvt_13"
     image_size: Union[int, list[int]] = 224
-    num_classes: Optional[PositiveInt] = None
+    num_classes: Optional[PositiveCount] = None
     embed_dims: Optional[list[int]] = None
     depths: Optional[list[int]] = None
     num_heads: Optional[list[int]] = None
@@ -160,12 +162,12 @@ class DataConfig:
     classes: Optional[ClassNames] = None
     labels: Literal["val", "real", "v2"] = "val"
     labels_file: Optional[str] = field(default=None, metadata=PATH)
-    train_images: Optional[PositiveInt] = None
+    train_images: Optional[PositiveCount] = None
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[Positive, Positive, Positive] = IMAGENET_STD
     crop_ratio: Optional[Positive] = 0.875
     interpolation: Literal["bicubic", "bilinear", "nearest"] = "bicubic"
-    workers: NonNegativeInt = 0
+    workers: Count = 0
     check_images: bool = True
     index: Optional[str] = field(default=None, metadata=PATH)
     broken: Literal["auto", "skip", "stop"] = "auto"
@@ -199,12 +201,12 @@ class AugmentConfig:
     crop: Literal["random_resized", "pad"] = "random_resized"
     scale: tuple[Positive, Positive] = (0.08, 1.0)
     ratio: tuple[Positive, Positive] = (0.75, 1.3333333333333333)
-    padding: NonNegativeInt = 4
+    padding: Count = 4
     hflip: ClosedUnitInterval = 0.5
     rand_augment: Optional[str] = None
     color_jitter: ClosedUnitInterval = 0.0
     erasing_prob: ClosedUnitInterval = 0.0
-    repeats: PositiveInt = 1
+    repeats: PositiveCount = 1
     mixup: NonNegative = 0.0
     cutmix: NonNegative = 0.0
     mixup_prob: ClosedUnitInterval = 1.0
@@ -233,13 +235,13 @@ class OptimizerConfig:
 
     name: Literal["adamw", "sgd"] = "adamw"
     lr: Positive = 1e-3
-    lr_batch_size: Optional[PositiveInt] = None
+    lr_batch_size: Optional[PositiveCount] = None
     weight_decay: NonNegative = 0.05
     betas: tuple[Share, Share] = (0.9, 0.999)
     eps: Positive = 1e-8
     momentum: Share = 0.9
     clip_norm: NonNegative = 0.0
-    warmup_epochs: NonNegativeInt = 5
+    warmup_epochs: Count = 5
     warmup_lr: NonNegative = 1e-6
     min_lr: NonNegative = 1e-5
     schedule_per: Literal["step", "epoch"] = "epoch"
@@ -270,16 +272,16 @@ class TrainingConfig:
             use their running statistics.
     """
 
-    epochs: PositiveInt = 300
-    epoch_steps: Optional[PositiveInt] = None
-    batch_size: PositiveInt = 256
-    accumulate: PositiveInt = 1
+    epochs: PositiveCount = 300
+    epoch_steps: Optional[PositiveCount] = None
+    batch_size: PositiveCount = 256
+    accumulate: PositiveCount = 1
     label_smoothing: Share = 0.1
     ema_decay: Share = 0.0
     loss_scale: Union[Positive, Literal["dynamic"]] = 1.0
     non_finite: Literal["stop", "skip"] = "stop"
-    save_every: NonNegativeInt = 0
-    keep: PositiveInt = 2
+    save_every: Count = 0
+    keep: PositiveCount = 2
     sync_batchnorm: bool = False
     freeze: list[str] = field(default_factory=list)
 
@@ -293,8 +295,8 @@ class EvaluationConfig:
         every: epochs from one evaluation in training to the next; the last is always evaluated.
     """
 
-    batch_size: PositiveInt = 256
-    every: PositiveInt = 1
+    batch_size: PositiveCount = 256
+    every: PositiveCount = 1
 
 
 @dataclass
@@ -329,10 +331,10 @@ class Study:
 
     recipe: str = field(metadata=PATH)
     models: dict[str, dict[str, dict[str, Any]]]
-    train_images: list[PositiveInt]
+    train_images: list[PositiveCount]
     seeds: list[NonNegativeInt]
-    steps: Union[PositiveInt, list[PositiveInt]]
-    evaluate_every: PositiveInt
+    steps: Union[PositiveCount, list[PositiveCount]]
+    evaluate_every: PositiveCount
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 

@@ -9,6 +9,7 @@ import signal
 import sys
 import unicodedata
 from collections.abc import Callable
+from typing import NoReturn
 
 _JOINERS = "\u200c\u200d"  # invisible, but letters of Persian, Indic scripts and emoji
 
@@ -40,9 +41,16 @@ def _printable(letter: str) -> str:
     return letter.encode("unicode_escape").decode("ascii")
 
 
+def _end(fault: object) -> NoReturn:
+    message = printable(f"{os.path.basename(sys.argv[0])}: error: {fault}")
+    print(message, file=sys.stderr)
+    sys.exit(2)
+
+
 def executable(main: Callable[[list[str]], None]) -> Callable[[], None]:
     """Make `main(argv)` a program: a UserError becomes one line on stderr and exit code 2.
 
+    A lack of memory, which a recipe can cause, is reported the same way.
     Letters that the terminal's encoding lacks are printed as escapes instead of ending the program.
     """
 
@@ -54,9 +62,9 @@ def executable(main: Callable[[list[str]], None]) -> Callable[[], None]:
         try:
             main(sys.argv[1:])
         except UserError as error:
-            message = printable(f"{os.path.basename(sys.argv[0])}: error: {error}")
-            print(message, file=sys.stderr)
-            sys.exit(2)
+            _end(error)
+        except MemoryError as error:
+            _end(f"not enough memory: {error or 'make the network, images or batch smaller'}")
         except BrokenPipeError:  # the reader of a pipe went away, as head does
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(128 + signal.SIGPIPE)

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from src.errors import UserError, executable, printable
@@ -21,6 +22,15 @@ def test_a_user_error_is_one_line_and_exit_code_2(capsys, monkeypatch):
         main()
     assert caught.value.code == 2
     assert capsys.readouterr().err == "train.py: error: x: is wrong; mend it\n"
+
+
+def test_a_lack_of_memory_is_one_line(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/somewhere/train.py"])
+    with pytest.raises(SystemExit) as caught:
+        executable(lambda argv: np.empty(1 << 60))()
+    assert caught.value.code == 2
+    words = "train.py: error: not enough memory: Unable to allocate 8.00 EiB"
+    assert capsys.readouterr().err.startswith(words)
 
 
 def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):

@@ -32,6 +32,7 @@ from src.models.registry import register_model
 from src.models.stochastic import Dropout, StochasticNet
 
 STAGES = 3
+MOST = 65_536  # channels, blocks, heads, pixels of a stride: beyond all networks, within memory
 QKV_PROJECTIONS = ("conv", "avg", "linear")
 PATCH_EMBEDS = ("conv", "patch")
 
@@ -256,6 +257,8 @@ def _check_sizes(sizes: dict[str, Sequence[int]]) -> None:
         lowest = 0 if name == "patch_paddings" else 1
         if len(values) != STAGES or not all(isinstance(v, int) and v >= lowest for v in values):
             raise UserError(f"{name} {list(values)}: must be {STAGES} integers, {lowest} or more")
+        if max(values) > MOST:
+            raise UserError(f"{name} {list(values)}: must be at most {MOST}")
     for dim, heads in zip(sizes["embed_dims"], sizes["num_heads"]):
         if dim % heads:
             raise UserError(f"embed_dims: {dim} is no multiple of its num_heads, {heads}")
@@ -264,8 +267,10 @@ def _check_sizes(sizes: dict[str, Sequence[int]]) -> None:
 def _check_choices(embed_dims, mlp_ratio, kv_stride, qkv_projection, patch_embed) -> None:
     if not mlp_ratio >= 1 / min(embed_dims) or mlp_ratio == math.inf:
         raise UserError(f"mlp_ratio {mlp_ratio}: must leave a hidden channel or more")
-    if kv_stride < 1:
-        raise UserError(f"kv_stride {kv_stride}: must be 1 or more")
+    if mlp_ratio * max(embed_dims) > MOST:
+        raise UserError(f"mlp_ratio {mlp_ratio}: makes more than {MOST} hidden channels")
+    if not 1 <= kv_stride <= MOST:
+        raise UserError(f"kv_stride {kv_stride}: must be 1 or more, at most {MOST}")
     if qkv_projection not in QKV_PROJECTIONS:
         raise UserError(f"qkv_projection {qkv_projection!r}: choose from {QKV_PROJECTIONS}")
     if patch_embed not in PATCH_EMBEDS:

@@ -9,6 +9,7 @@ from mindspore import nn, ops
 
 from src.command_line import load_config, run_config_of
 from src.config import Config
+from src.data.base import some_names
 from src.models.sync_batchnorm import synchronise_batchnorm
 from src.ranks import Ranks
 from src.recipe import accelerate, build_model, image_size
@@ -137,5 +138,5 @@ def start_from(net: nn.Cell, file: str, config: Config) -> list[str]:
         for parameter in net.get_parameters():
             if parameter.name in fresh:
                 ops.assign(parameter, fresh[parameter.name])
-        notes.append(f"the head starts anew: that run's classes were {', '.join(names)}")
+        notes.append(f"the head starts anew: that run's classes were {some_names(names)}")
     return notes

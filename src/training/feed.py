@@ -6,8 +6,12 @@ from mindspore import Tensor
 
 from src.config import Config
 from src.data import Batches, Source, train_batches
+from src.errors import UserError
 from src.ranks import Ranks
 from src.recipe import build_augmentation, build_mixing, image_size
+
+# The indices of an epoch's images and the learning rates of all steps are held in memory.
+MOST_IMAGES, MOST_STEPS = 200_000_000, 20_000_000
 
 
 class Feed:
@@ -26,8 +30,21 @@ class Feed:
         self.augmentation = build_augmentation(config, source.encoded)
         self.mixing = build_mixing(config)
         self.accumulate = config.training.accumulate
-        self.steps_per_epoch = len(self.batches(0)) // self.accumulate
         self.images_per_step = config.training.batch_size * self.accumulate * ranks.world
+        keys = config.training
+        images = (keys.epoch_steps or 0) * self.images_per_step
+        if images > MOST_IMAGES:
+            raise UserError(
+                f"training.epoch_steps {keys.epoch_steps}: {images:,} images an epoch, at most "
+                f"{MOST_IMAGES:,}; set it lower and training.epochs higher"
+            )
+        self.steps_per_epoch = len(self.batches(0)) // self.accumulate
+        steps = keys.epochs * self.steps_per_epoch
+        if steps > MOST_STEPS:
+            raise UserError(
+                f"training.epochs {keys.epochs}: {steps:,} steps, at most {MOST_STEPS:,}; "
+                "set it lower"
+            )
 
     def batches(self, epoch: int, steps_done: int = 0) -> Batches:
         """The batches of an epoch behind its first steps, `accumulate` for each step."""

@@ -219,6 +219,19 @@ def test_too_few_images_for_a_batch(trained, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    "keys, words",
+    [
+        ({"training__epochs": 2**31 - 1}, "training.epochs 2147483647: .* steps, at most"),
+        ({"training__epoch_steps": 2**31 - 1}, "training.epoch_steps 2147483647: .* images an"),
+    ],
+)
+def test_more_steps_than_memory_holds_are_refused(trained, tmp_path, keys, words):
+    with pytest.raises(UserError, match=words):
+        train(small(trained, **keys), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("name", ["config.yaml", "log.txt", "metrics.jsonl", "curves.png"])
 def test_files_that_no_run_wrote_are_not_replaced(trained, few_digits, tmp_path, name):
     (tmp_path / name).write_text("optimizer: {lr: 5}")
