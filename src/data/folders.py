@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -60,8 +61,9 @@ class Walk:
                 entered.append(name)
             folders[:] = entered
             for name in sorted(filter(is_data, names)):
-                known = name.lower().endswith(IMAGE_EXTENSIONS)
-                (images if known else others).append(os.path.join(place, name))
+                path = os.path.join(place, name)
+                known = name.lower().endswith(IMAGE_EXTENSIONS) and not _is_special(path)
+                (images if known else others).append(path)
         if refused:
             _log.warning(
                 "%s: did not follow %d links to folders that are read already, such as %s",
@@ -152,6 +154,14 @@ def _is_class(entry: os.DirEntry) -> bool:
 def _is_image(entry: os.DirEntry) -> bool:
     known = entry.name.lower().endswith(IMAGE_EXTENSIONS)
     return known and entry.is_file() and is_data(entry.name)
+
+
+def _is_special(path: str) -> bool:
+    """Whether a path is a pipe, socket or device, which would be waited for without end."""
+    try:
+        return not stat.S_ISREG(os.stat(path).st_mode)
+    except OSError:
+        return False  # a link to nothing; the check of images reports it
 
 
 def _identity(path: str | Path) -> tuple[int, int]:

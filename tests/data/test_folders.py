@@ -178,3 +178,10 @@ def test_a_known_class_without_validation_images_is_told(flowers, caplog):
     image(flowers / "val" / "tulip" / "1.png")
     with pytest.raises(UserError, match="'tulip' is none of the 2 known classes"):
         labelled(flowers, "val")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_a_pipe_is_no_image(flowers):
+    os.mkfifo(flowers / "train" / "daisy" / "pipe.jpg")
+    images, others = images_below(flowers / "train")
+    assert len(images) == 4 and [os.path.basename(path) for path in others] == ["pipe.jpg"]
