@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import io
 import os
@@ -12,6 +13,12 @@ from collections.abc import Callable
 from typing import NoReturn
 
 _JOINERS = "\u200c\u200d"  # invisible, but letters of Persian, Indic scripts and emoji
+
+# What the disk, its permissions or the system's limits refuse, wherever it happens.
+_OF_THE_SYSTEM = {
+    errno.EACCES, errno.EDQUOT, errno.EIO, errno.ELOOP, errno.EMFILE, errno.ENAMETOOLONG,
+    errno.ENFILE, errno.ENOSPC, errno.EPERM, errno.EROFS,
+}  # fmt: skip
 
 
 class UserError(ValueError):
@@ -50,7 +57,7 @@ def _end(fault: object) -> NoReturn:
 def executable(main: Callable[[list[str]], None]) -> Callable[[], None]:
     """Make `main(argv)` a program: a UserError becomes one line on stderr and exit code 2.
 
-    A lack of memory, which a recipe can cause, is reported the same way.
+    A lack of memory, and what the system refuses, as on a full disk, are reported the same way.
     Letters that the terminal's encoding lacks are printed as escapes instead of ending the program.
     """
 
@@ -63,10 +70,15 @@ def executable(main: Callable[[list[str]], None]) -> Callable[[], None]:
             main(sys.argv[1:])
         except UserError as error:
             _end(error)
+        except OSError as error:
+            if isinstance(error, BrokenPipeError):  # the reader of a pipe went away, as head does
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                sys.exit(128 + signal.SIGPIPE)
+            if error.errno not in _OF_THE_SYSTEM:
+                raise
+            where = f"{shown(error.filename)}: " if error.filename else ""
+            _end(f"{where}{error.strerror}")
         except MemoryError as error:
             _end(f"not enough memory: {error or 'make the network, images or batch smaller'}")
-        except BrokenPipeError:  # the reader of a pipe went away, as head does
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(128 + signal.SIGPIPE)
 
     return program

@@ -33,6 +33,20 @@ def test_a_lack_of_memory_is_one_line(capsys, monkeypatch):
     assert capsys.readouterr().err.startswith(words)
 
 
+def test_what_the_system_refuses_is_one_line(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/somewhere/train.py"])
+    for fault, words in (
+        (lambda argv: os.stat("a" * 5000), f"{'a' * 119}…: File name too long"),
+        (lambda argv: os.write(os.open("/dev/full", os.O_WRONLY), b"x"), "No space left on device"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            executable(fault)()
+        assert caught.value.code == 2
+        assert capsys.readouterr().err == f"train.py: error: {words}\n"
+    with pytest.raises(FileNotFoundError):
+        executable(lambda argv: os.stat("/nowhere/at all"))()
+
+
 def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr("sys.argv", ["train.py"])
 
