@@ -173,6 +173,8 @@ def _expand_keys(settings: Any) -> Any:
         if dataclasses.is_dataclass(value):
             _expand_keys(value)
         elif key.metadata.get("path") and value is not None:
+            if "\0" in value:
+                raise UserError(f"{key.name} {shown(value)}: no path holds a zero byte; change it")
             setattr(settings, key.name, os.path.expanduser(value))
     return settings
 

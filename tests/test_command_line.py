@@ -228,6 +228,7 @@ def bomb(levels, width):
         ("augment: {repeats: 99999999999999999999}", "augment.repeats: .*9999"),
         ("training: {save_every: 99999999999999999999}", "training.save_every: .*9999"),
         ("data: {classes: [yes, no]}", r"data.classes: .*around True\."),
+        ('data: {index: "a\\0b"}', "index a.*zero byte"),
         ("optimizer: {lr: 1, eps: 1, lr: 2}", "line 1 repeats the key lr"),
         ("model: {}\ndata: {}\nmodel: {}", "line 3 repeats the key model"),
         ("model: {image_size: " + "y" * 100_000 + "}", "model.image_size.*…"),
