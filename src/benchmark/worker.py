@@ -88,7 +88,7 @@ def infer_file(config: Config, job: dict) -> Work:
             f"--model_file {path}: has {classes} classes, the network beside it "
             f"{job['num_classes']}; give --model.name and --model.num_classes of the file"
         )
-    return Work(lambda: len(run(images)), f"{path.name} in {run.engine}, by ")
+    return Work(lambda: len(run(images)), f"{path.name} in {run.engine}, written by ")
 
 
 def train(config: Config, job: dict) -> Work:

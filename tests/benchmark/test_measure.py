@@ -164,7 +164,7 @@ def test_inference_beside_an_exported_file_and_a_peer(monkeypatch, log, tmp_path
     ours, exported, predictor, peer, matmul = figures["sides"]
     names = [side["name"] for side in figures["sides"]]
     assert names == ["ours", "tiny.mindir", "predictor", "stand_in", "matmul"]
-    assert exported["what"].startswith("tiny.mindir in mindspore, by MindSpore")
+    assert exported["what"].startswith("tiny.mindir in mindspore, written by MindSpore")
     assert predictor["what"].startswith("Predictor, MindSpore")
     assert min(*exported["rounds"], *predictor["rounds"]) > 0
     assert peer["rounds"] == [2, 4] and peer["images_per_second"] == 3

@@ -2,9 +2,9 @@
 // there is one (T = cls + H W), then the grid row by row, channels innermost. All float32.
 //
 // Called by MindSpore's ops.Custom (func_type "aot"): inputs, then outputs, with their shapes; 0 is
-// success, which shapes that do not belong together are not: MindSpore then raises an error. Integers, like the grid H x W, arrive as the shape of a tensor. Every sum has a fixed
-// order, whatever the number of threads: partial sums by image or by block of rows, added up in
-// double, in turn.
+// success; shapes that do not belong together give 1, which MindSpore turns into an error. Integers,
+// like the grid H x W, arrive as the shape of a tensor. Every sum has a fixed order, whatever the
+// number of threads: partial sums by image or by block of rows, added up in double, in turn.
 
 #pragma once
 

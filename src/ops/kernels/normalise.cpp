@@ -17,8 +17,8 @@ AOT(layer_norm) {
   In x = in(p, 0), gamma = in(p, 1), beta = in(p, 2);
   Out y = out(p, 4), mean = out(p, 5), inverse = out(p, 6);
   const float eps = in(p, 3)[0];
-  parallel(rows, 3 * n, [&](int64_t r) {
-    In a = x + r * n;
+  parallel(rows, 3 * n, [=](int64_t r) {
+    In a = x + r * n, factor = gamma, shift = beta;
     Out b = y + r * n;
     float sum = 0, squares = 0;
 #pragma omp simd reduction(+ : sum)
@@ -27,7 +27,7 @@ AOT(layer_norm) {
 #pragma omp simd reduction(+ : squares)
     for (int64_t c = 0; c < n; ++c) squares += (a[c] - m) * (a[c] - m);
     const float i = 1.0f / std::sqrt(squares / n + eps);
-    SIMD for (int64_t c = 0; c < n; ++c) b[c] = (a[c] - m) * i * gamma[c] + beta[c];
+    SIMD for (int64_t c = 0; c < n; ++c) b[c] = (a[c] - m) * i * factor[c] + shift[c];
     mean[r] = m;
     inverse[r] = i;
   });
@@ -46,16 +46,19 @@ AOT(layer_norm_grad) {
   In dy = in(p, 0), x = in(p, 1), gamma = in(p, 2), mean = in(p, 3), inverse = in(p, 4);
   Out dx = out(p, 5);
   std::vector<float> partial(2 * blocks * n, 0.0f);
-  parallel(blocks, 6 * kBlock * n, [&](int64_t k) {
-    Out dgamma = &partial[k * n], dbeta = &partial[(blocks + k) * n];
-    for (int64_t r = k * kBlock; r < std::min(rows, (k + 1) * kBlock); ++r) {
+  Out sums = partial.data();
+  parallel(blocks, 6 * kBlock * n, [=](int64_t k) {
+    Out dgamma = sums + k * n, dbeta = sums + (blocks + k) * n;
+    In factor = gamma;
+    const int64_t last = std::min(rows, (k + 1) * kBlock);
+    for (int64_t r = k * kBlock; r < last; ++r) {
       In a = x + r * n, g = dy + r * n;
       Out d = dx + r * n;
       const float m = mean[r], i = inverse[r];
       float sum = 0, dot = 0;
 #pragma omp simd reduction(+ : sum, dot)
       for (int64_t c = 0; c < n; ++c) {
-        const float scaled = g[c] * gamma[c];
+        const float scaled = g[c] * factor[c];
         sum += scaled;
         dot += scaled * ((a[c] - m) * i);
       }
@@ -63,7 +66,7 @@ AOT(layer_norm_grad) {
       dot /= n;
       SIMD for (int64_t c = 0; c < n; ++c) {
         const float hat = (a[c] - m) * i;
-        d[c] = (g[c] * gamma[c] - sum - hat * dot) * i;
+        d[c] = (g[c] * factor[c] - sum - hat * dot) * i;
         dgamma[c] += g[c] * hat;
         dbeta[c] += g[c];
       }
@@ -85,7 +88,7 @@ AOT(softmax) {
   In x = in(p, 0);
   Out y = out(p, 2);
   const float scale = in(p, 1)[0];
-  parallel(rows, 4 * n, [&](int64_t r) {
+  parallel(rows, 4 * n, [=](int64_t r) {
     In a = x + r * n;
     Out b = y + r * n;
     float top = a[0], sum = 0;
@@ -114,7 +117,7 @@ AOT(softmax_grad) {
   In dy = in(p, 0), y = in(p, 1);
   Out dx = out(p, 3);
   const float scale = in(p, 2)[0];
-  parallel(rows, 3 * n, [&](int64_t r) {
+  parallel(rows, 3 * n, [=](int64_t r) {
     In g = dy + r * n, b = y + r * n;
     Out d = dx + r * n;
     float dot = 0;
