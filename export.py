@@ -50,6 +50,12 @@ def main(argv: list[str]) -> None:
             help="largest difference from the checkpoint's logits, as a share of the largest where "
             "that exceeds 1; default 1e-5, onnx 1e-4, with float16 2e-2",
         )
+        parser.add_argument(
+            "--quantize",
+            choices=("int8",),
+            help="int8 lets Linears and convolutions compute on 8-bit integers, in onnxruntime on "
+            "CPUs; calibrated on training images; with --format onnx",
+        )
         parser.add_argument("--force", action="store_true", help="replace an existing file")
 
     description = "Export a checkpoint; --config is found in its run's folder."
@@ -62,6 +68,10 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--output {output}: the name must end in .{arguments.format}")
     if (output.exists() or Path(f"{output}.json").exists()) and not arguments.force:
         raise UserError(f"--output {output}: exists; add --force to replace it")
+    if arguments.quantize and arguments.format != "onnx":
+        raise UserError("--quantize int8: is for ONNX files; add --format onnx")
+    if arguments.quantize and "float16" in (arguments.weight_dtype, arguments.precision):
+        raise UserError("--quantize int8: starts from float32; leave out float16")
     if arguments.config is None:
         raise UserError(f"{checkpoint}: no config.yaml of a run beside it; give --config")
     if any(word.split("=")[0] == "--runtime.precision" for word in argv):
@@ -77,6 +87,7 @@ def main(argv: list[str]) -> None:
         arguments.weight_dtype,
         arguments.precision,
         arguments.tolerance,
+        arguments.quantize is not None,
     )
     export(config, checkpoint, output, options, device)
 

@@ -64,8 +64,11 @@ def check_mindir(path: Path) -> None:
         raise UserError(f"{path}: not opened: it names other files; export again, into one file")
 
 
-def check_onnx(path: Path) -> None:
+def check_onnx(path: Path) -> bool:
     """Read an ONNX file as data and refuse one whose weights lie in other files.
+
+    Returns:
+        Whether it is quantized.
 
     Raises:
         UserError: a damaged file, external data, or no `onnx` package.
@@ -83,6 +86,7 @@ def check_onnx(path: Path) -> None:
                 f"{path}: not opened: its weights lie in other files (external data); export it "
                 "into one file"
             )
+    return any(node.op_type == "QuantizeLinear" for node in model.graph.node)
 
 
 def _parse(model: Any, path: Path, kind: str) -> Any:

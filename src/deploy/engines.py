@@ -91,7 +91,7 @@ def open_model(path: str | Path, engine: str = "auto", threads: int | None = Non
     Args:
         path: the file.
         engine: one of `ENGINES`; auto takes MindSpore for a .mindir, and for an .onnx OpenVINO
-            where it is installed, else onnxruntime.
+            where it is installed and the file is not quantized, else onnxruntime.
         threads: that compute; None leaves it to the engine.
 
     Raises:
@@ -102,9 +102,9 @@ def open_model(path: str | Path, engine: str = "auto", threads: int | None = Non
     if path.suffix == ".mindir":
         check_mindir(path)
         return _open_mindspore(path, threads)
-    check_onnx(path)
-    if engine == "auto":
-        engine = "openvino" if _import("openvino") else "onnxruntime"
+    quantized = check_onnx(path)
+    if engine == "auto":  # OpenVINO 2026.4 refuses the int8 files
+        engine = "openvino" if not quantized and _import("openvino") else "onnxruntime"
     return _OPENERS[engine](path, threads)
 
 

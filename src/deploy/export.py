@@ -15,6 +15,7 @@ from src.config import Config
 from src.data import Preprocessing, eval_batches
 from src.deploy.engines import Run, open_model
 from src.deploy.formats import checking_engines, require, write_model
+from src.deploy.quantize import quantize, require_quantizer
 from src.errors import UserError
 from src.files import replacing, write_json
 from src.recipe import build_model, build_preprocessing, open_split, resolve_classes
@@ -35,6 +36,7 @@ class ExportOptions:
         weight_dtype, precision: as `formats.write_model` takes them, whatever the run's were.
         tolerance: largest difference from the checkpoint's logits, as a share of the largest of
             these where that exceeds 1; None takes the format's.
+        quantize: whether Linears and convolutions become int8 after that check (onnx, float32).
     """
 
     file_format: str = "mindir"
@@ -42,6 +44,7 @@ class ExportOptions:
     weight_dtype: str = "float32"
     precision: str = "float32"
     tolerance: float | None = None
+    quantize: bool = False
 
     def largest_difference(self) -> float:
         """What the check allows; measured: 4e-6, with float16 3e-3."""
@@ -69,6 +72,8 @@ def export(
             that differ from the checkpoint's; then nothing is left behind.
     """
     require(options.file_format, options.batch_size, device)
+    if options.quantize:
+        require_quantizer()
     if config.model.num_classes is None:
         config = resolve_classes(config, open_split(config, "val"))
     # What the run computed in says nothing about where the file will run.
@@ -84,7 +89,12 @@ def export(
                 net, shape, partial, options.file_format, options.weight_dtype, options.precision
             )
             _check_file(net, partial, _images(config, preprocessing), options)
-            _describe(config, checkpoint, output, options, preprocessing)
+            quantization = None
+            if options.quantize:
+                floating = partial.rename(partial.with_name("float32.onnx"))
+                size = options.batch_size or CHECKED_IMAGES
+                quantization = quantize(floating, partial, config, preprocessing, size)
+            _describe(config, checkpoint, output, options, preprocessing, quantization)
     except OSError as error:
         raise UserError(f"{output}: {error.strerror}; give another --output") from error
     size = output.stat().st_size / 2**20
@@ -97,6 +107,7 @@ def _describe(
     output: Path,
     options: ExportOptions,
     preprocessing: Preprocessing,
+    quantization: dict | None,
 ) -> None:
     """Write beside an exported file what its user must know; null in a shape is any number."""
     description = {
@@ -112,6 +123,8 @@ def _describe(
         "checkpoint_sha256": sha256_of(*weight_files(checkpoint)),
         "mindspore": ms.__version__,
     }
+    if quantization is not None:
+        description["quantization"] = quantization
     if options.file_format == "onnx":
         from src.deploy.onnx_graph import OPSET
 

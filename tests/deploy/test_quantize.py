@@ -1,0 +1,75 @@
+"""int8 files: what is in them, their accuracy, and what is refused."""
+
+import re
+import sys
+
+import numpy as np
+import pytest
+
+import export as command
+from src.command_line import load_config
+from src.data import eval_batches
+from src.deploy.description import read_description
+from src.deploy.engines import open_model
+from src.deploy.predictor import Predictor
+from src.recipe import build_preprocessing, open_split
+
+
+def export(monkeypatch, trained, *words):
+    """Run the executable in this process."""
+    checkpoint = trained / "checkpoints/best.ckpt"
+    words = [f"--ckpt={checkpoint}", "--runtime.mode=pynative", "--quantize=int8", *words]
+    monkeypatch.setattr(sys, "argv", ["export.py", *words])
+    command.main()
+
+
+def test_int8_keeps_the_accuracy(trained, tmp_path, monkeypatch):
+    import onnx  # behind MindSpore, which breaks when it finds protobuf loaded
+
+    output = tmp_path / "m.onnx"
+    export(monkeypatch, trained, "--format=onnx", "--batch_size=dynamic", f"--output={output}")
+    said = read_description(output)["quantization"]
+    assert (said["type"], said["calibration_images"], said["images"]) == ("int8", 256, 1000)
+
+    graph = onnx.load(output).graph
+    kinds = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    from_integers = {n.output[0]: n.input[0] for n in graph.node if n.op_type == "DequantizeLinear"}
+    linears = [n for n in graph.node if n.name.endswith(("fc1/MatMul", "proj_q/MatMul", "/Conv"))]
+    assert len(linears) >= 12
+    for node in linears:
+        assert kinds[from_integers[node.input[1]]] == onnx.TensorProto.INT8, node.name
+    assert open_model(output).engine == "onnxruntime", "OpenVINO would refuse it"
+
+    config = load_config(trained / "config.yaml")
+    source = open_split(config, "val")
+    batches = eval_batches(source, build_preprocessing(config).operations(source.encoded), 250)
+    right = {"checkpoint": 0, "int8": 0}
+    runs = {"checkpoint": Predictor(trained / "checkpoints/best.ckpt").logits,
+            "int8": Predictor(output).logits}  # fmt: skip
+    for images, labels in batches.iterate(output_numpy=True):
+        for name, run in runs.items():
+            right[name] += int((np.asarray(run(images)).argmax(1) == labels).sum())
+    assert said["top1_float32"] == pytest.approx(right["checkpoint"] / 10, abs=0.2)
+    assert said["top1_int8"] == pytest.approx(right["int8"] / 10, abs=0.2)
+    assert abs(right["int8"] - right["checkpoint"]) <= 15, "of 1,000"
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--format=mindir"], "add --format onnx"),
+        (["--format=onnx", "--precision=float16"], "leave out float16"),
+        (["--format=onnx", "--data.source=imagefolder", "--data.path=nowhere",
+          "--model.num_classes=10"], "not at hand: .*nowhere"),
+    ],
+)  # fmt: skip
+def test_what_can_not_be_quantized_is_refused(
+    trained, tmp_path, monkeypatch, capsys, words, complaint
+):
+    output = tmp_path / f"m.{words[0].partition('=')[2]}"
+    with pytest.raises(SystemExit, match="2"):
+        export(monkeypatch, trained, *words, f"--output={output}")
+    (*_, line) = capsys.readouterr().err.splitlines()
+
+    assert re.search(complaint, line)
+    assert not any(tmp_path.iterdir())
