@@ -75,6 +75,7 @@ def quantize(
             images, _, _ = next(self.batches, (None, None, 0))
             return None if images is None else {"images": images}
 
+    handlers = list(logging.root.handlers)
     logging.disable(logging.WARNING)  # advice on preparing a file that needs none
     try:
         ort.quantize_static(
@@ -89,6 +90,7 @@ def quantize(
         )
     finally:
         logging.disable(logging.NOTSET)
+        logging.root.handlers[:] = handlers  # it adds one, which would print our lines twice
     before, after = (_top1(file, splits["val"], preprocessing, batch_size)
                      for file in (path, quantized))  # fmt: skip
     logger.info(

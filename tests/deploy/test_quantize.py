@@ -1,5 +1,6 @@
 """int8 files: what is in them, their accuracy, and what is refused."""
 
+import logging
 import re
 import sys
 
@@ -27,7 +28,9 @@ def test_int8_keeps_the_accuracy(trained, tmp_path, monkeypatch):
     import onnx  # behind MindSpore, which breaks when it finds protobuf loaded
 
     output = tmp_path / "m.onnx"
+    handlers = list(logging.root.handlers)
     export(monkeypatch, trained, "--format=onnx", "--batch_size=dynamic", f"--output={output}")
+    assert logging.root.handlers == handlers, "lines would be printed twice"
     said = read_description(output)["quantization"]
     assert (said["type"], said["calibration_images"], said["images"]) == ("int8", 256, 1000)
 
