@@ -67,6 +67,7 @@ def test_the_sides_take_turns_and_change_their_order(log):
 def test_a_side_runs_on_the_cores_it_is_given(log):
     cores = sorted(os.sched_getaffinity(0))
     with Side(plan("a"), cores[-1:]) as side:
+        side.start()  # before that the kernel may still show no environment
         assert os.sched_getaffinity(side._process.pid) == {cores[-1]}
         environment = Path(f"/proc/{side._process.pid}/environ").read_text()
         assert "\0OMP_NUM_THREADS=1\0" in f"\0{environment}"
