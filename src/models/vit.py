@@ -225,3 +225,14 @@ def vit_nano(**kwargs) -> VisionTransformer:
     """ViT for 32 x 32 images, sizes of our own: 408,010 parameters at 10 classes, as `cvt_nano`."""
     sizes = {"embed_dim": 64, "depth": 8, "num_heads": 2, "patch_size": 4, "image_size": 32}
     return VisionTransformer(**{**sizes, **kwargs})
+
+
+@register_model
+def vit_nano_8(**kwargs) -> VisionTransformer:
+    """`vit_nano` with patches of 8 pixels: 414,154 parameters at 10 classes, 7.2 MMACs.
+
+    A ViT uses nearly every parameter once per token, so its size and its tokens fix its MACs. Of
+    the patches that fill 32 x 32 images, 8 pixels come closest to `cvt_nano` (11.5 MMACs).
+    """
+    sizes = {"embed_dim": 64, "depth": 8, "num_heads": 2, "patch_size": 8, "image_size": 32}
+    return VisionTransformer(**{**sizes, **kwargs})

@@ -128,7 +128,9 @@ def test_counts_equal_the_recorded_calls(monkeypatch, name, options):
     [
         ("vit_nano", {"image_size": (40, 24), "depth": 2, "mlp_ratio": 2.5, "num_classes": 7}),
         ("vit_nano", {"image_size": 16, "depth": 1, "num_classes": 0}),
+        ("vit_nano_8", {"depth": 1}),
         ("resnet_nano", {"num_classes": 7}),
+        ("resnet_nano_s2", {}),
         ("resnet_50", {"depths": (1, 2), "width": 8, "in_channels": 1}),
         ("resnet_50", {"depths": (2, 1), "width": 8, "block": "basic", "num_classes": 0}),
     ],
@@ -136,7 +138,7 @@ def test_counts_equal_the_recorded_calls(monkeypatch, name, options):
 def test_counts_of_the_baselines_equal_the_recorded_calls(monkeypatch, name, options):
     """All rows together, by kind."""
     net = create_model(name, **options).set_train(False)
-    size = options.get("image_size", (43, 54))
+    size = options.get("image_size", 32 if name == "vit_nano_8" else (43, 54))
     total = complexity(net, size).total
     shape = (1, options.get("in_channels", 3), *((size, size) if isinstance(size, int) else size))
     macs, _ = record(monkeypatch, net, ms.Tensor(np.zeros(shape, np.float32)))

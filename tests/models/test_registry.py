@@ -8,7 +8,8 @@ from src.models import create_model, list_models
 
 def test_published_variants_are_listed():
     assert {"cvt_13", "cvt_21", "cvt_w24", "cvt_nano"} <= set(list_models())
-    assert {"vit_base_16", "deit_small_16", "vit_nano", "resnet_50"} <= set(list_models())
+    assert {"vit_base_16", "deit_small_16", "vit_nano", "vit_nano_8"} <= set(list_models())
+    assert {"resnet_50", "resnet_nano", "resnet_nano_s2"} <= set(list_models())
     assert list_models() == sorted(list_models())
 
 

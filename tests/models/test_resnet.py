@@ -53,7 +53,7 @@ def layer(x, values, name, stride=1):
 def numpy_resnet(images, values, depths, strides, stem_stride):
     """In float64; strides: of a block's layers where the block halves the map."""
     x = np.maximum(layer(images, values, "stem", stem_stride), 0)
-    if stem_stride == 2:
+    if values["stem.conv.weight"].shape[-1] == 7:
         x = windows(x, 3, 2).max((-1, -2))
     for i, depth in enumerate(depths):
         for j in range(depth):
@@ -79,12 +79,21 @@ def test_published_size():
 
 
 def test_nano_is_as_large_as_cvt_nano():
-    with uninitialised():
-        counts = [
-            sum(p.size for p in create_model(name, 10).trainable_params())
-            for name in ("resnet_nano", "cvt_nano")
-        ]
+    counts = [
+        complexity(create_model(name, 10), 32).total.parameters
+        for name in ("resnet_nano", "cvt_nano")
+    ]
     assert counts[0] == pytest.approx(counts[1], rel=0.1)
+
+
+def test_nano_s2_costs_as_much_as_cvt_nano():
+    """In parameters and in multiply-accumulates."""
+    resnet, cvt = (
+        complexity(create_model(name, 10), 32).total for name in ("resnet_nano_s2", "cvt_nano")
+    )
+    assert (resnet.parameters, resnet.total_macs) == (420_325, 11_435_592)
+    assert resnet.parameters == pytest.approx(cvt.parameters, rel=0.02)
+    assert resnet.total_macs == pytest.approx(cvt.total_macs, rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -93,8 +102,9 @@ def test_nano_is_as_large_as_cvt_nano():
         ({}, (2, 1), 1),
         ({"block": "bottleneck"}, (1, 2, 1), 1),
         ({"stem": "conv7"}, (2, 1), 2),
+        ({"stem": "conv3_s2"}, (2, 1), 2),
     ],
-    ids=["basic", "bottleneck", "conv7"],
+    ids=["basic", "bottleneck", "conv7", "conv3_s2"],
 )
 def test_logits_equal_numpy(options, strides, stem_stride):
     """On images that no stride divides."""
@@ -180,6 +190,7 @@ def test_initialisation_is_kaiming_normal_by_fan_out():
     ({"stem": "x"}, "stem"),
     ({"width": 0}, "width"),
     ({"image_size": 1}, "2 pixels or more"),
+    ({"image_size": 3, "stem": "conv3_s2"}, "4 pixels or more"),
     ({"drop_path_rate": [0.0, 0.1]}, "drop_path_rate .* a number"),
     ({"drop_rate": 1.0}, "drop_rate"),
     ({"num_classes": -1}, "num_classes"),

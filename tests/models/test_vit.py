@@ -89,6 +89,17 @@ def test_nano_is_as_large_as_cvt_nano():
     assert counts[0] == pytest.approx(counts[1], rel=0.1)
 
 
+def test_nano_8_is_the_plain_vit_whose_cost_is_nearest_to_cvt_nano():
+    """Parameters within 1 %; multiply-accumulates as near as a square patch gets."""
+    vit, fine, cvt = (
+        complexity(create_model(name, 10), 32).total
+        for name in ("vit_nano_8", "vit_nano", "cvt_nano")
+    )
+    assert (vit.parameters, vit.total_macs) == (414_154, 7_177_856)
+    assert vit.parameters == pytest.approx(cvt.parameters, rel=0.01)
+    assert cvt.total_macs / vit.total_macs < fine.total_macs / cvt.total_macs
+
+
 @pytest.mark.parametrize("options", [{"depth": 1}, {"image_size": (8, 12), "mlp_ratio": 1.5}])
 def test_logits_equal_numpy(options):
     net = tiny(**options)
