@@ -230,6 +230,9 @@ class OptimizerConfig:
         warmup_epochs: epochs of linear warm-up.
         warmup_lr: learning rate at the start of the warm-up.
         min_lr: learning rate at the end of the cosine.
+        decay_epochs: the last epochs, in which the cosine runs; before them the rate is constant,
+            so that a run can be resumed with more epochs as if it had had them from the start.
+            null lets the cosine run over all epochs.
         schedule_per: whether the rate changes every step, or every epoch as in the official code.
     """
 
@@ -244,6 +247,7 @@ class OptimizerConfig:
     warmup_epochs: Count = 5
     warmup_lr: NonNegative = 1e-6
     min_lr: NonNegative = 1e-5
+    decay_epochs: Optional[Count] = None
     schedule_per: Literal["step", "epoch"] = "epoch"
 
 

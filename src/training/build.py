@@ -125,6 +125,7 @@ def _learning_rates(config: Config, feed: Feed, notes: list[str]) -> np.ndarray:
         warmup_epochs=keys.warmup_epochs,
         steps_per_epoch=feed.steps_per_epoch,
         per=keys.schedule_per,
+        decay_epochs=keys.decay_epochs,
     )
 
 

@@ -14,6 +14,7 @@ def learning_rates(
     warmup_epochs: int,
     steps_per_epoch: int,
     per: str = "epoch",
+    decay_epochs: int | None = None,
 ) -> np.ndarray:
     """The learning rate of every step: linear warm-up, then a cosine down to `minimum`.
 
@@ -21,11 +22,16 @@ def learning_rates(
     `CosineLRScheduler` that the official code uses; per "epoch" the rate of epoch e holds for all
     of its steps, per "step" it changes with each step.
 
+    With `decay_epochs`, the rate stays at `peak` until that many epochs are left, and the cosine
+    runs over these (warmup-stable-decay, Hu et al., 2024, arXiv 2404.06395).
+
     Returns:
         float32 [epochs * steps_per_epoch].
     """
     steps = np.arange(epochs * steps_per_epoch)
     epoch = steps // steps_per_epoch if per == "epoch" else steps / steps_per_epoch
-    cosine = minimum + (peak - minimum) * (1 + np.cos(np.pi * epoch / epochs)) / 2
+    decay = epochs if decay_epochs is None else min(decay_epochs, epochs)
+    progress = np.clip(1 - (epochs - epoch) / max(decay, 1), 0, 1)  # of the cosine
+    cosine = minimum + (peak - minimum) * (1 + np.cos(np.pi * progress)) / 2
     warmup = warmup_start + (peak - warmup_start) * epoch / max(warmup_epochs, 1)
     return np.where(epoch < warmup_epochs, warmup, cosine).astype(np.float32)

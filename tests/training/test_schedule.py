@@ -32,3 +32,23 @@ def test_per_step_is_smooth_and_never_above_the_peak():
 def test_without_warm_up_it_starts_at_the_peak():
     rates = learning_rates(**{**RECIPE, "warmup_epochs": 0}, steps_per_epoch=2)
     assert rates[0] == np.float32(2e-3)
+
+
+def test_decay_epochs_keep_the_peak_until_the_last_epochs():
+    rates = learning_rates(**RECIPE, steps_per_epoch=7, per="epoch", decay_epochs=40)
+    rates = rates.reshape(300, 7)[:, 0]
+    assert (rates[5:261] == np.float32(2e-3)).all() and (np.diff(rates[260:]) < 0).all()
+    expected = 1e-5 + (2e-3 - 1e-5) * (1 + math.cos(math.pi * 30 / 40)) / 2
+    assert rates[290] == pytest.approx(expected, rel=1e-6)
+
+
+def test_more_epochs_change_no_rate_before_the_decay():
+    short = learning_rates(**RECIPE, steps_per_epoch=7, per="step", decay_epochs=40)
+    longer = {**RECIPE, "epochs": 400}
+    longer = learning_rates(**longer, steps_per_epoch=7, per="step", decay_epochs=40)
+    np.testing.assert_array_equal(short[: 260 * 7], longer[: 260 * 7])
+
+
+def test_a_decay_longer_than_the_run_is_the_usual_cosine():
+    rates = learning_rates(**RECIPE, steps_per_epoch=2, decay_epochs=1000)
+    np.testing.assert_array_equal(rates, learning_rates(**RECIPE, steps_per_epoch=2))
