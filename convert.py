@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from src.command_line import load_config, parse, take_keys
+from src.cli import parse, take_keys
 from src.config import RuntimeOnly
+from src.config_io import load_config
+from src.device import log_to, prepare_environment, setup
 from src.errors import UserError, executable
 from src.files import require_writable
-from src.runtime import log_to, prepare_environment, setup
 
 
 @executable

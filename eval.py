@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from src.command_line import find_checkpoint, parse
+from src.cli import parse
+from src.config_io import find_checkpoint
+from src.device import log_to, prepare_environment, setup
 from src.errors import UserError, executable
 from src.files import require_replaceable, write_json
-from src.runtime import log_to, prepare_environment, setup
 
 
 @executable

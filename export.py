@@ -7,10 +7,11 @@ from pathlib import Path
 
 from jsonargparse.typing import PositiveFloat
 
-from src.command_line import find_checkpoint, parse
+from src.cli import parse
 from src.config import RuntimeConfig
+from src.config_io import find_checkpoint
+from src.device import log_to, prepare_environment, setup
 from src.errors import UserError, executable
-from src.runtime import log_to, prepare_environment, setup
 
 FORMATS = ("mindir", "onnx", "air")
 

@@ -6,10 +6,10 @@ import dataclasses
 
 from jsonargparse.typing import PositiveInt
 
-from src.command_line import parse
+from src.cli import parse
 from src.config import RuntimeConfig, RuntimeOnly
+from src.device import log_to, prepare_environment, setup
 from src.errors import UserError, executable
-from src.runtime import log_to, prepare_environment, setup
 
 
 @executable
@@ -21,7 +21,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--top_k {arguments.top_k}: must be 1 or more")
     prepare_environment()
     log_to()
-    from src.deploy.attention import check_attention, explain_file
+    from src.deploy.attention_image import check_attention, explain_file
     from src.deploy.classify import check_outputs, classify_files
     from src.deploy.predictor import RUNTIME_OF_WEIGHTS, Predictor
 

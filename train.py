@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from src.command_line import CONFIG, default_output, parse, run_config_of, take_option
+from src.cli import parse, take_option
+from src.config_io import CONFIG, default_output, run_config_of
+from src.device import log_to, prepare_environment
 from src.errors import UserError, executable
-from src.runtime import log_to, prepare_environment
 
 
 @executable

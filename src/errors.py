@@ -49,9 +49,15 @@ def _printable(letter: str) -> str:
 
 
 def _end(fault: object) -> NoReturn:
-    message = printable(f"{os.path.basename(sys.argv[0])}: error: {fault}")
+    message = printable(f"{_program()}: error: {fault}")
     print(message, file=sys.stderr)
     sys.exit(2)
+
+
+def _program() -> str:
+    """Return the name of the running program: train.py, or tools.study for a package."""
+    folder, name = os.path.split(sys.argv[0])
+    return name if name != "__main__.py" else ".".join(folder.split(os.sep)[-2:])
 
 
 def executable(main: Callable[[list[str]], None]) -> Callable[[], None]:

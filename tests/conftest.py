@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from src.runtime import prepare_environment
+from src.device import prepare_environment
 
 prepare_environment()  # before any test imports MindSpore
 
-LONG_FILES = ("tests/faults", "tests/launch", "tests/ascend", "tests/benchmark")
+LONG_FILES = ("tests/faults", "tests/launch", "tests/ascend", "tests/tools/benchmark")
 ROOT = Path(__file__).resolve().parents[1]
 TINY = {"embed_dims": (8, 16, 32), "num_heads": (1, 2, 4), "depths": (1, 1, 2), "num_classes": 10}
 TINY_KEYS = [
@@ -69,7 +69,7 @@ def graph_mode():
 @pytest.fixture(scope="session")
 def compiler():
     """Without one the tests of compiled operators have nothing to test."""
-    from src.ops.library import COMPILERS
+    from src.kernels.library import COMPILERS
 
     if not any(map(shutil.which, COMPILERS)):
         pytest.skip("no C++ compiler")
@@ -78,20 +78,19 @@ def compiler():
 @pytest.fixture(scope="session")
 def built(compiler) -> Path:
     """The library of compiled operators; where one can't be built, its tests fail."""
-    from src.ops.library import library
-    from src.runtime import cache_folder
+    from src.device import cache_folder
+    from src.kernels.library import library
 
     return library(cache_folder())
 
 
-def run_command(*words: str, cwd: Path, module: bool = False) -> subprocess.CompletedProcess:
-    """Run an executable or a module of the repository as a user would, from another folder."""
+def run_command(*words: str, cwd: Path) -> subprocess.CompletedProcess:
+    """Run an executable (train.py) or a module (tools.study) of the repository in a folder."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [sys.executable, str(ROOT / words[0]), *words[1:]]
-    if module:
+    if not words[0].endswith(".py"):
         environment["PYTHONPATH"] = str(ROOT)
-        name = words[0].removesuffix(".py").replace("/", ".")
-        command = [sys.executable, "-m", name, *words[1:]]
+        command = [sys.executable, "-m", *words]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
 
 

@@ -128,7 +128,7 @@ def test_a_device_without_float32_products_is_told(monkeypatch, caplog):
 
 LOSSES = """
 import sys
-from src.runtime import prepare_environment, setup
+from src.device import prepare_environment, setup
 prepare_environment()
 from src.config import RuntimeConfig
 setup(RuntimeConfig(jit_level=sys.argv[1]))

@@ -19,8 +19,9 @@ from pathlib import Path
 
 import pytest
 
-from src.command_line import default_output, load_config, parse
+from src.cli import parse
 from src.config import Config, Study
+from src.config_io import default_output, load_config
 from src.data.samples import write_samples
 from src.launch import plan
 from src.models import list_models
@@ -226,7 +227,7 @@ def test_yaml_is_a_recipe(page, tmp_path):
         file = tmp_path / "recipe.yaml"
         file.write_text(text)
         if "\nmodels:" in text:
-            parse(["--config", str(file)], "study.py", "", lambda _: None, schema=Study)
+            parse(["--config", str(file)], "-m tools.study", "", lambda _: None, schema=Study)
         else:
             assert load_config(file).model.name in list_models()
 

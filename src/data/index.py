@@ -26,9 +26,9 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from src.data.images import examine
+from src.distributed import ALONE, Ranks
 from src.errors import UserError
 from src.files import require_writable, write_text
-from src.ranks import ALONE, Ranks
 
 _log = logging.getLogger("cvt")
 

@@ -1,8 +1,8 @@
 """MindRecord: a data set in a few large files instead of millions of small ones.
 
 A split is a folder of shards, `00000.mindrecord` with MindSpore's own index `00000.mindrecord.db`,
-and `index.json`, which `records.py` writes last. Each record holds the bytes of an image file, its
-path below the source folder and its label, so that other readers of MindRecord can do with them.
+and `index.json`, which `tools.records` writes last. Each record holds the bytes of an image file,
+its path below the source folder and its label, which other readers of MindRecord can use.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from src.data.base import Source, canonical, some_names
 from src.data.images import prepare
 from src.data.shards import check_shard, verify_shard
 from src.errors import UserError
-from src.reporting.progress import progress_bar
+from src.progress import progress_bar
 
 INDEX = "index.json"
 UNFINISHED = "unfinished.json"  # the index of a conversion that is not through
@@ -109,7 +109,7 @@ def open_records(
     train_folder: str = "train",
     val_folder: str = "val",
 ) -> RecordSource:
-    """Open one split that records.py has written, after a quick look at every shard.
+    """Open one split that tools.records has written, after a quick look at every shard.
 
     Args:
         root: the folder of the splits' folders.
@@ -173,10 +173,10 @@ def read_index(folder: Path) -> dict[str, Any]:
     path = folder / INDEX
     if not path.is_file():
         if (folder / UNFINISHED).is_file():
-            raise UserError(f"{folder}: its conversion is unfinished; run records.py again")
+            raise UserError(f"{folder}: its conversion is unfinished; run tools.records again")
         raise UserError(
-            f"{folder}: no {INDEX} of MindRecord shards in it; make them with python records.py "
-            f"--src IMAGEFOLDER --dst {folder.parent}"
+            f"{folder}: no {INDEX} of MindRecord shards in it; make them with "
+            f"python -m tools.records --src IMAGEFOLDER --dst {folder.parent}"
         )
     return load_index(path)
 
@@ -230,7 +230,7 @@ def verify(root: Path) -> dict[Path, int]:
     """
     folders = sorted({path.parent for name in (INDEX, UNFINISHED) for path in root.rglob(name)})
     if not folders:
-        raise UserError(f"{root}: no MindRecord split in it; give the folder that records.py made")
+        raise UserError(f"{root}: no MindRecord split in it; give a folder of tools.records")
     splits = {folder: read_index(folder) for folder in folders}
     images = {folder: index["images"] for folder, index in splits.items()}
     with progress_bar(sum(images.values()), "verify") as bar:

@@ -11,7 +11,7 @@ from mindspore.mindrecord import FileWriter
 
 from src.errors import UserError
 
-_AGAIN = "convert it again with records.py, or copy it again"
+_AGAIN = "convert it again with tools.records, or copy it again"
 _SCHEMA = {"image": {"type": "bytes"}, "file": {"type": "string"}, "label": {"type": "int32"}}
 
 

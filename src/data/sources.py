@@ -15,8 +15,8 @@ import numpy as np
 
 from src.data.base import FileSource, Source, canonical, legible, some_names
 from src.data.folders import IMAGE_EXTENSIONS, Walk, class_folders, loose_files, require_classes
-from src.data.formats import cifar, digits, mnist
 from src.data.records import open_records
+from src.data.small_datasets import cifar, digits, mnist
 from src.errors import UserError
 
 _log = logging.getLogger("cvt")

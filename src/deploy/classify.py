@@ -11,9 +11,9 @@ from src.data.folders import IMAGE_EXTENSIONS, images_below
 from src.deploy.predictor import Predictor
 from src.errors import UserError, printable
 from src.files import is_json, require_replaceable, write_json
-from src.reporting.pictures import is_picture_of_ours
-from src.reporting.progress import progress_bar
-from src.reporting.sheet import SHEET_SUFFIXES, Tile, draw_sheet
+from src.plots.contact_sheet import SHEET_SUFFIXES, Tile, draw_sheet
+from src.plots.image_files import is_picture_of_ours
+from src.progress import progress_bar
 
 logger = logging.getLogger("cvt")
 SHEET_IMAGES = 120  # of a contact sheet; more would be no sheet to look at

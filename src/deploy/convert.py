@@ -10,13 +10,13 @@ from typing import NamedTuple
 import numpy as np
 from mindspore import nn
 
+from src.build import build_model, without_flash_attention
 from src.config import Config, ModelConfig
 from src.errors import UserError
 from src.files import replacing, require_replaceable
-from src.recipe import build_model, without_flash_attention
 from src.weights.checkpoint import read_checkpoint, read_safetensors, save_weights
 from src.weights.load import load_tensors, read_weights
-from src.weights.report import LoadReport
+from src.weights.load_report import LoadReport
 
 # (dimension, depth) of each stage; heads and strides can't be seen in the tensors.
 _VARIANTS = {

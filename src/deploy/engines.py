@@ -145,7 +145,7 @@ def _set_mindspore_threads(threads: int | None) -> None:
         return
     import mindspore as ms
 
-    from src.ops.library import set_threads
+    from src.kernels.library import set_threads
 
     set_threads(threads)
     with contextlib.suppress(AttributeError, RuntimeError):  # MindSpore 2.7, or set before

@@ -11,14 +11,14 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn
 
+from src.build import build_model, build_preprocessing, open_split, resolve_classes
 from src.config import Config
 from src.data import Preprocessing, eval_batches
 from src.deploy.engines import Run, open_model
-from src.deploy.formats import checking_engines, require, write_model
 from src.deploy.quantize import quantize, require_quantizer
+from src.deploy.writers import checking_engines, require, write_model
 from src.errors import UserError
 from src.files import replacing, write_json
-from src.recipe import build_model, build_preprocessing, open_split, resolve_classes
 from src.weights import load_weights, sha256_of, weight_files
 
 logger = logging.getLogger("cvt")

@@ -13,7 +13,14 @@ import numpy as np
 from mindspore import nn
 from PIL import Image
 
-from src.command_line import find_checkpoint, load_config, run_config_of
+from src.build import (
+    accelerate,
+    build_model,
+    build_preprocessing,
+    require_precision,
+    without_flash_attention,
+)
+from src.config_io import find_checkpoint, load_config, run_config_of
 from src.data import Preprocessing
 from src.data.headers import SERVED_PIXELS, check_size
 from src.data.images import to_pixels
@@ -26,13 +33,6 @@ from src.deploy.engines import (
     open_model,
 )
 from src.errors import UserError
-from src.recipe import (
-    accelerate,
-    build_model,
-    build_preprocessing,
-    require_precision,
-    without_flash_attention,
-)
 from src.weights import load_weights, weight_files
 
 EXPORTED_SUFFIXES = (".mindir", ".onnx")

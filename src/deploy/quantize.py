@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
+from src.build import open_split
 from src.config import Config
 from src.data import Preprocessing, Source, eval_batches
 from src.data.subset import Subset
 from src.deploy.engines import open_model
 from src.errors import UserError
-from src.recipe import open_split
 
 logger = logging.getLogger("cvt")
 CALIBRATION_IMAGES = 256

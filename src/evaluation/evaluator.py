@@ -11,14 +11,14 @@ from typing import ClassVar
 import numpy as np
 from mindspore import Tensor, nn
 
+from src.build import accelerate, build_model, build_preprocessing, resolve_classes
 from src.config import Config
 from src.data import Preprocessing, Source, eval_batches
+from src.distributed import ALONE, Ranks
 from src.errors import UserError
 from src.evaluation.labels import Labelled, open_labelled
 from src.evaluation.metrics import Metrics, Outcomes
-from src.ranks import ALONE, Ranks
-from src.recipe import accelerate, build_model, build_preprocessing, resolve_classes
-from src.reporting.progress import progress_bar
+from src.progress import progress_bar
 from src.weights import load_weights
 
 logger = logging.getLogger("cvt")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
-from src.command_line import run_config_of
+from src.build import open_checked
 from src.config import Config
+from src.config_io import run_config_of
 from src.data import Source
 from src.data.imagenet_labels import (
     V2_FOLDERS,
@@ -16,9 +17,8 @@ from src.data.imagenet_labels import (
     with_real,
     with_v2,
 )
+from src.distributed import ALONE, Ranks
 from src.errors import UserError
-from src.ranks import ALONE, Ranks
-from src.recipe import open_checked
 
 
 class Labelled(NamedTuple):

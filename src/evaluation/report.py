@@ -14,8 +14,8 @@ from src.evaluation.evaluator import Result
 from src.evaluation.labels import Labelled
 from src.evaluation.metrics import Outcomes
 from src.files import is_csv, is_json, require_replaceable, write_csv, write_json
-from src.reporting.confusion import draw_confusion
-from src.reporting.pictures import is_picture_of_ours
+from src.plots.confusion_matrix import draw_confusion
+from src.plots.image_files import is_picture_of_ours
 
 PICTURE, FIGURES = "confusion_matrix.png", "figures.json"
 # The tables of a report, and their first columns.

@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from src.command_line import default_output, parse, take_option
+from src.cli import parse, take_option
+from src.config_io import default_output
 from src.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -177,7 +178,7 @@ def _plan(
     if target == "Ascend":
         environment.update({k: environ.get(k, v) for k, v in HCCL_TIMEOUTS.items()})
     if target == "CPU":
-        environment["LOCAL_WORLD_SIZE"] = str(local)  # src.runtime shares the cores out by it
+        environment["LOCAL_WORLD_SIZE"] = str(local)  # src.device shares the cores out by it
     return Plan(
         target, world, ranks, node_num, node_rank, address, port, command, logs, environment
     )

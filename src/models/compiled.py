@@ -11,9 +11,9 @@ from pathlib import Path
 from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
+from src.kernels import functions
 from src.models import vit
 from src.models.layers import Attention, BatchNorm2d, Block, ConvEmbed, LayerNorm
-from src.ops import functions
 
 
 class CompiledLayerNorm(LayerNorm):
@@ -181,7 +181,7 @@ def follow(statistic: Tensor, value: Tensor, momentum: float) -> None:
 def use_compiled(net: nn.Cell, library: Path) -> nn.Cell:
     """Let a network compute in compiled operators where it has them.
 
-    library: what `src.ops.library` built.
+    library: what `src.kernels.library` built.
     """
     for _, cell in list(net.cells_and_names()):
         if type(cell) in (Block, vit.Block):

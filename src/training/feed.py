@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from mindspore import Tensor
 
+from src.build import build_augmentation, build_mixing, image_size
 from src.config import Config
 from src.data import Batches, Source, train_batches
+from src.distributed import Ranks
 from src.errors import UserError
-from src.ranks import Ranks
-from src.recipe import build_augmentation, build_mixing, image_size
 
 # The indices of an epoch's images and the learning rates of all steps are held in memory.
 MOST_IMAGES, MOST_STEPS = 200_000_000, 20_000_000

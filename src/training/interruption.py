@@ -6,7 +6,7 @@ import os
 import signal
 import time
 
-from src.ranks import Ranks
+from src.distributed import Ranks
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 ASK_SECONDS = 2.0  # between two exchanges of the ranks

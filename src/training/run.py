@@ -11,13 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from src.arithmetic import check_arithmetic
-from src.command_line import CONFIG, is_run_config, save_config
-from src.config import Config
-from src.data import Source
-from src.errors import UserError
-from src.models.complexity import uninitialised
-from src.ranks import Ranks
-from src.recipe import (
+from src.build import (
     build_model,
     build_preprocessing,
     check_values,
@@ -27,10 +21,16 @@ from src.recipe import (
     resolve_classes,
     uses_compiled,
 )
-from src.runtime import log_to, seed_generators, setup
-from src.training.build import start_from
+from src.config import Config
+from src.config_io import CONFIG, is_run_config, save_config
+from src.data import Source
+from src.device import log_to, seed_generators, setup
+from src.distributed import Ranks
+from src.errors import UserError
+from src.models.complexity import uninitialised
 from src.training.feed import Feed
 from src.training.freeze import freeze
+from src.training.setup import start_from
 from src.training.state import BEST, LAST, flat, has_state
 from src.training.trainer import Trainer
 

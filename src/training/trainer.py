@@ -18,19 +18,19 @@ from pathlib import Path
 import numpy as np
 from mindspore import Tensor
 
+from src.build import build_preprocessing, open_checked, uses_compiled
 from src.config import Config
 from src.data import Source
 from src.data.loader import choose_workers
+from src.distributed import ALONE, Ranks
 from src.errors import UserError
 from src.evaluation.evaluator import Evaluator
 from src.files import write_text
-from src.ranks import ALONE, Ranks
-from src.recipe import build_preprocessing, open_checked, uses_compiled
-from src.reporting.plots import plot_curves
-from src.reporting.progress import progress_bar
-from src.training.build import build_step
+from src.plots.training_curves import plot_curves
+from src.progress import progress_bar
 from src.training.feed import Feed
 from src.training.interruption import Interruption
+from src.training.setup import build_step
 from src.training.state import (
     BEST,
     Progress,

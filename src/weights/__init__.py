@@ -3,7 +3,7 @@
 from src.weights.checkpoint import save_checkpoint, save_weights, sha256_of
 from src.weights.files import weight_files
 from src.weights.load import load_state, load_weights
-from src.weights.report import LoadReport, WeightsMismatch
+from src.weights.load_report import LoadReport, WeightsMismatch
 
 __all__ = [
     "LoadReport",

@@ -16,7 +16,7 @@ from src.errors import UserError
 from src.weights.checkpoint import read_checkpoint
 from src.weights.content import Place
 from src.weights.files import read_content
-from src.weights.report import LoadReport, WeightsMismatch
+from src.weights.load_report import LoadReport, WeightsMismatch
 from src.weights.select import select
 
 logger = logging.getLogger("cvt")

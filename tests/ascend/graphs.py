@@ -37,9 +37,9 @@ def _training(optimizer: str, flash_attention: bool = False, part: str = "", **o
     import mindspore as ms
     import numpy as np
 
+    from src.build import set_precision
     from src.models import create_model
     from src.models.attention import use_flash_attention
-    from src.recipe import set_precision
     from src.training import optimizer as optimizers
     from src.training.loss import LabelSmoothingCrossEntropy
     from src.training.preprocess import Preprocess
@@ -233,7 +233,7 @@ def compile_graph(name: str) -> Graph:
 
 def main() -> None:
     """Compile the graph that the command line names."""
-    from src.runtime import prepare_environment
+    from src.device import prepare_environment
 
     prepare_environment()
     import mindspore as ms

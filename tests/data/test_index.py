@@ -14,7 +14,7 @@ from src.data import ArraySource, FileSource, index, leave_out
 from src.data.index import check_files
 from src.errors import UserError
 from tests.data.images import file_of, photo
-from tests.ranks import together
+from tests.processes import together
 
 
 @pytest.fixture

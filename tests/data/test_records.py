@@ -11,13 +11,13 @@ from PIL import Image
 from src.data import balanced, only_classes
 from src.data.augment import train_operations
 from src.data.loader import eval_batches, find_broken, train_batches
-from src.data.record_writer import Options, convert
 from src.data.records import verify
 from src.data.shards import database
 from src.data.sources import open_source
 from src.data.transforms import Preprocessing
 from src.errors import UserError
 from tests.data.test_loader import collect, equal
+from tools.records.writer import Options, convert
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 EVAL = Preprocessing((8, 8), None, MEAN, STD)
@@ -203,7 +203,7 @@ def index_of_tomorrow(records):
         (lost, "00001.mindrecord: the shard is missing"),
         (lost_database, "00001.mindrecord.db: the shard is missing"),
         (swapped, "00001.mindrecord: of another set"),
-        (unfinished, "train: its conversion is unfinished; run records.py again"),
+        (unfinished, "train: its conversion is unfinished; run tools.records again"),
         (no_index, "no index.json of MindRecord shards"),
         (junk_index, "index.json: damaged"),
         (index_without_a_shard, "16 images in the shards, 21 in all"),

@@ -81,11 +81,11 @@ def measure_formats(name: str, output: Path) -> dict:
     """Largest differences of a network's forms, weights and statistics as in tests/golden."""
     from mindspore import Tensor
 
+    from src.build import accelerate
     from src.config import RuntimeConfig
     from src.deploy.engines import open_model
-    from src.deploy.formats import checking_engines, write_model
     from src.deploy.fuse import fuse
-    from src.recipe import accelerate
+    from src.deploy.writers import checking_engines, write_model
     from tests.golden import official
 
     def network():
@@ -124,9 +124,9 @@ def flower_run(output: Path, photos: Path) -> Path:
     """A checkpoint of cvt_13 whose classes all occur among the photographs."""
     from mindspore import Tensor
 
-    from src.command_line import load_config, save_config
+    from src.build import build_preprocessing, open_split, resolve_classes
+    from src.config_io import load_config, save_config
     from src.data import eval_batches
-    from src.recipe import build_preprocessing, open_split, resolve_classes
     from src.weights import save_weights
     from tests.golden import official
 
@@ -151,11 +151,11 @@ def flower_run(output: Path, photos: Path) -> Path:
 
 def measure_photos(output: Path, photos: Path) -> dict:
     """Inputs and classes of a Predictor against those of the evaluation, held-out photographs."""
-    from src.command_line import load_config
+    from src.build import open_split
+    from src.config_io import load_config
     from src.data import eval_batches
     from src.deploy import Predictor
     from src.evaluation.evaluator import evaluate_checkpoint
-    from src.recipe import open_split
 
     checkpoint = flower_run(output, photos)
     files = [exported(checkpoint, kind) for kind in FORMATS]
@@ -194,9 +194,9 @@ def digits_run(output: Path) -> Path:
 
 def measure_digits(output: Path) -> dict:
     """Right answers among the held-out digits: eval.py's, and a loop's over a Predictor."""
-    from src.command_line import load_config
+    from src.build import open_split
+    from src.config_io import load_config
     from src.deploy import Predictor
-    from src.recipe import open_split
 
     checkpoint = digits_run(output)
     run("eval.py", "--ckpt", checkpoint, "--json", output / "digits.json")
@@ -295,12 +295,12 @@ def broken(results: list[dict]) -> list[str]:
 
 def setup() -> None:
     """As the executables do."""
-    from src import runtime
+    from src import device
     from src.config import RuntimeConfig
 
-    runtime.prepare_environment()
-    runtime.log_to()
-    runtime.setup(RuntimeConfig(seed=0))
+    device.prepare_environment()
+    device.log_to()
+    device.setup(RuntimeConfig(seed=0))
 
 
 def main() -> None:

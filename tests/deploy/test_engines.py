@@ -12,7 +12,7 @@ from mindspore import Tensor, nn
 from src.deploy import contents, engines
 from src.deploy.engines import Session, mindspore_session, open_model
 from src.errors import UserError
-from src.ops import functions
+from src.kernels import functions
 
 onnx = pytest.importorskip("onnx")
 CLASSES, SHAPE = 5, (3, 3, 8, 8)

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 import export as command
-from src.command_line import load_config
+from src.build import build_model, uses_compiled
 from src.config import RuntimeConfig
+from src.config_io import load_config
 from src.deploy import export as room
-from src.deploy import formats
+from src.deploy import writers
 from src.deploy.description import read_description
 from src.deploy.engines import open_model
 from src.deploy.export import ExportOptions
@@ -23,7 +24,6 @@ from src.deploy.predictor import Predictor
 from src.errors import UserError
 from src.models import create_model, list_models
 from src.models.compiled import use_compiled
-from src.recipe import build_model, uses_compiled
 from src.weights import save_weights
 from tests.conftest import ROOT, TINY, run_command
 
@@ -98,7 +98,7 @@ def test_precision_is_the_files_not_the_runs(run, tmp_path, caplog, monkeypatch)
                 room.export(config, checkpoint, path, options, "CPU")
                 assert read_description(path)["precision"] == precision
     found = re.findall(r"in (\w+) on .* of the logits (\S+) ", caplog.text)
-    engines = ["mindspore", "mindspore", *2 * formats.checking_engines("onnx")]
+    engines = ["mindspore", "mindspore", *2 * writers.checking_engines("onnx")]
     assert [engine for engine, _ in found] == engines
     differences = [float(number) for _, number in found]
     exact = 2 + len(engines[2:]) // 2
@@ -146,7 +146,7 @@ def test_a_file_whose_logits_differ_is_not_kept(run, tmp_path, monkeypatch, file
     def fault(net, *arguments):
         net = copy.deepcopy(net)
         net.head.bias.set_data(net.head.bias + 1e-3)
-        formats.write_model(net, *arguments)
+        writers.write_model(net, *arguments)
 
     monkeypatch.setattr(room, "write_model", fault)
     output = tmp_path / f"m.{file_format}"
@@ -285,7 +285,7 @@ def test_onnx_runs_any_batch_and_states_its_opset(run, tmp_path):
     assert read_description(path)["opset"] == 13
     images = np.random.default_rng(0).standard_normal((16, 3, 32, 32)).astype(np.float32)
     expected = Predictor(run[1]).logits(images)
-    for engine in formats.checking_engines("onnx"):
+    for engine in writers.checking_engines("onnx"):
         onnx = open_model(path, engine)
         for size in (1, 3, 16):
             assert np.abs(onnx(images[:size]) - expected[:size]).max() <= 1e-5

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from mindspore import Tensor
 
-from src.deploy.formats import write_model
+from src.deploy.writers import write_model
+from src.device import cache_folder
 from src.models import create_model
-from src.runtime import cache_folder
 from tests.conftest import file_lock
 
 PACKAGE = "mindspore-lite==2.0.0"

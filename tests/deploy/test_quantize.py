@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 import export as command
-from src.command_line import load_config
+from src.build import build_preprocessing, open_split
+from src.config_io import load_config
 from src.data import eval_batches
 from src.deploy.description import read_description
 from src.deploy.engines import open_model
 from src.deploy.predictor import Predictor
-from src.recipe import build_preprocessing, open_split
 
 
 def export(monkeypatch, trained, *words):

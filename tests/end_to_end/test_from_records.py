@@ -10,7 +10,7 @@ RECIPE = f"--config={ROOT / 'config/imagefolder/cvt_nano_64.yaml'}"
 
 def test_training_and_evaluation_on_records_equal_the_folders(tmp_path):
     write_folder(tmp_path / "photos", train=8, val=5)
-    command = ("records.py", "--src=photos", "--dst=packed", "--images_per_shard=5")
+    command = ("tools.records", "--src=photos", "--dst=packed", "--images_per_shard=5")
     done = run_command(*command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     keys = [*TINY_KEYS, "--training.epochs=2", "--model.image_size=32", "--training.batch_size=8"]

@@ -25,7 +25,7 @@ settings:
 
 def test_two_models_from_scratch_and_again(tmp_path):
     (tmp_path / "two.yaml").write_text(STUDY)
-    words = ["study.py", "--config=two.yaml", "--output=out"]
+    words = ["tools.study", "--config=two.yaml", "--output=out"]
     done = run_command(*words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "0 of 2 cells are done; to train: 2 of them, about" in done.stdout
@@ -58,8 +58,8 @@ def test_two_models_from_scratch_and_again(tmp_path):
 )
 def test_a_users_error_is_one_line(tmp_path, words, complaint):
     (tmp_path / "two.yaml").write_text(STUDY)
-    done = run_command("study.py", "--output=out", *words, cwd=tmp_path)
+    done = run_command("tools.study", "--output=out", *words, cwd=tmp_path)
     assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith("study.py: error: ") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("tools.study: error: ") and done.stderr.count("\n") == 1
     assert complaint in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["two.yaml"], "nothing is written"

@@ -9,9 +9,9 @@ from mindspore import Tensor, nn, ops
 
 from src.data import Preprocessing
 from src.data.base import Source
+from src.distributed import Ranks
 from src.evaluation.evaluator import Evaluator
 from src.models import create_model
-from src.ranks import Ranks
 from tests.conftest import TINY
 
 PREPROCESSING = Preprocessing((32, 32), None, (0.5,) * 3, (0.3,) * 3)

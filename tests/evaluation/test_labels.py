@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from src.build import build_model, build_preprocessing
 from src.config import Config, DataConfig, EvaluationConfig, ModelConfig
 from src.data import eval_batches
 from src.data.imagenet_labels import synsets
 from src.errors import UserError
 from src.evaluation.evaluator import evaluate_checkpoint
 from src.evaluation.labels import open_labelled
-from src.recipe import build_model, build_preprocessing
 from src.training.run import train
 from src.weights import save_weights
 from tests.conftest import TINY

@@ -13,7 +13,7 @@ from src.evaluation.evaluator import Result
 from src.evaluation.labels import Labelled
 from src.evaluation.metrics import Metrics, Outcomes, judge
 from src.evaluation.report import calibrate, confusion_matrix, require_report, write_report
-from src.reporting.confusion import draw_confusion
+from src.plots.confusion_matrix import draw_confusion
 from tests.conftest import run_command
 
 

@@ -183,7 +183,7 @@ class Campaign:
         """Flip a bit of, or cut, a random file of a run; every reader must name it."""
         source = self.reference(1)
         files = sorted((source / "checkpoints").glob("*.ckpt"))
-        files += [source / "config.yaml", source / "metrics.jsonl"]
+        files += [source / "metrics.jsonl"]
         copy = self.output / "damaged"
         for turn in range(self.done(kind), count):
             rng = random.Random(f"{self.seed} {kind} {turn}")
@@ -220,8 +220,8 @@ class Campaign:
 @functools.cache
 def trainer_of(run: Path):
     """A trainer as resuming would make it, for its readers."""
-    from src.command_line import load_config
-    from src.recipe import open_split, resolve_classes
+    from src.build import open_split, resolve_classes
+    from src.config_io import load_config
     from src.training.trainer import Trainer
 
     config = load_config(run / "config.yaml")
@@ -234,7 +234,6 @@ def noticed(hit: Path, whole: Path) -> bool:
 
     hit: the damaged file; whole: the same run, undamaged.
     """
-    from src.command_line import load_config
     from src.errors import UserError
     from src.training.state import has_figures, load_progress
     from src.weights import load_weights
@@ -243,9 +242,7 @@ def noticed(hit: Path, whole: Path) -> bool:
     if hit.name == "metrics.jsonl":
         return not has_figures(hit, load_progress(step, whole / "checkpoints" / "last.ckpt"))
     try:
-        if hit.name == "config.yaml":
-            load_config(hit)
-        elif hit.name == "best.ckpt":
+        if hit.name == "best.ckpt":
             load_weights(step.net, hit)
         else:
             load_progress(step, hit)
@@ -263,7 +260,7 @@ def main() -> None:
         parser.add_argument(f"--{kind}", type=int, default=count)
     arguments = parser.parse_args()
     sys.path.insert(0, str(ROOT))
-    from src.runtime import prepare_environment
+    from src.device import prepare_environment
 
     prepare_environment()
     campaign = Campaign(arguments.output.resolve(), arguments.seed)

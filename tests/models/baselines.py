@@ -3,8 +3,8 @@
 import mindspore as ms
 import numpy as np
 
+from src.build import set_precision
 from src.models.layers import BatchNorm2d
-from src.recipe import set_precision
 from src.training.loss import LabelSmoothingCrossEntropy
 from src.training.optimizer import SGD
 from src.training.train_step import TrainStep

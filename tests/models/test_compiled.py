@@ -143,12 +143,12 @@ def test_features_and_pyramid_are_the_plain_networks(built):
 PEAK = """
 import re, sys
 from pathlib import Path
-from src.runtime import prepare_environment
+from src.device import prepare_environment
 prepare_environment()
 import mindspore as ms, numpy as np
 from src.models import create_model
 from src.models.compiled import use_compiled
-from src.ops import functions
+from src.kernels import functions
 
 if sys.argv[2] == "kept":
     made = functions._operator

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from src import recipe
+from src import build
 from src.data import ArraySource, open_source
 
 
@@ -18,4 +18,4 @@ def few_digits(monkeypatch):
         images = np.stack([source[i][0] for i in range(0, len(source), 40)])
         return ArraySource(images, source.labels[::40], source.class_names, split)
 
-    monkeypatch.setattr(recipe, "open_source", few)
+    monkeypatch.setattr(build, "open_source", few)

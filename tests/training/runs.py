@@ -7,7 +7,7 @@ import json
 import mindspore as ms
 import numpy as np
 
-from src.command_line import load_config
+from src.config_io import load_config
 
 TIMING = ("seconds", "images_per_second")
 

@@ -7,11 +7,11 @@ import mindspore as ms
 import numpy as np
 import pytest
 
-from src import recipe
-from src.command_line import load_config, save_config
+from src import build
+from src.config_io import load_config, save_config
 from src.data.loader import choose_workers
+from src.device import log_to, setup
 from src.errors import UserError
-from src.runtime import log_to, setup
 from src.training.run import train
 from src.training.trainer import Trainer
 from tests.training.runs import assert_equal_runs, small
@@ -72,7 +72,7 @@ def test_an_epoch_of_steps_stops_and_goes_on_as_any_other(trained, few_digits, t
     """Three steps of 50 an epoch from 100 images; stopped within the second one by an error."""
     config = small(trained, training__epoch_steps=3, training__epochs=2)
     train(config, tmp_path / "whole")
-    trainer = Trainer(config, recipe.open_split(config, "train"), tmp_path)
+    trainer = Trainer(config, build.open_split(config, "train"), tmp_path)
     orders = [trainer.feed.batches(epoch).indices for epoch in (0, 1)]
     assert [len(order) for order in orders] == [150, 150]
     assert np.bincount(np.concatenate(orders)).tolist() == [3] * 100
@@ -99,7 +99,7 @@ def _dies_behind(epochs):
 
 def test_repeated_augmentation_reaches_the_batches(trained, few_digits, tmp_path):
     config = small(trained, augment__repeats=2)
-    trainer = Trainer(config, recipe.open_split(config, "train"), tmp_path)
+    trainer = Trainer(config, build.open_split(config, "train"), tmp_path)
     indices = trainer.feed.batches(0).indices
     assert len(indices) == 100 and len(set(indices)) == 50
     assert np.array_equal(indices[::2], indices[1::2])
@@ -275,7 +275,7 @@ def test_cheap_checks_come_before_the_images_are_read(
     def read(*arguments, **options):
         raise AssertionError("the images are read before the recipe is checked")
 
-    monkeypatch.setattr(recipe, "check_files", read)
+    monkeypatch.setattr(build, "check_files", read)
     finetune = changes.pop("finetune", None)
     config = small(
         trained, data__source="imagefolder", data__path=str(tmp_path / "data"),
@@ -297,6 +297,6 @@ def test_the_check_leaves_the_generators_as_they_were(trained, few_digits, tmp_p
     with pytest.raises(StopIteration) as caught:
         train(small(trained), tmp_path / "run")
     setup(small(trained).runtime)
-    net = recipe.build_model(small(trained))
+    net = build.build_model(small(trained))
     for parameter in net.get_parameters():
         assert np.array_equal(caught.value.value[parameter.name], parameter.asnumpy())

@@ -11,7 +11,7 @@ import mindspore as ms
 import numpy as np
 import pytest
 
-from src.command_line import load_config
+from src.config_io import load_config
 from src.data import ArraySource
 from src.errors import UserError
 from src.training.run import alone_in, train
@@ -216,7 +216,7 @@ def test_a_full_disk_ends_the_run_and_keeps_what_was_saved(trained, few_digits, 
 
 
 def test_a_signal_is_noted_behind_the_first_step_and_handlers_come_back():
-    from src.ranks import ALONE
+    from src.distributed import ALONE
     from src.training.interruption import Interruption
 
     before = signal.getsignal(signal.SIGTERM)

@@ -11,10 +11,10 @@ import mindspore as ms
 import numpy as np
 import pytest
 
+from src.build import set_precision
 from src.models import create_model
 from src.models.compiled import use_compiled
 from src.models.layers import BatchNorm2d
-from src.recipe import set_precision
 from src.training.loss import LabelSmoothingCrossEntropy
 from src.training.optimizer import SGD, AdamW
 from src.training.train_step import GROWTH_STEPS, TrainStep, mix_images

@@ -3,6 +3,7 @@
 import mindspore as ms
 import pytest
 
+from src.build import resolve_classes
 from src.config import (
     AugmentConfig,
     Config,
@@ -12,7 +13,6 @@ from src.config import (
     TrainingConfig,
 )
 from src.data import open_source
-from src.recipe import resolve_classes
 from src.training.state import Progress
 from src.training.trainer import Trainer
 from tests.conftest import TINY

@@ -5,7 +5,7 @@ Prints the checksum of everything that would be saved: `python two_ranks.py`, st
 
 import zlib
 
-from src.runtime import prepare_environment
+from src.device import prepare_environment
 
 prepare_environment()
 
@@ -13,8 +13,8 @@ import mindspore as ms  # noqa: E402
 import numpy as np  # noqa: E402
 from mindspore import ops  # noqa: E402
 
+from src.distributed import join  # noqa: E402
 from src.models import create_model  # noqa: E402
-from src.ranks import join  # noqa: E402
 from src.training.loss import LabelSmoothingCrossEntropy  # noqa: E402
 from src.training.optimizer import AdamW  # noqa: E402
 from src.training.train_step import TrainStep, _square_sum  # noqa: E402

@@ -398,7 +398,7 @@ def test_damaged_files_are_refused_soon_and_change_nothing(tmp_path, name):
 MEASURE = """
 import sys, threading, time
 import psutil
-from src.runtime import prepare_environment
+from src.device import prepare_environment
 prepare_environment()
 import mindspore as ms
 from src.models import create_model

@@ -1,1 +1,0 @@
-"""What benchmark.py measures: counts without running, and ours beside peers in their processes."""

@@ -1,0 +1,239 @@
+"""Reads and writes configurations: YAML recipes, options and a run's config.yaml.
+
+Unknown keys and values of a wrong type are refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
+
+from src.config import Config, DataConfig
+from src.errors import UserError, shown
+from src.files import write_text
+from src.hints import nearest_key
+from src.yaml_reader import MOST_BYTES, read_yaml
+
+CONFIG = "config.yaml"  # in a run's folder
+_HEADER = "# Written by train.py"  # first line of a run's config.yaml
+
+_read_yaml = get_loader("yaml")
+
+
+def _load_yaml(text: str) -> Any:
+    """YAML as jsonargparse reads it; its libyaml refuses the escapes of paths that are no UTF-8."""
+    try:
+        return _read_yaml(text)
+    except yaml.scanner.ScannerError:
+        return yaml.safe_load(text)
+
+
+set_loader("yaml", _load_yaml, (yaml.YAMLError,))
+
+
+class ConfigParser(ArgumentParser):
+    """jsonargparse's parser, its complaints turned into one line of ours."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise UserError(_one_line(message, [action.dest for action in self._actions]))
+
+    def read(self, argv: Sequence[str]) -> Namespace:
+        """Parse a command line.
+
+        Raises:
+            UserError: an option or a value is invalid.
+        """
+        try:
+            return self.parse_args(list(argv))
+        except RecursionError:
+            raise UserError("the command line: a value is nested too deep") from None
+
+
+_UNKNOWN_KEY = (
+    re.compile(r"unrecognized arguments: --?(?P<key>[A-Za-z][\w.-]*)"),
+    re.compile(r"Group '(?P<group>[\w.]+)' does not accept option '(?P<key>[\w.]+)'"),
+    re.compile(r"(?:Option|Key) '(?P<key>[\w.]+)' is not (?:accepted|expected)"),
+)
+
+
+def _one_line(message: str, known: Sequence[str]) -> str:
+    message = " ".join(message.split())
+    for pattern in _UNKNOWN_KEY:
+        found = pattern.search(message)
+        if found:
+            key = ".".join(part for part in found.groups() if part)
+            near = nearest_key(key, known)
+            hint = f"did you mean {near}? " if near else ""
+            return f"unknown key {shown(key)}: {hint}--help lists every key"
+    message = re.sub(r'Parser key "([^"]+)":', r"\1:", message)
+    message = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", message).replace("typing.", "")
+    union = re.match(r"(\S+) Does not .*Subtypes: \[(.*)\] Errors: .*Given value: (.*)", message)
+    names = re.match(r"(\S+) Does not .* Not of type ClassNames: (.*?) - Expected a", message)
+    if names:
+        message = f"{names[1]} {names[2]}. Got value: {shown(union[3])}"
+    elif union:
+        message = f"{union[1]} Expected one of {union[2]}. Got value: {shown(union[3])}"
+    return shown(message, 600)
+
+
+def run_config_of(checkpoint: str) -> Path | None:
+    """The config.yaml of the run that a checkpoint, or a folder, is of: beside it, or above."""
+    place = Path(checkpoint).resolve()
+    folder = place if place.is_dir() else place.parent
+    return next((p for p in (folder / CONFIG, folder.parent / CONFIG) if p.is_file()), None)
+
+
+def is_run_config(path: Path) -> bool:
+    """Return whether `save_config` wrote the file."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.readline().startswith(_HEADER)
+    except OSError:
+        return False
+
+
+def find_checkpoint(place: Path) -> Path:
+    """The best weights of a run where its folder is given; any other path as it is."""
+    if place.is_dir():
+        for file in (place / "checkpoints/best.ckpt", place / "best.ckpt"):
+            if file.is_file():
+                return file
+    return place
+
+
+def default_output(recipe: str) -> str:
+    """The folder of a recipe's run where none is given."""
+    path = Path(recipe)
+    return f"runs/{path.resolve().parent.name}_{path.stem}"
+
+
+def load_config(path: Path) -> Config:
+    """Read a configuration file without command-line options.
+
+    Raises:
+        UserError: the file, a key or a value is invalid.
+    """
+    parser = ConfigParser(allow_abbrev=False)
+    add_keys(parser, Config)
+    config, _ = read_settings(parser, [], Config, path)
+    return config
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write every key of a resolved configuration as YAML that `load_config` reads back."""
+    plain = dataclasses.asdict(config, dict_factory=_plain)
+    text = yaml.dump(plain, Dumper=_Quoting, sort_keys=False, allow_unicode=True)
+    write_text(f"{_HEADER}\n{text}", path)
+
+
+def add_keys(parser: ConfigParser, schema: type) -> None:
+    """Add --config and a dotted option for each key of the schema to a parser."""
+    parser.add_argument("--config", action="config", help="YAML recipe; options override its keys")
+    parser.add_class_arguments(schema, as_group=False)
+
+
+def read_settings(
+    parser: ConfigParser, argv: Sequence[str], schema: type, file: Path | None
+) -> tuple[Any, Namespace]:
+    """Fill a schema from a YAML file and options, which override the file.
+
+    Args:
+        parser: has the schema's keys (`add_keys`).
+        argv: options, without --config.
+        schema: the dataclass to fill.
+        file: the YAML file, or None.
+
+    Returns:
+        The filled schema, and the parser's other arguments.
+
+    Raises:
+        UserError: the file, a key or a value is invalid.
+    """
+    if file is not None:
+        _check_mapping(file, schema)
+        argv = ["--config", str(file), *argv]
+    namespace = parser.read(argv)
+    values = {
+        key.name: key.type(**vars(namespace.pop(key.name)))
+        if dataclasses.is_dataclass(key.type)
+        else namespace.pop(key.name)
+        for key in dataclasses.fields(schema)
+    }
+    return _expand_paths(schema(**values)), namespace
+
+
+def _expand_paths(settings: Any) -> Any:
+    """Put the user's home folder for a leading ~ in every key that the schema marks as a path."""
+    for key in dataclasses.fields(settings):
+        value = getattr(settings, key.name)
+        if dataclasses.is_dataclass(value):
+            _expand_paths(value)
+        elif key.metadata.get("path") and value is not None:
+            if "\0" in value:
+                raise UserError(f"{key.name} {shown(value)}: no path holds a zero byte; change it")
+            setattr(settings, key.name, os.path.expanduser(value))
+    return settings
+
+
+def _check_mapping(path: Path, schema: type) -> None:
+    """Refuse what the parser takes in silence: a file or a group that is no mapping."""
+    try:
+        if path.is_file() and path.stat().st_size > MOST_BYTES:
+            raise UserError(f"--config {path}: has more than {MOST_BYTES >> 20} MiB; is no recipe")
+        text = path.read_text(encoding="utf-8")
+        content = read_yaml(text)
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror}; give a YAML file") from None
+    except (ValueError, yaml.YAMLError) as error:  # ValueError: also of a date that is none
+        reason = shown(" ".join(str(error).split()), 200)
+        raise UserError(f"--config {path}: no valid YAML: {reason}") from None
+    if not isinstance(content, dict):
+        raise UserError(
+            f"--config {path}: expected keys and values, found {type(content).__name__}"
+        )
+    for group in dataclasses.fields(schema):
+        if dataclasses.is_dataclass(group.type) and not isinstance(
+            content.get(group.name, {}), dict
+        ):
+            raise UserError(f"--config {path}: {group.name} is a group of keys, not a value")
+    groups = [content, *(group for group in content.values() if isinstance(group, dict))]
+    for key, value in (item for group in groups for item in group.items()):
+        if isinstance(value, list) and len(value) > _MOST_VALUES and key not in _LONG_LISTS:
+            raise UserError(
+                f"--config {path}: {shown(key)} has {len(value):,} values; at most {_MOST_VALUES} "
+                "are read"
+            )
+
+
+_MOST_VALUES = 1000  # jsonargparse takes time in proportion to the square of a list's length
+_LONG_LISTS = {key.name for key in dataclasses.fields(DataConfig) if "ClassNames" in str(key.type)}
+
+
+class _Quoting(yaml.SafeDumper):
+    """Quotes every text: readers of YAML disagree on whether a bare 1e5 is one."""
+
+
+_Quoting.add_representer(
+    str, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"')
+)
+
+
+def _plain(items: list[tuple[str, Any]]) -> dict:
+    """Values as YAML's own types, without the subclasses that carry a range."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [plain(item) for item in value]
+        for kind in (bool, int, float):
+            if isinstance(value, kind):
+                return kind(value)
+        return value
+
+    return {key: plain(value) for key, value in items}

@@ -1,0 +1,261 @@
+"""The compiled operators as cells, each with its gradient: float32 tensors in and out.
+
+Shapes: B batch, H x W the token grid, T tokens (class token first where there is one, so T = H * W
+or 1 + H * W), C channels, h heads. `src/kernels/cpp` holds the arithmetic;
+`library` is what `src.kernels.library` made of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from mindspore import Tensor, nn, ops
+from mindspore import dtype as mstype
+
+
+def _operator(
+    library: Path,
+    name: str,
+    shapes: Callable,
+    bprop: Callable | None = None,
+    outputs: int = 1,
+    recompute: bool = False,
+) -> ops.Custom:
+    """A function of the library.
+
+    `shapes` leads from those of the inputs to that of the output, or to a tuple of those of the
+    outputs. It and `bprop` may look at nothing else of the cell: to MindSpore two operators of one
+    name are the same. With `recompute` a training step in graph mode does not keep the outputs
+    until the backward pass, but computes them there again: for what is large and cheap.
+    """
+    types = mstype.float32 if outputs == 1 else (mstype.float32,) * outputs
+    made = ops.Custom(f"{library}:{name}", shapes, lambda *_: types, func_type="aot", bprop=bprop)
+    return made.add_prim_attr("recompute", recompute)
+
+
+def _sizes(*numbers: int) -> Tensor:
+    """Integers for an operator, as the shape of a tensor; each must be 1 or more."""
+    return Tensor(np.zeros(numbers, np.float32))
+
+
+class LayerNorm(nn.Cell):
+    """LayerNorm over the last axis."""
+
+    def __init__(self, library: Path, eps: float) -> None:
+        super().__init__()
+        backward = _operator(
+            library, "layer_norm_grad", lambda dy, x, gamma, *_: (x, gamma, gamma), outputs=3
+        )
+
+        def bprop(x, gamma, beta, eps, out, dout):
+            return (*backward(dout[0], x, gamma, out[1], out[2]), ops.zeros_like(eps))
+
+        def shapes(x, *_):
+            rows = [math.prod(x[:-1])]
+            return x, rows, rows
+
+        self.forward = _operator(library, "layer_norm", shapes, bprop, 3, recompute=True)
+        self.eps = Tensor([eps], mstype.float32)
+
+    def construct(self, x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+        """x [..., C], gamma and beta [C] -> [..., C]."""
+        return self.forward(x, gamma, beta, self.eps)[0]
+
+
+class Softmax(nn.Cell):
+    """softmax(scale * x) over the last axis."""
+
+    def __init__(self, library: Path, scale: float) -> None:
+        super().__init__()
+        backward = _operator(library, "softmax_grad", lambda dy, *_: dy)
+
+        def bprop(x, scale, out, dout):
+            return backward(dout, out, scale), ops.zeros_like(scale)
+
+        self.forward = _operator(library, "softmax", lambda x, *_: x, bprop)
+        self.scale = Tensor([scale], mstype.float32)
+
+    def construct(self, x: Tensor) -> Tensor:
+        """x [..., C] -> [..., C]."""
+        return self.forward(x, self.scale)
+
+
+class ConvNorm(nn.Cell):
+    """Depthwise 3x3 convolution with padding 1, then BatchNorm; the class token goes past both."""
+
+    def __init__(self, library: Path, stride: int, eps: float) -> None:
+        super().__init__()
+        backward = _operator(
+            library,
+            "conv_norm_grad",
+            lambda dy, x, weight, z, mean, variance, gamma, *_: (x, weight, gamma, gamma),
+            outputs=4,
+        )
+
+        def bprop(x, weight, gamma, beta, eps, stride, grid, out, dout):
+            _, z, mean, variance = out
+            gradients = backward(dout[0], x, weight, z, mean, variance, gamma, eps, stride, grid)
+            return (*gradients, ops.zeros_like(eps), ops.zeros_like(stride), ops.zeros_like(grid))
+
+        def shape(x, weight, scale, shift, strides, grid):
+            cls = x[1] - grid[0] * grid[1]
+            after = cls + math.prod((edge - 1) // strides[0] + 1 for edge in grid)
+            return [x[0], after, x[2]]
+
+        def shapes(x, weight, gamma, beta, eps, strides, grid):
+            y = shape(x, weight, gamma, beta, strides, grid)
+            return y, y, gamma, gamma
+
+        self.forward = _operator(library, "conv_norm", shapes, bprop, 4, recompute=True)
+        frozen_backward = _operator(
+            library,
+            "depthwise_grad",
+            lambda dy, x, weight, scale, *_: (x, weight, scale, scale),
+            outputs=4,
+        )
+
+        def frozen_bprop(x, weight, scale, shift, stride, grid, out, dout):
+            gradients = frozen_backward(dout, x, weight, scale, stride, grid)
+            return (*gradients, ops.zeros_like(stride), ops.zeros_like(grid))
+
+        self.frozen = _operator(library, "depthwise", shape, frozen_bprop)
+        self.eps = Tensor([eps], mstype.float32)
+        self.stride = _sizes(stride)
+
+    def construct(
+        self, x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, height: int, width: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalise by the batch's own statistics.
+
+        Args:
+            x: [B, T, C] on a grid of height x width.
+            weight: [C, 1, 3, 3].
+            gamma, beta: [C].
+
+        Returns:
+            Tokens [B, T', C] of the strided grid, the batch's mean [C] and biased variance [C].
+        """
+        grid = ops.zeros((height, width), mstype.float32)
+        y, _, mean, variance = self.forward(x, weight, gamma, beta, self.eps, self.stride, grid)
+        return y, mean, variance
+
+    def affine(
+        self, x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, height: int, width: int
+    ) -> Tensor:
+        """scale * convolution + shift, both [C]: inference, or a frozen part of a training."""
+        grid = ops.zeros((height, width), mstype.float32)
+        return self.frozen(x, weight, scale, shift, self.stride, grid)
+
+
+class BiasActivation(nn.Cell):
+    """activation(x + bias).
+
+    Args:
+        library: as everywhere here.
+        activation: "quick_gelu" or "gelu" (the exact one, with erf).
+    """
+
+    def __init__(self, library: Path, activation: str) -> None:
+        super().__init__()
+        name = f"bias_{activation}"
+        backward = _operator(library, f"{name}_grad", lambda dy, x, bias: (x, bias), outputs=2)
+
+        def bprop(x, bias, out, dout):
+            return backward(dout, x, bias)
+
+        self.forward = _operator(library, name, lambda x, bias: x, bprop, recompute=True)
+
+    def construct(self, x: Tensor, bias: Tensor) -> Tensor:
+        """x [M, C], bias [C] -> [M, C]."""
+        return self.forward(x, bias)
+
+
+class SplitHeads(nn.Cell):
+    """x + bias, its channels split over the heads."""
+
+    def __init__(self, library: Path, num_heads: int) -> None:
+        super().__init__()
+        backward = _operator(library, "merge_heads", _merged, outputs=2)
+
+        def bprop(x, bias, heads, out, dout):
+            return (*backward(dout, heads), ops.zeros_like(heads))
+
+        self.forward = _operator(library, "split_heads", _split, bprop)
+        self.heads = _sizes(num_heads)
+
+    def construct(self, x: Tensor, bias: Tensor) -> Tensor:
+        """x [B, T, C], bias [C] -> [B, h, T, C / h]."""
+        return self.forward(x, bias, self.heads)
+
+
+def _split(x, bias, heads):
+    return [x[0], heads[0], x[1], x[2] // heads[0]]
+
+
+def _merged(x, heads):
+    channels = x[1] * x[3]
+    return [x[0], x[2], channels], [channels]
+
+
+class MergeHeads(nn.Cell):
+    """The heads' channels side by side again."""
+
+    def __init__(self, library: Path, num_heads: int) -> None:
+        super().__init__()
+        backward = _operator(library, "split_heads", _split)
+
+        def bprop(x, heads, out, dout):
+            return backward(dout[0], ops.zeros_like(out[1]), heads), ops.zeros_like(heads)
+
+        self.forward = _operator(library, "merge_heads", _merged, bprop, 2)
+        self.heads = _sizes(num_heads)
+
+    def construct(self, x: Tensor) -> Tensor:
+        """x [B, h, T, C / h] -> [B, T, C]."""
+        return self.forward(x, self.heads)[0]
+
+
+class BiasResidual(nn.Cell):
+    """x + keep * (z + bias): the end of a residual branch, under drop path."""
+
+    def __init__(self, library: Path) -> None:
+        super().__init__()
+        backward = _operator(
+            library, "bias_residual_grad", lambda dy, keep: (dy, [dy[2]]), outputs=2
+        )
+
+        def bprop(x, z, bias, keep, out, dout):
+            dz, dbias = backward(dout, keep)
+            return dout, dz, dbias, ops.zeros_like(keep)
+
+        self.forward = _operator(library, "bias_residual", lambda x, *_: x, bprop)
+
+    def construct(self, x: Tensor, z: Tensor, bias: Tensor, keep: Tensor) -> Tensor:
+        """x and z [B, T, C], bias [C], keep [B] -> [B, T, C]."""
+        return self.forward(x, z, bias, keep)
+
+
+class Unfold(nn.Cell):
+    """The windows of a k x k convolution as the rows of a matrix."""
+
+    def __init__(self, library: Path, kernel_size: int, stride: int, padding: int) -> None:
+        super().__init__()
+        backward = _operator(library, "unfold_grad", lambda dy, sizes, grid, x: x)
+
+        def bprop(x, sizes, grid, out, dout):
+            return backward(dout, sizes, grid, x), ops.zeros_like(sizes), ops.zeros_like(grid)
+
+        def shape(x, sizes, grid):
+            size, step, margin = sizes
+            windows = [(edge + 2 * (margin - 1) - size) // step + 1 for edge in grid]
+            return [x[0] * math.prod(windows), size**2 * x[2]]
+
+        self.forward = _operator(library, "unfold", shape, bprop, recompute=True)
+        self.sizes = _sizes(kernel_size, stride, padding + 1)
+
+    def construct(self, x: Tensor, height: int, width: int) -> Tensor:
+        """x [B, H * W, C] -> [B * N, k * k * C], a row's values by row, column, channel."""
+        return self.forward(x, self.sizes, ops.zeros((height, width), mstype.float32))

@@ -1,0 +1,143 @@
+"""From a configuration to the training step: network, optimizer, schedule, moving average."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from mindspore import nn, ops
+
+from src.build import accelerate, build_model, image_size
+from src.config import Config
+from src.config_io import load_config, run_config_of
+from src.data.base import some_names
+from src.distributed import Ranks
+from src.models.sync_batchnorm import synchronise_batchnorm
+from src.training.feed import Feed
+from src.training.freeze import freeze
+from src.training.loss import LabelSmoothingCrossEntropy
+from src.training.optimizer import SGD, AdamW
+from src.training.preprocess import Preprocess
+from src.training.schedule import learning_rates
+from src.training.train_step import TrainStep
+from src.weights import load_weights
+
+
+@dataclass
+class Built:
+    """A training step and what a log says about it.
+
+    Args:
+        step: the training step.
+        learning_rates: float32 [total steps].
+        frozen: cells that stay in evaluation mode.
+        parameters: of the network, all of them.
+        notes: lines for the log.
+    """
+
+    step: TrainStep
+    learning_rates: np.ndarray
+    frozen: list[nn.Cell]
+    parameters: int
+    notes: list[str] = field(default_factory=list)
+
+    def set_modes(self) -> None:
+        """Training mode, but for what is frozen and for the moving average."""
+        self.step.set_train(True)
+        for cell in self.frozen:
+            cell.set_train(False)
+        if self.step.ema_net is not None:
+            self.step.ema_net.set_train(False)
+
+
+def build_step(config: Config, ranks: Ranks, feed: Feed, finetune: str | None) -> Built:
+    """The training step, with rank 0's weights on every rank; classes must be resolved.
+
+    Raises:
+        UserError: keys that make no network, or weights that don't fit.
+    """
+    notes: list[str] = []
+    net = build_model(config)
+    parameters = sum(p.size for p in net.trainable_params())
+    if finetune is not None:
+        notes += start_from(net, finetune, config)
+    if config.training.sync_batchnorm and ranks.world > 1:
+        synchronise_batchnorm(net, ranks.world)
+    ranks.broadcast(net.get_parameters())
+    accelerate(net, config.runtime)
+    frozen = freeze(net, config.training.freeze)
+    ema_net = None
+    if config.training.ema_decay > 0:
+        ema_net = accelerate(build_model(config), config.runtime)
+        weights = {weight.name: weight for weight in net.get_parameters()}
+        for average in ema_net.get_parameters():
+            average.set_data(weights[average.name].copy())
+        ema_net.update_parameters_name("ema.")
+        ema_net.set_train(False)
+    rates = _learning_rates(config, feed, notes)
+    keys, weights = config.optimizer, net.trainable_params()
+    if keys.name == "sgd":
+        optimizer = SGD(weights, keys.momentum, keys.weight_decay)
+    else:
+        optimizer = AdamW(weights, keys.betas, keys.eps, keys.weight_decay)
+    scale = config.training.loss_scale
+    step = TrainStep(
+        net,
+        LabelSmoothingCrossEntropy(config.training.label_smoothing),
+        optimizer,
+        rates,
+        clip_norm=config.optimizer.clip_norm,
+        ema_net=ema_net,
+        ema_decay=config.training.ema_decay,
+        loss_scale=None if scale == "dynamic" else scale,
+        accumulate=config.training.accumulate,
+        preprocess=Preprocess(
+            image_size(config.model),
+            config.data.mean,
+            config.data.std,
+            erasing=config.augment.erasing_prob > 0,
+        ),
+        mixing=bool(feed.mixing),
+        seed=config.runtime.seed,
+        rank=ranks.rank,
+        world=ranks.world,
+    )
+    if frozen:
+        trained = sum(p.size for p in optimizer.parameters)
+        notes.append(f"{trained:,} of the parameters are trained, the rest is frozen")
+    return Built(step, rates, frozen, parameters, notes)
+
+
+def _learning_rates(config: Config, feed: Feed, notes: list[str]) -> np.ndarray:
+    keys, images = config.optimizer, feed.images_per_step
+    peak = keys.lr * images / (keys.lr_batch_size or images)
+    if keys.lr_batch_size is not None:
+        notes.append(
+            f"learning rate {peak:.3e}: {keys.lr:.3e} for {keys.lr_batch_size} images, here "
+            f"{images} a step ({feed.ranks.world} devices x {config.training.batch_size} images x "
+            f"{config.training.accumulate} accumulated)"
+        )
+    return learning_rates(
+        peak=peak,
+        warmup_start=keys.warmup_lr,
+        minimum=keys.min_lr,
+        epochs=config.training.epochs,
+        warmup_epochs=keys.warmup_epochs,
+        steps_per_epoch=feed.steps_per_epoch,
+        per=keys.schedule_per,
+        decay_epochs=keys.decay_epochs,
+    )
+
+
+def start_from(net: nn.Cell, file: str, config: Config) -> list[str]:
+    """Load weights; the head stays new where it can't fit or is known to name other classes."""
+    fresh = {p.name: p.value().copy() for p in net.get_parameters() if p.name[:5] == "head."}
+    notes = [str(load_weights(net, file, new_head=True))]
+    run = run_config_of(file)
+    names = load_config(run).data.class_names if run else None
+    if names is not None and names != config.data.class_names:
+        for parameter in net.get_parameters():
+            if parameter.name in fresh:
+                ops.assign(parameter, fresh[parameter.name])
+        notes.append(f"the head starts anew: that run's classes were {some_names(names)}")
+    return notes

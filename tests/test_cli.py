@@ -1,0 +1,261 @@
+"""Recipes and options: what passes, what is refused, and with which words."""
+
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from src.cli import parse
+from src.config import Config, DataConfig, Study
+from src.config_io import is_run_config, load_config, run_config_of, save_config
+from src.errors import UserError
+from src.hints import _HABITS
+
+FILES = sorted((Path(__file__).parents[1] / "config").rglob("*.yaml"))
+RECIPES = [path for path in FILES if path.parent.name != "study"]
+
+
+def read(*argv, **options):
+    return parse(argv, "train.py", "", lambda parser: parser.add_argument("--output"), **options)
+
+
+def recipe(tmp_path, text):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return f"--config={path}"
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_recipe_is_valid_and_says_how_to_run_it(path):
+    load_config(path)
+    name = f"config/{path.parent.name}/{path.name}"
+    text = path.read_text()
+    assert f"--config {name}" in text or f"scripts/run_distribute_train.sh {name}" in text
+
+
+def test_options_override_the_recipe_in_any_order(tmp_path):
+    file = recipe(tmp_path, "optimizer: {lr: 1e-3, eps: 1e-6}\nmodel: {image_size: [192, 256]}\n")
+    for argv in ((file, "--optimizer.lr", "2e-3"), ("--optimizer.lr=2e-3", file)):
+        config, arguments = read(*argv, "--output", "there")
+        assert (config.optimizer.lr, config.optimizer.eps) == (2e-3, 1e-6)
+        assert config.model.image_size == [192, 256]
+        assert config.training == Config().training
+        assert arguments.output == "there"
+
+
+def test_a_key_of_a_saved_configuration_can_be_edited(tmp_path):
+    file = tmp_path / "config.yaml"
+    save_config(Config(), file)
+    text = file.read_text()
+    assert "weight_decay: 0.05" in text
+    file.write_text(text.replace("weight_decay: 0.05", "weight_decay: 0.06"))
+    assert load_config(file).optimizer.weight_decay == 0.06
+    file.write_text(text[: len(text) // 2])
+    with pytest.raises(UserError, match="config.yaml"):
+        load_config(file)
+
+
+def test_a_saved_configuration_reads_back_equal(tmp_path):
+    config, _ = read(
+        "--data.class_names=['é', 'b c', '1e5', 'no', '12:30', '']",
+        "--model.drop_path_rate=[0,0,0.1]",
+    )
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+    plain = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert plain["data"]["class_names"] == ["é", "b c", "1e5", "no", "12:30", ""]
+
+
+def test_a_path_that_is_no_utf_8_is_read_back(tmp_path):
+    config = Config(data=DataConfig(path="/photos/caf\udce9", class_names=["狗", "a\x1b"]))
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+def test_the_config_of_a_run_is_found_beside_its_checkpoint(tmp_path):
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    (folder / "best.ckpt").touch()
+    assert run_config_of(folder / "best.ckpt") is None
+    save_config(read("--optimizer.lr=0.5")[0], tmp_path / "run" / "config.yaml")
+
+    def words(parser):
+        parser.add_argument("--ckpt")
+
+    argv = ["--ckpt", str(folder / "best.ckpt"), "--training.epochs=3"]
+    config, arguments = parse(argv, "eval.py", "", words, config_beside="ckpt")
+    assert (config.optimizer.lr, config.training.epochs) == (0.5, 3)
+    assert arguments.config == tmp_path / "run" / "config.yaml"
+    with pytest.raises(UserError, match="nowhere.ckpt: no such file"):
+        parse(["--ckpt=nowhere.ckpt"], "eval.py", "", words, config_beside="ckpt")
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("optimizer: {lrr: 1}", "unknown key optimizer.lrr: did you mean optimizer.lr?"),
+        ("optimiser: {lr: 1}", "unknown key optimiser.lr: did you mean optimizer.lr?"),
+        ("lr: 1", "unknown key lr"),
+        ("optimizer: 3", "optimizer is a group of keys"),
+        ("optimizer:", "optimizer is a group of keys"),
+        ("a: [", "no valid YAML"),
+        ("- 1", "expected keys and values"),
+        ("", "expected keys and values"),
+        ("model: {image_size: big}", "model.image_size: .*Got value: big"),
+        ("model: {image_size: 2.5}", "model.image_size: .*Got value: 2.5"),
+        ("data: {mean: [1, 2]}", "data.mean: .*3 elements"),
+        ("training: {epochs: 1.5}", "training.epochs: .*1.5"),
+        ("training: {epochs: true}", "training.epochs: .*True"),
+        ("training: {epochs: 0}", "training.epochs: .*0"),
+        ("optimizer: {lr: .nan}", "optimizer.lr: .*nan"),
+        ("optimizer: {lr: -1}", "optimizer.lr: .*-1"),
+        ("augment: {hflip: 1.5}", "augment.hflip: .*1.5"),
+        ("runtime: {device: TPU}", "runtime.device: .*TPU"),
+        ("\x00", "no valid YAML"),
+    ],
+)
+def test_recipes_that_are_refused(tmp_path, text, words):
+    with pytest.raises(UserError, match=words) as caught:
+        read(recipe(tmp_path, text + "\n"))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--config", "/nowhere/x.yaml"], "/nowhere/x.yaml: No such file"),
+        (["--config"], "--config: expected a value"),
+        (["--model.imagesize", "3"], "did you mean model.image_size"),
+        (["--training.epochs"], "--training.epochs: expected one argument"),
+        (["--training.epochs", "many"], "training.epochs: .*many"),
+        (["stray"], "unrecognized arguments: stray"),
+    ],
+)
+def test_command_lines_that_are_refused(argv, words):
+    with pytest.raises(UserError, match=words) as caught:
+        read(*argv)
+    assert "\n" not in str(caught.value)
+
+
+def test_help_names_every_key_with_type_and_default(capsys):
+    with pytest.raises(SystemExit) as caught:
+        read("--help")
+    assert caught.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--optimizer.lr LR peak learning rate. (type: Positive, default: 0.001)" in text
+    for group, keys in vars(Config()).items():
+        for key in vars(keys):
+            assert f"--{group}.{key} " in text
+
+
+@pytest.mark.parametrize(
+    "option, meant",
+    [
+        ("--lr", "optimizer.lr"), ("--batch_size", "training.batch_size"),
+        ("--batch-size", "training.batch_size"), ("-b", "training.batch_size"),
+        ("--epochs", "training.epochs"), ("--device_target", "runtime.device"),
+        ("--data_dir", "data.path"), ("--data-path=x", "data.path"),
+        ("--num_classes", "model.num_classes"), ("--workers", "data.workers"),
+        ("--img_size", "model.image_size"), ("--amp_level", "runtime.precision"),
+        ("--output_dir", "output"),
+    ],
+)  # fmt: skip
+def test_names_of_other_programs_are_answered_with_ours(option, meant):
+    with pytest.raises(UserError, match=f"unknown key .*: did you mean {meant}\\?"):
+        read(option, "1")
+
+
+def test_every_hint_is_a_key_or_an_option_of_some_command():
+    keys = {f"{group}.{key}" for group, keys in vars(Config()).items() for key in vars(keys)}
+    sources = "".join(path.read_text() for path in Path(__file__).parents[1].glob("*.py"))
+    for meant in set(_HABITS.values()) - keys:
+        assert "." not in meant and (f'"--{meant}"' in sources or meant == "config"), meant
+
+
+def test_a_leading_tilde_is_the_home_folder_everywhere(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = recipe(tmp_path, "data: {path: ~/images, index: ~/index.json, train_folder: ~t}\n")
+    config, arguments = read("--config=~/recipe.yaml", "--output=~/run")
+    assert file == f"--config={tmp_path}/recipe.yaml"
+    assert (
+        config.data.path == f"{tmp_path}/images" and config.data.index == f"{tmp_path}/index.json"
+    )
+    assert config.data.train_folder == "~t", "no path"
+    assert arguments.output == f"{tmp_path}/run"
+    config, _ = read("--data.path=~/a", "--data.labels_file", "~/b")
+    assert (config.data.path, config.data.labels_file) == (f"{tmp_path}/a", f"{tmp_path}/b")
+    (tmp_path / "study.yaml").write_text(
+        "recipe: ~/r.yaml\nmodels: {a: {}}\ntrain_images: [1]\nseeds: [0]\nsteps: 1\n"
+        "evaluate_every: 1\n"
+    )
+    assert read("--config=~/study.yaml", schema=Study)[0].recipe == f"{tmp_path}/r.yaml"
+
+
+def bomb(levels, width):
+    lines = ["a0: &a0 [" + ",".join("x" * width) + "]"]
+    for k in range(1, levels):
+        lines.append(f"a{k}: &a{k} [" + ",".join([f"*a{k - 1}"] * width) + "]")
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        (bomb(8, 9), "aliases expand to more than"),
+        (
+            f"data: {{class_names: &a [{'x' * 50_000}]}}\nmodel: [{','.join(['*a'] * 100)}]",
+            "expand",
+        ),
+        ("model: &a {name: *a}", "alias a of nothing"),
+        ("model: " + "[" * 3000, "nested deeper than 20"),
+        ("model: " + "[" * 3000 + "]" * 3000, "nested deeper than 20"),
+        ("model: " + "{a: " * 3000, "nested deeper than 20"),
+        ("- " * 3000, "nested deeper than 20"),
+        ("model: {name: 2020-99-99}", "no valid YAML"),
+        ("#" * (5 << 20), "more than 4 MiB"),
+        ("training: {freeze: [" + "a, " * 100_000 + "]}", "freeze has 100,000 values"),
+        ("data: {class_names: [" + "a, " * 100_000 + "[]]}", r"data.class_names: .*around \[\]\."),
+        ("data: {class_names: [a, 1.5]}", r"data.class_names: .*around 1\.5\."),
+        ("data: {classes: daisy}", "data.classes: Expected a list of names. Got value: daisy"),
+        ("augment: {repeats: 99999999999999999999}", "augment.repeats: .*9999"),
+        ("training: {save_every: 99999999999999999999}", "training.save_every: .*9999"),
+        ("data: {classes: [yes, no]}", r"data.classes: .*around True\."),
+        ('data: {index: "a\\0b"}', "index a.*zero byte"),
+        ("optimizer: {lr: 1, eps: 1, lr: 2}", "line 1 repeats the key lr"),
+        ("model: {}\ndata: {}\nmodel: {}", "line 3 repeats the key model"),
+        ("model: {image_size: " + "y" * 100_000 + "}", "model.image_size.*…"),
+        ("optimizer: {lr: " + "y" * 100_000 + "}", "optimizer.lr.*…"),
+        ("training: {freeze: " + "y" * 100_000 + "}", "training.freeze.*…"),
+    ],
+    ids=lambda value: value[:20],
+)
+def test_a_recipe_of_a_strangers_does_no_harm(tmp_path, text, words):
+    file = recipe(tmp_path, text)
+    start = time.process_time()
+    with pytest.raises(UserError, match=words) as caught:
+        read(file)
+    assert time.process_time() - start < 2
+    assert len(str(caught.value)) < 800 and "\n" not in str(caught.value)
+
+
+def test_honest_anchors_are_read(tmp_path):
+    config, _ = read(recipe(tmp_path, "augment: {scale: &a [0.5, 1], ratio: *a}\n"))
+    assert config.augment.ratio == (0.5, 1)
+
+
+def test_the_classes_of_imagenet_22k_are_read_in_two_seconds(tmp_path):
+    names = [f"n{k:08}, a name of some length" for k in range(21_841)]
+    save_config(Config(data=DataConfig(class_names=names)), tmp_path / "config.yaml")
+    start = time.process_time()
+    assert load_config(tmp_path / "config.yaml").data.class_names == names
+    assert time.process_time() - start < 2
+    config, _ = read("--data.class_names", str(names))
+    assert config.data.class_names == names
+
+
+def test_only_a_runs_own_configuration_is_one(tmp_path):
+    save_config(Config(), tmp_path / "config.yaml")
+    assert is_run_config(tmp_path / "config.yaml")
+    (tmp_path / "other.yaml").write_text("model: {name: cvt_13}\n")
+    assert not is_run_config(tmp_path / "other.yaml") and not is_run_config(tmp_path / "nowhere")

@@ -1,0 +1,160 @@
+"""Device, seeds, environment and logging."""
+
+import logging
+import os
+import stat
+import tempfile
+from pathlib import Path
+
+import mindspore as ms
+import numpy as np
+import pytest
+
+from src import device
+from src.config import RuntimeConfig
+from src.device import log_to, prepare_environment, setup
+from src.errors import UserError
+
+
+def test_auto_takes_a_device_that_is_here_and_sets_the_mode():
+    device, ranks = setup(RuntimeConfig(mode="pynative"))
+    assert device == ms.get_context("device_target")
+    assert (ranks.rank, ranks.world) == (0, 1)
+    assert ms.get_context("mode") == ms.PYNATIVE_MODE
+    setup(RuntimeConfig())
+    assert ms.get_context("mode") == ms.GRAPH_MODE
+
+
+@pytest.mark.skipif(ms.get_context("device_target") != "CPU", reason="for hosts without a card")
+@pytest.mark.parametrize("keys", [{"device": "Ascend"}, {"device": "GPU"}])
+def test_a_device_that_is_not_here_is_refused(keys):
+    with pytest.raises(UserError, match="finds only CPU here"):
+        setup(RuntimeConfig(**keys))
+
+
+def test_bfloat16_is_refused_on_the_cpu():
+    with pytest.raises(UserError, match="bfloat16"):
+        setup(RuntimeConfig(device="CPU", precision="bfloat16"))
+
+
+def test_the_seed_decides_the_initial_weights():
+    def draw(seed):
+        setup(RuntimeConfig(seed=seed))
+        return ms.nn.Dense(4, 4, weight_init="normal").weight.asnumpy(), np.random.random()
+
+    first, again, other = draw(1), draw(1), draw(2)
+    assert np.array_equal(first[0], again[0]) and first[1] == again[1]
+    assert not np.array_equal(first[0], other[0]) and first[1] != other[1]
+
+
+def test_the_environment_of_the_user_stays(monkeypatch):
+    monkeypatch.setenv("GLOG_v", "1")
+    monkeypatch.delenv("MS_OM_PATH", raising=False)
+    prepare_environment()
+    assert os.environ["GLOG_v"] == "1"
+    assert os.path.isabs(os.environ["MS_OM_PATH"])
+
+
+def test_the_log_goes_to_the_console_and_a_file(tmp_path, capsys):
+    logger = logging.getLogger("cvt")
+    log_to(tmp_path / "log.txt")
+    logger.info("first")
+    log_to()
+    logger.info("second")
+    assert capsys.readouterr().out == "first\nsecond\n"
+    line = (tmp_path / "log.txt").read_text()
+    assert line.endswith(" INFO first\n") and "second" not in line
+
+
+def test_a_second_device_is_refused_and_the_same_one_accepted(monkeypatch):
+    """MindSpore says of any second choice that it can not be modified, and by then names the new
+    one as its target.
+    """
+    now = {"device_target": "CPU", "device_id": 0, "mode": ms.GRAPH_MODE}
+
+    def set_device(target, number):
+        now["device_target"] = target
+        raise RuntimeError("The 'mindspore.set_device' can not be modified.")
+
+    monkeypatch.setattr(device, "_is_available", lambda kind: True)
+    monkeypatch.setattr(ms, "set_device", set_device)
+    monkeypatch.setattr(ms, "get_context", lambda name: now[name])
+    assert setup(RuntimeConfig(device="CPU", device_id=3))[0] == "CPU"
+    with pytest.raises(UserError, match="device Ascend.*this process uses CPU 0 already"):
+        setup(RuntimeConfig(device="Ascend"))
+    now |= {"device_target": "Ascend", "device_id": 1}
+    with pytest.raises(UserError, match="device_id 2: this process uses Ascend 1 already"):
+        setup(RuntimeConfig(device="Ascend", device_id=2))
+    device._set_device("Ascend", 1)
+
+
+def test_a_device_that_fails_is_no_earlier_choice(monkeypatch):
+    def set_device(target, number):
+        raise RuntimeError("aclrtSetDevice failed,\n error code 507033")
+
+    monkeypatch.setattr(ms, "set_device", set_device)
+    with pytest.raises(UserError, match="runtime.device_id 0: aclrtSetDevice failed, error code"):
+        device._set_device("CPU", 0)
+
+
+@pytest.mark.skipif(ms.get_context("device_target") != "CPU", reason="for hosts without a card")
+def test_auto_does_not_pass_over_cards_that_it_cannot_use(monkeypatch):
+    with pytest.raises(UserError, match=r"finds only CPU here \(.*lib\w+\.so.*\); choose"):
+        setup(RuntimeConfig(device="Ascend"))
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: [Path("/dev/davinci0")])
+    with pytest.raises(UserError, match=r"auto: /dev/davinci0 is here.*\.so.*set_env.sh"):
+        setup(RuntimeConfig())
+    assert setup(RuntimeConfig(device="CPU"))[0] == "CPU"
+
+
+@pytest.mark.parametrize(("mindspore", "numpy", "fits"), [
+    ("2.7.1", "2.0.0", False), ("2.8.0", "2.3.5", False), ("2.8.0", "1.26.4", True),
+    ("2.10.0", "2.3.5", True),
+])  # fmt: skip
+def test_numpy_2_is_refused_at_the_start(monkeypatch, mindspore, numpy, fits):
+    monkeypatch.setattr(device.importlib.metadata, "version", lambda name: mindspore)
+    monkeypatch.setattr(np, "__version__", numpy)
+    if fits:
+        prepare_environment()
+        return
+    with pytest.raises(UserError, match=f"NumPy {numpy} .*MindSpore {mindspore} needs NumPy 1"):
+        prepare_environment()
+
+
+@pytest.fixture
+def scratch(tmp_path, monkeypatch):
+    """The name of the scratch folder in a temporary folder of the test's own."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for name in device.SCRATCH:
+        monkeypatch.delenv(name)
+    return tmp_path / f"cvt-mindspore-{os.getuid()}"
+
+
+def chosen():
+    prepare_environment()
+    folder = Path(os.environ["MS_OM_PATH"])
+    assert stat.S_IMODE(folder.lstat().st_mode) == 0o700 and not folder.is_symlink()
+    return folder
+
+
+def test_the_scratch_folder_is_the_users_alone(scratch):
+    assert chosen() == scratch
+    for name in device.SCRATCH:
+        del os.environ[name]
+    scratch.chmod(0o755)  # of an earlier version
+    assert chosen() == scratch
+
+
+@pytest.mark.parametrize("planted", ["link", "file", "open folder"])
+def test_a_planted_scratch_folder_is_not_used(scratch, tmp_path, planted):
+    victim = tmp_path / "victim"
+    victim.mkdir(mode=0o755)
+    if planted == "link":
+        scratch.symlink_to(victim)
+    elif planted == "file":
+        scratch.touch()
+    else:
+        scratch.mkdir()
+        scratch.chmod(0o777)
+    assert chosen() != scratch and chosen().parent == tmp_path
+    assert stat.S_IMODE(victim.stat().st_mode) == 0o755 and not list(victim.iterdir())

@@ -1,0 +1,318 @@
+"""The conversion: killed anywhere it ends the same; what is broken or has changed is named."""
+
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from src.data import record_writer
+from src.data.sources import open_source
+from src.errors import UserError
+from tests.conftest import ROOT, run_command
+from tests.data.test_records import write_folder
+from tools.records.writer import Options, convert
+
+EIGHT = Options(images_per_shard=8)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_folder(tmp_path / "folder")
+
+
+def contents(target):
+    """Every file below, hidden ones too, with its bytes."""
+    files = [path for path in target.rglob("*") if path.is_file()]
+    return {str(path.relative_to(target)): path.read_bytes() for path in files}
+
+
+def refused(words, *arguments, **keywords):
+    with pytest.raises(UserError, match=words) as caught:
+        convert(*arguments, **keywords)
+    assert "\n" not in str(caught.value)
+
+
+# interruption
+
+# Each ends the process without a word in the middle of training shard 1 (the second), as kill -9.
+KILLS = {
+    "half written": ("FileWriter.commit", "len(calls) == 2 and (kept(*a), {die})"),
+    "before the data moves": ("os.replace", "{die} if str(a[1]).endswith('1.mindrecord') else 0"),
+    "before it is noted": ("record_writer.write_json", "{die} if len(a[0]['shards']) == 2 else 0"),
+    "before the index": ("record_writer.write_json", "{die} if a[1].name == 'index.json' else 0"),
+    "in the index": ("os.replace", "{die} if str(a[1]).endswith('train/index.json') else 0"),
+    "before tidying up": ("record_writer._Conversion._tidy", "{die}"),
+}
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from mindspore.mindrecord import FileWriter
+from src.data import record_writer
+name, _, kind = "{target}".rpartition(".")
+place, calls = eval(name), []
+kept = getattr(place, kind)
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+def replacement(*a, **k):
+    calls.append(a)
+    {condition}
+    return kept(*a, **k)
+setattr(place, kind, replacement)
+record_writer.convert(Path(sys.argv[1]), Path(sys.argv[2]), record_writer.Options(8))
+"""
+
+
+@pytest.mark.parametrize("moment", KILLS)
+def test_killed_it_goes_on_and_ends_with_the_same_files(folder, tmp_path, moment):
+    target, condition = KILLS[moment]
+    code = KILLED.format(target=target, condition=condition.format(die="die()"))
+    command = [sys.executable, "-c", code, str(folder), str(tmp_path / "killed")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    if "tidying" not in moment:
+        with pytest.raises(UserError, match="unfinished"):
+            open_source("mindrecord", str(tmp_path / "killed"), "train")
+
+    convert(folder, tmp_path / "whole", EIGHT)
+    resumed = convert(folder, tmp_path / "killed", EIGHT)
+    expected = {"half written": 1, "before the data moves": 1, "before it is noted": 1}
+    assert resumed["train"].kept == expected.get(moment, 3)
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+    assert "train/00001.mindrecord.db" in contents(tmp_path / "whole")
+
+
+def test_shards_of_somebody_else_are_neither_replaced_nor_removed(folder, tmp_path):
+    target = tmp_path / "records"
+    for name in ("00000.mindrecord", "00042.mindrecord", "00042.mindrecord.db"):
+        (target / "train").mkdir(parents=True, exist_ok=True)
+        (target / "train" / name).write_text("mine")
+    refused("00000.mindrecord there is not of this command.*--force", folder, target, Options(4))
+    assert {path.read_text() for path in (target / "train").iterdir()} == {"mine"}
+    assert len(list((target / "train").iterdir())) == 3
+
+
+def test_a_second_run_changes_nothing(folder, tmp_path):
+    first = convert(folder, tmp_path / "out", EIGHT)
+    assert (first["train"].images, first["train"].shards, first["train"].kept) == (21, 3, 0)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    again = convert(folder, tmp_path / "out", EIGHT)
+    assert (again["train"].images, again["train"].kept, again["val"].kept) == (21, 3, 2)
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "lose"])
+def test_a_damaged_shard_is_written_anew(folder, tmp_path, damage, caplog):
+    convert(folder, tmp_path / "out", EIGHT)
+    whole = contents(tmp_path / "out")
+    path = tmp_path / "out/train/00001.mindrecord"
+    if damage == "lose":
+        path.unlink()
+    else:
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content[:-5] if damage == "cut" else content)
+    with caplog.at_level(logging.WARNING):
+        assert convert(folder, tmp_path / "out", EIGHT)["train"].kept == 2
+    assert "written anew" in caplog.text and "00001.mindrecord" in caplog.text
+    assert contents(tmp_path / "out") == whole
+
+
+# a source that has changed
+
+
+def add(folder):
+    shutil.copy(folder / "train/2/0.jpg", folder / "train/2/extra.jpg")
+
+
+def remove(folder):
+    (folder / "train/33/6.jpg").unlink()
+
+
+def rename(folder):
+    (folder / "train/33/6.jpg").rename(folder / "train/33/7.jpg")
+
+
+def another_size(folder):
+    Image.new("RGB", (50, 50)).save(folder / "train/33/6.jpg")
+
+
+def another_time(folder):
+    os.utime(folder / "train/33/6.jpg", (1, 1))
+
+
+def add_class(folder):
+    for split in ("train", "val"):
+        shutil.copytree(folder / split / "33", folder / split / "34")
+
+
+@pytest.mark.parametrize(
+    "change, words, kept",
+    [
+        (add, "list of images", 0),
+        (remove, "list of images", 2),
+        (rename, "list of images", 2),
+        (another_size, "an image file of shard 2", 2),
+        (another_time, "an image file of shard 2", 2),
+        (add_class, "list of classes", 0),
+    ],
+)
+def test_a_changed_source_is_noticed(folder, tmp_path, change, words, kept):
+    convert(folder, tmp_path / "out", EIGHT)
+    before = contents(tmp_path / "out")
+    change(folder)
+    refused(f"{words} .* not what it was .* add --force", folder, tmp_path / "out", EIGHT)
+    assert contents(tmp_path / "out") == before
+    forced = Options(images_per_shard=8, force=True)
+    assert convert(folder, tmp_path / "out", forced)["train"].kept == kept
+    convert(folder, tmp_path / "anew", EIGHT)
+    assert contents(tmp_path / "out") == contents(tmp_path / "anew")
+
+
+def test_other_options_are_noticed_and_leave_no_shard_behind(folder, tmp_path):
+    convert(folder, tmp_path / "out", EIGHT)
+    refused("--images_per_shard is not what it was", folder, tmp_path / "out", Options(20))
+    refused("--skip_broken is not", folder, tmp_path / "out", Options(8, skip_broken=True))
+    convert(folder, tmp_path / "out", Options(20, force=True))
+    convert(folder, tmp_path / "anew", Options(20))
+    assert contents(tmp_path / "out") == contents(tmp_path / "anew")
+    assert "train/00002.mindrecord" not in contents(tmp_path / "out")
+
+
+# broken images, odd folders
+
+
+@pytest.fixture
+def broken(folder):
+    for name, kind in (("train/2/0.jpg", "cut"), ("train/33/5.png", "cut"), ("val/10/1.jpg", "")):
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[:-20] if kind == "cut" else b"<html>404</html>")
+    return folder
+
+
+def test_broken_images_are_refused_and_all_named(broken, tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        refused(
+            "train/2/0.jpg: not a readable image, nor are 1 more, named above; .*--skip_broken",
+            broken, tmp_path / "out", EIGHT,
+        )  # fmt: skip
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{broken / 'train/33/5.png'}: not a readable image"
+    ]
+    refused("0.jpg: not a readable image, nor", broken, tmp_path / "out", EIGHT)
+    with pytest.raises(UserError, match="its conversion is unfinished"):
+        open_source("mindrecord", str(tmp_path / "out"), "train")
+
+
+def test_a_finished_set_that_is_begun_anew_is_unfinished_again(folder, tmp_path):
+    convert(folder, tmp_path / "out", EIGHT)
+    (folder / "train/33/6.jpg").write_text("x")
+    forced = Options(images_per_shard=8, force=True)
+    refused("33/6.jpg: not a readable image; replace", folder, tmp_path / "out", forced)
+    with pytest.raises(UserError, match="unfinished"):
+        open_source("mindrecord", str(tmp_path / "out"), "train")
+
+
+def test_broken_images_are_skipped_if_told(broken, tmp_path):
+    done = convert(broken, tmp_path / "out", Options(8, skip_broken=True))
+    assert (done["train"].images, done["val"].images) == (19, 8)
+    assert done["train"].skipped == ["train/2/0.jpg", "train/33/5.png"]
+    index = json.loads((tmp_path / "out/train/index.json").read_text())
+    assert [shard["images"] for shard in index["shards"]] == [7, 8, 4]
+    source = open_source("mindrecord", str(tmp_path / "out"), "train")
+    assert source.labels.tolist() == [0] * 6 + [1] * 7 + [2] * 6
+    files = open_source("imagefolder", str(broken), "train")
+    rest = [i for i in range(21) if i not in (0, 19)]
+    assert all(source[k][0].tobytes() == files[i][0].tobytes() for k, i in enumerate(rest))
+    (broken / "val/2/0.jpg").write_text("x")
+    again = Options(8, force=True)
+    refused("train/2/0.jpg: not a readable image", broken, tmp_path / "out", again)
+    words = "val/2/0.jpg and the 0 images behind it: not one is readable"
+    refused(words, broken, tmp_path / "ones", Options(1, skip_broken=True), train_folder="val")
+
+
+def test_the_folders_faults_are_imagefolders(folder, tmp_path):
+    refused("nowhere: no such folder; give the image", tmp_path / "nowhere", tmp_path / "o", EIGHT)
+    refused(
+        "no folder 'train' for the train split, there is folder", tmp_path, tmp_path / "o", EIGHT
+    )
+    (folder / "val/strange").mkdir()
+    refused("'strange' is none of the 3 known classes", folder, tmp_path / "o", EIGHT)
+    assert not (tmp_path / "o").exists(), "a fault of the second split comes before the first"
+    refused("is the image folder itself", folder, folder, EIGHT)
+    with pytest.raises(UserError, match="--images_per_shard must be 1 or more"):
+        Options(images_per_shard=0)
+
+
+def test_a_split_alone_and_other_folder_names(folder, tmp_path, caplog):
+    (folder / "val").rename(folder / "test")
+    with caplog.at_level(logging.WARNING):
+        assert list(convert(folder, tmp_path / "out", EIGHT)) == ["train"]
+    assert "no folder val, going on without it" in caplog.text
+    names = {"val_folder": "test"}
+    assert list(convert(folder, tmp_path / "out", EIGHT, **names)) == ["train", "test"]
+    assert len(open_source("mindrecord", str(tmp_path / "out"), "val", **names)) == 9
+
+
+def test_large_images_and_odd_names(tmp_path):
+    """A record larger than MindRecord's default page of 32 MiB, and a name that is no UTF-8."""
+    for split in ("train", "val"):
+        (tmp_path / "in" / split / "ä b").mkdir(parents=True)
+    odd = os.fsencode(tmp_path) + b"/in/val/\xc3\xa4 b/\xff.bmp"
+    Image.new("RGB", (4, 4)).save(odd.decode("utf-8", "surrogateescape"))
+    Image.effect_noise((3600, 3600), 50).convert("RGB").save(tmp_path / "in/train/ä b/big.bmp")
+    convert(tmp_path / "in", tmp_path / "out", EIGHT)
+    for split, name in (("train", "big.bmp"), ("val", "\\xff.bmp")):
+        files = open_source("imagefolder", str(tmp_path / "in"), split)
+        source = open_source("mindrecord", str(tmp_path / "out"), split)
+        assert source[0][0].tobytes() == files[0][0].tobytes()
+        assert source.class_names == ("ä b",) and f"ä b/{name} (in" in source.describe(0)
+
+
+def test_a_source_behind_a_link_and_relative(folder, tmp_path, monkeypatch):
+    (tmp_path / "link").symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
+    convert(Path("link"), Path("out"), EIGHT)
+    source = open_source("mindrecord", "out", "train")
+    assert source.describe(0).startswith(f"{tmp_path}/link/train/2/0.jpg (in out/train/00000.")
+
+
+def test_a_disk_that_does_not_take_it_is_one_line(folder, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise RuntimeError("[ERROR] write failed\n\n----\nC++ Call Stack")
+
+    monkeypatch.setattr(record_writer.ds, "MindDataset", full)
+    refused("out/train: cannot write 00000.mindrecord: .ERROR. write", folder, tmp_path / "out",
+            EIGHT)  # fmt: skip
+    (tmp_path / "file").write_text("")
+    refused("give another --dst", folder, tmp_path / "file" / "x", EIGHT)
+
+
+def test_the_command(folder, tmp_path):
+    words = ("tools.records", "--src=folder", "--dst=out", "--images_per_shard=8")
+    done = run_command(*words, "--verify", cwd=tmp_path)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert done.stdout.splitlines() == [
+        "out/train: 21 images in 3 shards, 0 of them kept from before; 0 broken images left out",
+        "out/val: 9 images in 2 shards, 0 of them kept from before; 0 broken images left out",
+        "out/train: verified, 21 images",
+        "out/val: verified, 9 images",
+        "next: python train.py --config RECIPE --data.source mindrecord --data.path out",
+    ]
+    (tmp_path / "out/val/00000.mindrecord").unlink()
+    for wrong, complaint in (
+        (("--dst=out", "--verify"), "out/val/00000.mindrecord: the shard is missing"),
+        (("--dst=out",), "--src is missing"),
+        (("--src=folder", "--dst=out", "--image_per_shard=9"), "did you mean images_per_shard?"),
+        (("--src=nowhere", "--dst=out"), "nowhere: no such folder"),
+    ):
+        done = run_command("tools.records", *wrong, cwd=tmp_path)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and complaint in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "out"]

@@ -1,0 +1,50 @@
+"""Plots of a study, also of one that has only begun."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tools.study.plots import plot_by_cost, plot_by_epochs, plot_by_images
+
+NAN = float("nan")
+
+
+def drawn(path):
+    return np.asarray(Image.open(path).convert("RGB")).astype(int)
+
+
+def has_colour(picture, rgb):
+    return (np.abs(picture - rgb).sum(axis=-1) < 12).sum() > 50
+
+
+BLUE, ORANGE = (31, 119, 180), (255, 127, 14)  # of the first two models
+
+
+@pytest.mark.parametrize(
+    "accuracy, both",
+    [
+        ({"a": {250: (60.0, 1.0), 4000: (70.0, 2.0)}, "b": {250: (50.0, NAN)}}, True),
+        ({"a": {250: (60.0, NAN)}, "b": {}}, False),
+    ],
+)
+def test_against_images(tmp_path, accuracy, both):
+    plot_by_images(accuracy, tmp_path / "a.png")
+    picture = drawn(tmp_path / "a.png")
+    assert has_colour(picture, BLUE) and has_colour(picture, ORANGE) == both
+
+
+def test_against_epochs(tmp_path):
+    passes = np.array([1.0, 2.0])
+    curves = {
+        250: {"a": (passes, np.array([[10.0, 20.0], [12.0, 25.0]]))},
+        1000: {"b": (passes / 4, np.array([[10.0, 20.0]]))},
+    }
+    plot_by_epochs({250: {**curves[250], "b": curves[1000]["b"]}, **curves}, tmp_path / "a.png")
+    assert has_colour(drawn(tmp_path / "a.png"), BLUE)
+
+
+def test_against_cost(tmp_path):
+    points = {"a": (400_000, 11_500_000, (60.0, 1.0)), "b": (410_000, 30_100_000, (50.0, NAN))}
+    plot_by_cost(points, 250, tmp_path / "a.png")
+    picture = drawn(tmp_path / "a.png")
+    assert has_colour(picture, BLUE) and has_colour(picture, ORANGE)

@@ -1,0 +1,1 @@
+"""Programs beside the product: python -m tools.NAME."""

@@ -1,0 +1,1 @@
+"""Counts a network's operations, or measures its speed beside peers."""

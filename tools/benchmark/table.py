@@ -1,0 +1,146 @@
+"""Figures from what the sides answered, and the tables that show them."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from tools.benchmark.worker import MATMUL_SIZE
+
+logger = logging.getLogger("cvt")
+
+PASSES = {"infer": 1, "train": 3}  # a backward pass costs two forward ones
+CLOCK_TICK = 0.01  # seconds; of a shorter round the system tells no processor time
+MOST_IDLE = 0.05  # cores that a side may keep busy while it is another's turn
+
+
+def summarise(
+    started: dict[str, dict],
+    rounds: dict[str, list[dict]],
+    mode: str,
+    macs: int | None,
+    reference: str,
+) -> list[dict[str, Any]]:
+    """The figures of each side.
+
+    Args:
+        started: each side's answer to "start"; ours is the first.
+        rounds: each side's answers to "round", in the order of the rounds.
+        mode: "infer", "train" or "data".
+        macs: of the network for an image; None leaves out what is only of a network.
+        reference: the side whose speed is divided by the others'.
+
+    Returns:
+        For each side name, what, images_per_second (median of its rounds; all in `rounds`), ratio
+        (median over the rounds of the reference / this side), images_per_core_second (of processor
+        time), first_call_seconds, prepare_seconds; with macs also peak_memory in bytes, gflops (a
+        MAC is two) and share_of_peak (of "matmul", which is the last side and has no ratio).
+    """
+    speeds = {
+        name: [r["images"] / r["seconds"] for r in answers] for name, answers in rounds.items()
+    }
+    sides = []
+    for name, answers in rounds.items():
+        is_matmul = name == "matmul"
+        side = {
+            "name": name,
+            "what": started[name]["what"],
+            "first_call_seconds": started[name]["first_call_seconds"],
+            "prepare_seconds": started[name]["prepare_seconds"],
+        }
+        if not is_matmul:
+            side.update(
+                images_per_second=statistics.median(speeds[name]),
+                rounds=speeds[name],
+                ratio=statistics.median(a / b for a, b in zip(speeds[reference], speeds[name])),
+                images_per_core_second=statistics.median(
+                    a["images"] / max(a["cpu_seconds"], CLOCK_TICK) for a in answers
+                ),
+            )
+        if macs is not None:
+            flops = 2 * (MATMUL_SIZE**3 if is_matmul else macs * PASSES[mode])
+            side["gflops"] = statistics.median(speeds[name]) * flops / 1e9
+            side["peak_memory"] = answers[-1]["peak_memory"]
+        sides.append(side)
+    for side in sides if macs is not None else ():
+        side["share_of_peak"] = side["gflops"] / sides[-1]["gflops"]
+    return sides
+
+
+def warn_of_idle_work(rounds: dict[str, list[dict]]) -> None:
+    """Say which sides have worked while it was another's turn, which makes the figures wrong."""
+    for name, answers in rounds.items():
+        others = sum(r["seconds"] for n, all_ in rounds.items() if n != name for r in all_[:-1])
+        idle = sum(answer["idle_cpu_seconds"] for answer in answers[1:])
+        if others and idle / others > MOST_IDLE:
+            logger.warning(
+                "%s kept %.2f cores busy while it was the others' turn: the figures are not to be "
+                "relied on", name, idle / others,
+            )  # fmt: skip
+
+
+def print_measured(figures: dict[str, Any]) -> None:
+    """A line for each side, and what they are."""
+    _print_title(figures)
+    networks = "gflops" in figures["sides"][0]
+    head = ["", "img/s", "of all rounds", f"{figures['reference']} is", "img/core s", "first call"]
+    rows = [head + ["memory", "GFLOP/s", "of matmul"] * networks]
+    for side in figures["sides"]:
+        cells = [side["name"], "", "", "", "", ""]
+        if "rounds" in side:
+            low, high = min(side["rounds"]), max(side["rounds"])
+            cells = [
+                side["name"],
+                f"{side['images_per_second']:.4g}",
+                f"{low:.4g} to {high:.4g}",
+                "" if side["name"] == figures["reference"] else f"{side['ratio']:.2f} x",
+                f"{side['images_per_core_second']:.4g}",
+                f"{side['first_call_seconds']:.1f} s",
+            ]
+        if networks:
+            cells += [
+                f"{side['peak_memory'] / 1e6:.0f} MB",
+                f"{side['gflops']:.4g}",
+                f"{100 * side['share_of_peak']:.1f} %",
+            ]
+        rows.append(cells)
+    _print_table(rows)
+    for side in figures["sides"]:
+        print(f"{side['name']}: {side['what']}")
+
+
+def print_compile(figures: dict[str, Any]) -> None:
+    """A line for each side and task."""
+    _print_title(figures)
+    rows = [["", "task", "first call", "of all", "before it", "memory"]]
+    for side in figures["sides"]:
+        calls = side["first_calls"]
+        rows.append(
+            [
+                side["name"],
+                side["task"],
+                f"{side['first_call_seconds']:.1f} s",
+                f"{min(calls):.1f} to {max(calls):.1f} s",
+                f"{side['prepare_seconds']:.1f} s",
+                f"{side['peak_memory'] / 1e6:.0f} MB",
+            ]
+        )
+    _print_table(rows)
+
+
+def _print_title(figures: dict[str, Any]) -> None:
+    height, width = figures["image_size"]
+    network = "" if figures["mode"] == "data" else f"{figures['model']}, {figures['precision']}, "
+    print(
+        f"{figures['mode']}: {network}image {height} x {width}, batch {figures['batch_size']}, "
+        f"cores for each side: {figures['threads']}, medians of rounds: {figures['rounds']}"
+    )
+
+
+def _print_table(rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for name, *cells in rows:
+        cells = [cell.rjust(width) for cell, width in zip(cells, widths[1:])]
+        print("  ".join([name.ljust(widths[0]), *cells]).rstrip())

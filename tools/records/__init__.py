@@ -1,0 +1,1 @@
+"""Packs an image folder into MindRecord shards: python -m tools.records."""

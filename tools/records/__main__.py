@@ -1,0 +1,67 @@
+"""Packs an image folder into MindRecord shards: python -m tools.records --src DIR --dst DIR."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from src.cli import parse
+from src.device import log_to, prepare_environment
+from src.errors import UserError, executable
+
+
+@executable
+def main(argv: list[str]) -> None:
+    """Convert what is not converted yet, or verify; print what is there."""
+
+    def add_arguments(parser) -> None:
+        parser.add_argument("--src", type=str, help="image folder: train/<class>/*, val/<class>/*")
+        parser.add_argument(
+            "--dst", type=str, required=True, help="folder for the shards, data.path of mindrecord"
+        )
+        parser.add_argument(
+            "--images_per_shard", type=int, default=50_000, help="images of the folder in a shard"
+        )
+        parser.add_argument(
+            "--workers", type=int, default=0, help="threads that read and check; 0: one per core"
+        )
+        parser.add_argument("--train_folder", type=str, default="train", help="below --src")
+        parser.add_argument("--val_folder", type=str, default="val", help="below --src")
+        parser.add_argument(
+            "--skip_broken", action="store_true", help="leave out unreadable images, count them"
+        )
+        parser.add_argument(
+            "--force", action="store_true", help="go on though images or options have changed"
+        )
+        parser.add_argument(
+            "--verify", action="store_true", help="read all of --dst against its checksums"
+        )
+
+    description = "Pack an image folder into MindRecord shards; run again, it goes on."
+    _, arguments = parse(argv, "-m tools.records", description, add_arguments, schema=None)
+    if not arguments.src and not arguments.verify:
+        raise UserError("--src is missing; give the image folder, or --verify to check --dst")
+    prepare_environment()
+    log_to()
+    from src.data.records import verify
+    from tools.records.writer import Options, convert
+
+    target = Path(arguments.dst).expanduser()
+    if arguments.src:
+        options = Options(
+            arguments.images_per_shard, arguments.workers, arguments.skip_broken, arguments.force
+        )
+        folders = {name: getattr(arguments, name) for name in ("train_folder", "val_folder")}
+        done = convert(Path(arguments.src).expanduser(), target, options, **folders)
+        for name, split in done.items():
+            print(
+                f"{target / name}: {split.images} images in {split.shards} shards, {split.kept} of "
+                f"them kept from before; {len(split.skipped)} broken images left out"
+            )
+    if arguments.verify:
+        for folder, images in verify(target).items():
+            print(f"{folder}: verified, {images} images")
+    print(f"next: python train.py --config RECIPE --data.source mindrecord --data.path {target}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""What a study's networks and data are, found before hours are spent on them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from src.build import build_model, build_preprocessing, image_size, open_split, resolve_classes
+from src.config import Config
+from src.data import Source
+from src.errors import UserError
+from src.models.complexity import complexity, uninitialised
+from tools.study.grid import Cell
+
+
+@dataclass(frozen=True)
+class Network:
+    """Trained parameters, multiply-accumulates for an image, and the images it is evaluated on."""
+
+    parameters: int
+    macs: int
+    held_out: int
+
+
+def networks_of(cells: Sequence[Cell]) -> dict[str, Network]:
+    """The network of each model of a study, built without initialising it.
+
+    Raises:
+        UserError: data or networks that training would refuse.
+    """
+    opened: dict[str, tuple[Source, int]] = {}
+    networks: dict[str, Network] = {}
+    for cell in cells:
+        config = cell.config
+        data = dataclasses.replace(config.data, train_images=None)
+        if repr(data) not in opened:
+            whole = dataclasses.replace(config, data=data)
+            opened[repr(data)] = open_split(whole, "train"), len(open_split(whole, "val"))
+        source, held_out = opened[repr(data)]
+        if cell.train_images > len(source):
+            raise UserError(
+                f"train_images {cell.train_images}: {source.title} has only {len(source)}"
+            )
+        if not held_out:
+            raise UserError(f"{source.title}: there are no held-out images beside these; add some")
+        if cell.model not in networks:
+            try:
+                networks[cell.model] = _network(resolve_classes(config, source), held_out)
+            except UserError as error:
+                raise UserError(f"models.{cell.model}: {error}") from None
+    return networks
+
+
+def _network(config: Config, held_out: int) -> Network:
+    build_preprocessing(config)
+    with uninitialised():
+        net = build_model(config)
+    total = complexity(net, image_size(config.model)).total
+    return Network(total.parameters, total.total_macs, held_out)

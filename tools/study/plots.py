@@ -1,0 +1,107 @@
+"""Plots of a study: accuracy against training images, epochs, parameters and MACs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
+
+from src.plots.image_files import save_figure
+
+MARKERS = "osD^vPX*<>hd"
+ACCURACY = "held-out top-1, %"
+Point = tuple[float, float]  # mean and standard deviation, NaN where there is only one value
+
+
+def _style(number: int) -> dict:
+    """A model's colour and marker, the same in every plot."""
+    return {"color": f"C{number % 10}", "marker": MARKERS[number % len(MARKERS)], "capsize": 3}
+
+
+def _errors(deviations: Sequence[float]) -> np.ndarray:
+    return np.nan_to_num(np.asarray(deviations, float))
+
+
+def plot_by_images(accuracy: dict[str, dict[int, Point]], path: Path) -> None:
+    """Accuracy against training images; bars are standard deviations.
+
+    Args:
+        accuracy: of each model, by training images.
+        path: of the image.
+    """
+    figure, axes = _figure(1)
+    for number, (model, points) in enumerate(accuracy.items()):
+        if points:
+            sizes = sorted(points)
+            means, deviations = zip(*(points[size] for size in sizes))
+            axes[0].errorbar(sizes, means, _errors(deviations), label=model, **_style(number))
+    axes[0].set(xlabel="training images", ylabel=ACCURACY)
+    _logarithmic(axes[0], sorted({size for points in accuracy.values() for size in points}))
+    _save(figure, path)
+
+
+def plot_by_epochs(curves: dict[int, dict[str, tuple[np.ndarray, np.ndarray]]], path: Path) -> None:
+    """Accuracy against epochs, a panel for each number of training images.
+
+    Args:
+        curves: by training images and model: passes over these images, [N], and accuracies, one
+            row for each seed, [S, N]. A band is a standard deviation to either side.
+        path: of the image.
+    """
+    figure, panels = _figure(len(curves))
+    for axes, (size, models) in zip(panels, curves.items()):
+        for number, (model, (passes, values)) in enumerate(models.items()):
+            style = _style(number)
+            mean, color = values.mean(axis=0), style["color"]
+            axes.plot(passes, mean, label=model, color=color, marker=style["marker"], ms=4)
+            if len(values) > 1:
+                band = values.std(axis=0, ddof=1)
+                axes.fill_between(passes, mean - band, mean + band, color=color, alpha=0.15, lw=0)
+        axes.set(title=f"{size:,} training images", xlabel="epochs (passes over these images)")
+    panels[0].set(ylabel=ACCURACY)
+    _save(figure, path)
+
+
+def plot_by_cost(points: dict[str, tuple[int, int, Point]], size: int, path: Path) -> None:
+    """Accuracy against parameters and against multiply-accumulates.
+
+    Args:
+        points: of each model: parameters, MACs for an image, accuracy.
+        size: the training images of these accuracies.
+        path: of the image.
+    """
+    figure, panels = _figure(2)
+    for number, (model, (*costs, (mean, deviation))) in enumerate(points.items()):
+        for axes, cost, unit in zip(panels, costs, (1e3, 1e6)):
+            errors = _errors([deviation])
+            axes.errorbar([cost / unit], [mean], errors, ls="", label=model, **_style(number))
+    for axes, name in zip(
+        panels, ("thousand parameters", "million multiply-accumulates for an image")
+    ):
+        axes.set(xlabel=name, ylabel=ACCURACY, title=f"{size:,} training images")
+        axes.margins(x=0.2)
+        axes.ticklabel_format(axis="x", style="plain", useOffset=False)
+    _save(figure, path)
+
+
+def _figure(panels: int) -> tuple[Figure, list[Axes]]:
+    width = 6 if panels == 1 else 4.5 * panels
+    figure = Figure(figsize=(width, 4), layout="constrained")  # no pyplot: no display is needed
+    return figure, list(figure.subplots(1, panels, squeeze=False)[0])
+
+
+def _logarithmic(axes: Axes, sizes: list[int]) -> None:
+    axes.set_xscale("log")
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+
+
+def _save(figure: Figure, path: Path) -> None:
+    for axes in figure.axes:
+        axes.grid(alpha=0.3)
+    figure.axes[0].legend()
+    save_figure(figure, path, dpi=100)
