@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from src.data import record_writer
+from tools.records import writer
 from src.data.sources import open_source
 from src.errors import UserError
 from tests.conftest import ROOT, run_command
@@ -45,16 +45,16 @@ def refused(words, *arguments, **keywords):
 KILLS = {
     "half written": ("FileWriter.commit", "len(calls) == 2 and (kept(*a), {die})"),
     "before the data moves": ("os.replace", "{die} if str(a[1]).endswith('1.mindrecord') else 0"),
-    "before it is noted": ("record_writer.write_json", "{die} if len(a[0]['shards']) == 2 else 0"),
-    "before the index": ("record_writer.write_json", "{die} if a[1].name == 'index.json' else 0"),
+    "before it is noted": ("writer.write_json", "{die} if len(a[0]['shards']) == 2 else 0"),
+    "before the index": ("writer.write_json", "{die} if a[1].name == 'index.json' else 0"),
     "in the index": ("os.replace", "{die} if str(a[1]).endswith('train/index.json') else 0"),
-    "before tidying up": ("record_writer._Conversion._tidy", "{die}"),
+    "before tidying up": ("writer._Conversion._tidy", "{die}"),
 }
 KILLED = """
 import os, signal, sys
 from pathlib import Path
 from mindspore.mindrecord import FileWriter
-from src.data import record_writer
+from tools.records import writer
 name, _, kind = "{target}".rpartition(".")
 place, calls = eval(name), []
 kept = getattr(place, kind)
@@ -65,7 +65,7 @@ def replacement(*a, **k):
     {condition}
     return kept(*a, **k)
 setattr(place, kind, replacement)
-record_writer.convert(Path(sys.argv[1]), Path(sys.argv[2]), record_writer.Options(8))
+writer.convert(Path(sys.argv[1]), Path(sys.argv[2]), writer.Options(8))
 """
 
 
@@ -288,7 +288,7 @@ def test_a_disk_that_does_not_take_it_is_one_line(folder, tmp_path, monkeypatch)
     def full(*arguments):
         raise RuntimeError("[ERROR] write failed\n\n----\nC++ Call Stack")
 
-    monkeypatch.setattr(record_writer.ds, "MindDataset", full)
+    monkeypatch.setattr(writer.ds, "MindDataset", full)
     refused("out/train: cannot write 00000.mindrecord: .ERROR. write", folder, tmp_path / "out",
             EIGHT)  # fmt: skip
     (tmp_path / "file").write_text("")
