@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tools.records import writer
 from src.data.sources import open_source
 from src.errors import UserError
 from tests.conftest import ROOT, run_command
 from tests.data.test_records import write_folder
+from tools.records import writer
 from tools.records.writer import Options, convert
 
 EIGHT = Options(images_per_shard=8)
