@@ -3,7 +3,7 @@
 Three stages; each opens with a convolutional token embedding that shrinks the grid and widens the
 channels, and goes on with transformer blocks whose q, k and v come from depthwise convolutions. It
 needs no position embedding. Faithful to the official `lib/models/cls_cvt.py` to float rounding:
-tests/golden holds that code's numbers.
+tools/check_device/golden holds that code's numbers.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ def noise(count: int, size: tuple[int, int]) -> np.ndarray:
 
 
 def measure_formats(name: str, output: Path) -> dict:
-    """Largest differences of a network's forms, weights and statistics as in tests/golden."""
+    """Largest differences of a network's forms, weights and statistics as in the golden data."""
     from mindspore import Tensor
 
     from src.build import accelerate
@@ -86,7 +86,7 @@ def measure_formats(name: str, output: Path) -> dict:
     from src.deploy.engines import open_model
     from src.deploy.fuse import fuse
     from src.deploy.writers import checking_engines, write_model
-    from tests.golden import official
+    from tools.check_device.golden import official
 
     def network():
         return official.model({"model": name, "seed": 0})
@@ -128,7 +128,7 @@ def flower_run(output: Path, photos: Path) -> Path:
     from src.config_io import load_config, save_config
     from src.data import eval_batches
     from src.weights import save_weights
-    from tests.golden import official
+    from tools.check_device.golden import official
 
     checkpoint = output / "flowers" / "checkpoints" / "best.ckpt"
     if checkpoint.exists():
@@ -247,7 +247,7 @@ def measure_speed(output: Path) -> dict:
 
     from src.deploy.engines import open_model
     from src.deploy.fuse import fuse
-    from tests.golden import official
+    from tools.check_device.golden import official
 
     net = official.model({"model": "cvt_13", "seed": 0})
     images, runs, profiles = noise(16, (224, 224)), [], []

@@ -17,10 +17,11 @@ from src.models.cvt import CvT
 from src.weights import load_weights, save_weights
 from src.weights.names import to_ours
 from tests.conftest import ROOT, TINY, run_command
-from tests.golden import official, pico
+from tests.golden import pico
+from tools.check_device.golden import official
 
 MALICIOUS = Path(__file__).parents[1] / "weights/data/malicious.pth"
-SOURCE = official.FOLDER / "pico_hf.bin"
+SOURCE = pico.FOLDER / "pico_hf.bin"
 
 
 @pytest.fixture

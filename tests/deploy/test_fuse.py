@@ -8,7 +8,7 @@ from mindspore import nn
 from src.deploy.fuse import fuse
 from src.models import layers, resnet
 from tests.deploy.networks import NETWORKS, network
-from tests.golden import official
+from tools.check_device.golden import official
 
 CASES = {case["tag"]: case for case in official.DESCRIPTION["cases"]}
 NANO = [tag for tag in CASES if tag.startswith("nano")]

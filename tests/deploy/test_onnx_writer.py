@@ -12,7 +12,7 @@ from src.deploy.onnx_graph import OPSET
 from src.deploy.onnx_writer import write_onnx
 from src.errors import UserError
 from tests.deploy.networks import NETWORKS, network
-from tests.golden import official
+from tools.check_device.golden import official
 
 CASES = {case["tag"]: case for case in official.DESCRIPTION["cases"]}
 NANO = [tag for tag in CASES if tag.startswith("nano")]

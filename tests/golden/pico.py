@@ -2,12 +2,14 @@
 
 import json
 import zlib
+from pathlib import Path
 
 import mindspore as ms
 import numpy as np
 
 from src.models import create_model
-from tests.golden.official import FOLDER
+
+FOLDER = Path(__file__).parent
 
 FILES = (
     "pico_official.pth",

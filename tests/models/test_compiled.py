@@ -20,7 +20,7 @@ from src.models.compiled import (
 from src.models.layers import Attention, Block, LayerNorm
 from src.models.sync_batchnorm import synchronise_batchnorm
 from tests.conftest import ROOT, TINY
-from tests.golden import official
+from tools.check_device.golden import official
 
 CASES = {case["tag"]: case for case in official.DESCRIPTION["cases"]}
 

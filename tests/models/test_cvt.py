@@ -7,7 +7,7 @@ import pytest
 from src.errors import UserError
 from src.models import create_model
 from tests.conftest import TINY
-from tests.golden import official
+from tools.check_device.golden import official
 
 CASES = {case["tag"]: case for case in official.DESCRIPTION["cases"]}
 COUNTS = {"cvt_13": 19_997_480, "cvt_21": 31_622_696, "cvt_w24": 277_196_392}

@@ -19,7 +19,7 @@ from src.training.loss import LabelSmoothingCrossEntropy
 from src.training.optimizer import SGD, AdamW
 from src.training.train_step import GROWTH_STEPS, TrainStep, mix_images
 from tests.conftest import ROOT, TINY
-from tests.golden import official
+from tools.check_device.golden import official
 
 TRAJECTORY = official.DESCRIPTION["trajectories"][0]
 # Softmax ignores a shift of all keys: the true gradient is zero, and Adam follows rounding noise.

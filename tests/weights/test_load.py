@@ -27,9 +27,9 @@ from src.weights import (
 from src.weights.load import interpolate_pos_embed
 from src.weights.names import from_huggingface, from_official
 from tests.conftest import ROOT, TINY
-from tests.golden import official, pico
+from tests.golden import pico
 
-THEIRS = json.loads((official.FOLDER / "hf_state_dict_keys.json").read_text())["cvt_13"]
+THEIRS = json.loads((pico.FOLDER / "hf_state_dict_keys.json").read_text())["cvt_13"]
 
 
 def values(net: nn.Cell) -> dict[str, np.ndarray]:
@@ -73,7 +73,7 @@ def test_files_of_real_libraries_give_the_official_logits():
         for parameter in model.get_parameters():
             ms.ops.assign(parameter, ms.ops.zeros_like(parameter))
         assert not compiled(images).asnumpy().any()
-        report = load_weights(model, official.FOLDER / name)
+        report = load_weights(model, pico.FOLDER / name)
         limit = 2e-2 if "fp16" in name else 2e-5
         assert np.abs(compiled(images).asnumpy() - pico.LOGITS).max() <= limit, name
         assert len(report.loaded) == len(list(model.get_parameters())) == 203
@@ -267,11 +267,11 @@ def test_state_returns_the_numbers_beside_it(tmp_path):
 @pytest.mark.parametrize("name", ["x.pth.tar", "x.ckpt", "x", "x.safetensors", "x.PT"])
 def test_the_suffix_does_not_matter(tmp_path, name):
     for source in ("pico_official.pth", "pico_hf.safetensors", "pico_legacy.pth"):
-        shutil.copy(official.FOLDER / source, tmp_path / name)
+        shutil.copy(pico.FOLDER / source, tmp_path / name)
         model = pico.model()
         load_weights(model, tmp_path / name)
         expected = pico.model()
-        load_weights(expected, official.FOLDER / source)
+        load_weights(expected, pico.FOLDER / source)
         assert same(values(model), values(expected))
 
 
@@ -382,7 +382,7 @@ def test_names_of_no_cvt_are_refused_with_the_path(tmp_path, net):
 @pytest.mark.parametrize("name", pico.FILES)
 def test_damaged_files_are_refused_soon_and_change_nothing(tmp_path, name):
     model, rng = pico.model(), np.random.default_rng(0)
-    before, sound = values(model), (official.FOLDER / name).read_bytes()
+    before, sound = values(model), (pico.FOLDER / name).read_bytes()
     path = tmp_path / name
     cuts = [0, 1, 100, len(sound) // 2, len(sound) - 1]
     for raw in (*(sound[:cut] for cut in cuts), rng.bytes(len(sound)), bytes(len(sound))):

@@ -6,9 +6,10 @@ import pytest
 
 from src.errors import UserError
 from src.weights.names import HUGGING_FACE, OFFICIAL, OURS, from_huggingface, to_ours
-from tests.golden import official
+from tests.golden import pico
+from tools.check_device.golden import official
 
-THEIRS = json.loads((official.FOLDER / "hf_state_dict_keys.json").read_text())
+THEIRS = json.loads((pico.FOLDER / "hf_state_dict_keys.json").read_text())
 VARIANTS = ["cvt_13", "cvt_21", "cvt_w24"]
 
 

@@ -10,12 +10,13 @@ import pytest
 
 from src.errors import UserError
 from src.weights.select import select
-from tests.golden import official
+from tests.golden import pico
+from tools.check_device.golden import official
 
 SHAPES = official.NAMES["cvt_13"]
 WEIGHTS = [name for name in SHAPES if "num_batches" not in name]
 TRAINED = [name for name in WEIGHTS if "running" not in name]
-THEIRS = list(json.loads((official.FOLDER / "hf_state_dict_keys.json").read_text())["cvt_13"])
+THEIRS = list(json.loads((pico.FOLDER / "hf_state_dict_keys.json").read_text())["cvt_13"])
 
 
 class Window:

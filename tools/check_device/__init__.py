@@ -1,0 +1,1 @@
+"""Checks that a device computes CvT correctly: python -m tools.check_device."""

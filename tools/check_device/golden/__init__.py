@@ -1,0 +1,1 @@
+"""Numbers of the official implementation, read by the checks and by the tests."""
