@@ -99,10 +99,13 @@ def is_run_config(path: Path) -> bool:
         return False
 
 
+_WEIGHTS = ("checkpoints/best.ckpt", "best.ckpt", "model.safetensors")
+
+
 def find_checkpoint(place: Path) -> Path:
-    """The best weights of a run where its folder is given; any other path as it is."""
+    """The best weights of a run or of a pretrained network's folder; any other path as it is."""
     if place.is_dir():
-        for file in (place / "checkpoints/best.ckpt", place / "best.ckpt"):
+        for file in (place / name for name in _WEIGHTS):
             if file.is_file():
                 return file
     return place

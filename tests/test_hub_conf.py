@@ -13,3 +13,8 @@ def test_networks_are_created_by_name():
     assert create_network("cvt_13", **TINY).head.weight.shape == (10, 32)
     with pytest.raises(UserError, match="did you mean cvt_nano"):
         create_network("cvt_nan")
+
+
+def test_an_unknown_pretrained_network_is_refused():
+    with pytest.raises(UserError, match="no pretrained cvt_13 on mars"):
+        create_network("cvt_13", pretrained="mars")

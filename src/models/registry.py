@@ -50,6 +50,11 @@ def create_model(name: str, num_classes: int = 1000, **kwargs) -> nn.Cell:
             f"model {shown(repr(name))} is unknown: {hint}choose from {', '.join(list_models())}"
         )
     known = _arguments(_MODELS[name])
+    if "pretrained" in kwargs:
+        raise UserError(
+            "create_model: pretrained is no argument, as models/ reads no files; "
+            "use src.weights.create_pretrained"
+        )
     strange = [key for key in kwargs if key not in known]
     if strange:
         raise UserError(

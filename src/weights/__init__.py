@@ -4,12 +4,16 @@ from src.weights.checkpoint import save_checkpoint, save_weights, sha256_of
 from src.weights.files import weight_files
 from src.weights.load import load_state, load_weights
 from src.weights.load_report import LoadReport, WeightsMismatch
+from src.weights.pretrained import create_pretrained, list_pretrained, pretrained_folder
 
 __all__ = [
     "LoadReport",
     "WeightsMismatch",
+    "create_pretrained",
+    "list_pretrained",
     "load_state",
     "load_weights",
+    "pretrained_folder",
     "save_checkpoint",
     "save_weights",
     "sha256_of",
