@@ -17,6 +17,7 @@ from src.data import (
     Source,
     balanced,
     check_files,
+    hold_out,
     leave_out,
     lost_classes,
     only_classes,
@@ -176,7 +177,9 @@ def open_split(config: Config, split: str) -> Source:
         if names is not None and (not names or len(set(names)) < len(names)):
             raise UserError(f"data.{key} {names}: must name each class once")
     names = None if data.classes else data.class_names
-    source = open_source(data.source, data.path, split, class_names=names, **folders)
+    held_out = data.val_from_train is not None
+    opened = "train" if held_out else split
+    source = open_source(data.source, data.path, opened, class_names=names, **folders)
     if data.classes:
         source = only_classes(source, data.classes, data.class_names)
     if split == "train" and len(source.class_names) < 2:
@@ -184,6 +187,8 @@ def open_split(config: Config, split: str) -> Source:
             f"{source.title}: only one class ({source.class_names[0]!r}), so there is nothing to "
             "learn; add a folder for each further class"
         )
+    if held_out:  # the same images whatever runtime.seed is, so that trials compare
+        source = hold_out(source, data.val_from_train, seed=0)[split == "val"]
     if data.train_images and split == "train":
         source = balanced(source, data.train_images, config.runtime.seed)
     return source

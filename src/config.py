@@ -138,6 +138,9 @@ class DataConfig:
         labels_file: ReaL's real.json, for labels real.
         train_images: use only so many training images, as many of each class as there can be;
             which ones follows from runtime.seed.
+        val_from_train: evaluate on so many of the training images, as many of each class, which
+            training then leaves out: for tuning without the test images. null evaluates on the
+            data set's own evaluation images.
         mean: of the three channels, for values in 0..1.
         std: of the three channels, for values in 0..1.
         crop_ratio: evaluation resizes the short side to image size / crop_ratio and crops the
@@ -163,6 +166,7 @@ class DataConfig:
     labels: Literal["val", "real", "v2"] = "val"
     labels_file: Optional[str] = field(default=None, metadata=PATH)
     train_images: Optional[PositiveCount] = None
+    val_from_train: Optional[PositiveCount] = None
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[Positive, Positive, Positive] = IMAGENET_STD
     crop_ratio: Optional[Positive] = 0.875

@@ -81,6 +81,23 @@ def test_some_classes_keep_the_labels_that_a_run_gave_them():
         assert list(source.class_names) == (class_names or ["7", "2"])
 
 
+def test_evaluation_on_part_of_the_training_images():
+    """Whatever the seed, the same ones, which no training on few images sees either."""
+    data = DataConfig(source="digits", val_from_train=100)
+    whole = open_split(config(data=DataConfig(source="digits")), "train")
+    held_out = open_split(config(data=data), "val")
+    assert np.bincount(held_out.labels).tolist() == [10] * 10
+    again = config(data=data)
+    again.runtime.seed = 5
+    assert open_split(again, "val").digest() == held_out.digest()
+    rest = open_split(config(data=data), "train")
+    assert len(rest) == len(whole) - 100
+    seen = {rest[i][0].tobytes() for i in range(len(rest))}
+    assert seen.isdisjoint(held_out[i][0].tobytes() for i in range(100))
+    few = DataConfig(source="digits", val_from_train=100, train_images=len(rest))
+    assert open_split(config(data=few), "train").digest() == rest.digest()
+
+
 @pytest.mark.parametrize(
     "size, ratio, resize",
     [(224, 0.875, 256), (384, None, None), ([192, 256], 0.875, 292), (32, 1.0, 32)],

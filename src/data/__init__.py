@@ -10,7 +10,7 @@ from src.data.index import check_files
 from src.data.loader import Batches, epoch_indices, eval_batches, find_broken, train_batches
 from src.data.mixing import Mixing
 from src.data.sources import SOURCES, open_source
-from src.data.subset import balanced, only_classes
+from src.data.subset import balanced, hold_out, only_classes
 from src.data.transforms import Preprocessing
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "epoch_indices",
     "eval_batches",
     "find_broken",
+    "hold_out",
     "leave_out",
     "lost_classes",
     "only_classes",

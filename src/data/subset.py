@@ -89,6 +89,30 @@ def balanced(source: Source, count: int, seed: int) -> Source:
     """
     if count > len(source):
         raise UserError(f"data.train_images {count}: {source.title} has only {len(source)}")
+    return _part(source, np.sort(_balanced_order(source, seed)[:count]))
+
+
+def hold_out(source: Source, count: int, seed: int) -> tuple[Source, Source]:
+    """The images of `balanced`, and before them all others.
+
+    Raises:
+        UserError: nothing would be left.
+    """
+    if count >= len(source):
+        raise UserError(
+            f"data.val_from_train {count}: {source.title} has only {len(source)}, and some must be "
+            "left for training"
+        )
+    order = _balanced_order(source, seed)
+    return _part(source, np.sort(order[count:])), _part(source, np.sort(order[:count]))
+
+
+def _part(source: Source, indices: np.ndarray) -> Source:
+    return Subset(source, indices, source.labels[indices], source.class_names)
+
+
+def _balanced_order(source: Source, seed: int) -> np.ndarray:
+    """Indices in a random order in which the classes take turns."""
     shuffled = np.random.default_rng([seed, 0xBA1A]).permutation(len(source))
     turn = np.empty(len(source), int)  # an image's place among the shuffled ones of its class
     seen = np.zeros(len(source.class_names), int)
@@ -96,6 +120,4 @@ def balanced(source: Source, count: int, seed: int) -> Source:
         label = source.labels[index]
         turn[index] = seen[label]
         seen[label] += 1
-    order = shuffled[np.argsort(turn[shuffled], kind="stable")]
-    indices = np.sort(order[:count])
-    return Subset(source, indices, source.labels[indices], source.class_names)
+    return shuffled[np.argsort(turn[shuffled], kind="stable")]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from src.data import ArraySource, balanced, only_classes
+from src.data import ArraySource, balanced, hold_out, only_classes
 from src.errors import UserError
 
 
@@ -45,3 +45,15 @@ def test_a_balanced_part_has_as_many_of_each_class_as_there_can_be(source):
     assert set(numbers(part)) < set(numbers(balanced(source, 60, seed=1)))
     with pytest.raises(UserError, match="only 100"):
         balanced(source, 101, seed=1)
+
+
+def test_held_out_images_are_balanced_and_not_trained_on(source):
+    rest, held_out = hold_out(source, 20, seed=1)
+    assert np.bincount(held_out.labels).tolist() == [5, 5, 5, 5]
+    assert numbers(held_out) == numbers(balanced(source, 20, seed=1))
+    assert sorted(numbers(rest) + numbers(held_out)) == list(range(100))
+    assert numbers(rest) == sorted(numbers(rest))
+    for i, number in enumerate(numbers(rest)):
+        assert rest[i][1] == source.labels[number]
+    with pytest.raises(UserError, match="val_from_train 100: .* only 100"):
+        hold_out(source, 100, seed=1)
