@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-SOURCES = Path(__file__).with_name("kernels")
+SOURCES = Path(__file__).with_name("cpp")
 # Neither errno nor trapping keeps loops from becoming vector code; NaN and infinity stay exact.
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp-simd", "-pthread", "-fPIC", "-shared",
          "-fno-math-errno", "-fno-trapping-math")  # fmt: skip
