@@ -14,8 +14,6 @@ from src.evaluation.evaluator import Result
 from src.evaluation.labels import Labelled
 from src.evaluation.metrics import Outcomes
 from src.files import is_csv, is_json, require_replaceable, write_csv, write_json
-from src.plots.confusion_matrix import draw_confusion
-from src.plots.image_files import is_picture_of_ours
 
 PICTURE, FIGURES = "confusion_matrix.png", "figures.json"
 # The tables of a report, and their first columns.
@@ -80,6 +78,8 @@ def require_report(path: str, force: bool) -> Path:
     Raises:
         UserError: it can't be written to, or a file in it would be lost.
     """
+    from src.plots.image_files import is_picture_of_ours
+
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--report {path}: is no folder; give another one")
@@ -110,6 +110,8 @@ def write_report(result: Result, images: Labelled, folder: Path) -> dict[str, fl
     Raises:
         UserError: a file can't be written.
     """
+    from src.plots.confusion_matrix import draw_confusion  # matplotlib takes 0.5 s
+
     source, outcomes = images.source, result.outcomes
     names = source.class_names
     calibration = calibrate(outcomes)

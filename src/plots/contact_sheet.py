@@ -11,7 +11,6 @@ from PIL import Image, ImageDraw, ImageFont
 
 from src.data.images import thumbnail
 from src.errors import UserError, printable
-from src.plots.fonts import find_font
 from src.plots.image_files import save_image
 
 SHEET_SUFFIXES = (".png", ".jpg", ".jpeg", ".pdf")
@@ -93,4 +92,6 @@ def _write(
 
 
 def _font(size: int, text: str = "") -> ImageFont.FreeTypeFont:
+    from src.plots.fonts import find_font  # loads matplotlib
+
     return ImageFont.truetype(find_font(text), size)

@@ -9,13 +9,15 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from matplotlib.figure import Figure
 from PIL import Image, PngImagePlugin
 
 from src.errors import UserError, printable
 from src.files import replacing
-from src.plots.fonts import draw_with_font_for
+
+if TYPE_CHECKING:  # matplotlib takes 0.5 s, which a prediction without a picture does not need
+    from matplotlib.figure import Figure
 
 PRODUCER = "cvt-mindspore"
 _MARKS = (PRODUCER.encode(), PRODUCER.encode("utf-16-be"))  # PDF writers differ
@@ -28,6 +30,8 @@ def literal(text: str) -> str:
 
     Without this, `$...$` is read as mathematics.
     """
+    from src.plots.fonts import draw_with_font_for
+
     text = printable(text)
     draw_with_font_for(text)
     return text.replace("$", r"\$")

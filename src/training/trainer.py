@@ -26,7 +26,6 @@ from src.distributed import ALONE, Ranks
 from src.errors import UserError
 from src.evaluation.evaluator import Evaluator
 from src.files import write_text
-from src.plots.training_curves import plot_curves
 from src.progress import progress_bar
 from src.training.feed import Feed
 from src.training.interruption import Interruption
@@ -165,6 +164,8 @@ class Trainer:
             self._write_figures()
 
     def _write_figures(self) -> None:
+        from src.plots.training_curves import plot_curves  # 0.5 s: after the first epoch
+
         write_text(figures_of(self.progress), self.output / "metrics.jsonl")
         plot_curves(self.progress.rows, self.output / "curves.png")
 
