@@ -15,6 +15,21 @@ from src.device import prepare_environment
 prepare_environment()  # before any test imports MindSpore
 
 LONG_FILES = ("tests/faults", "tests/launch", "tests/ascend", "tests/tools/benchmark")
+# Whole runs, jobs, campaigns and compiled graphs of training: left out by run_tests.sh --quick.
+SLOW_FILES = (
+    *LONG_FILES,
+    "tests/end_to_end",
+    "tests/deploy/test_export.py",
+    "tests/deploy/test_predictor.py",
+    "tests/deploy/test_convert.py",
+    "tests/deploy/test_mindspore_lite.py",
+    "tests/deploy/test_quantize.py",
+    "tests/training/test_branches.py",
+    "tests/training/test_run.py",
+    "tests/training/test_state.py",
+    "tests/training/test_train_step.py",
+    "tests/evaluation/test_evaluator.py",
+)
 ROOT = Path(__file__).resolve().parents[1]
 TINY = {"embed_dims": (8, 16, 32), "num_heads": (1, 2, 4), "depths": (1, 1, 2), "num_classes": 10}
 TINY_KEYS = [
@@ -25,8 +40,15 @@ TINY_KEYS = [
 ]
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items) -> None:
-    """Start the long files first, so that no worker ends with one while the others are idle."""
+    """Start the long files first, so that no worker ends with one while the others are idle.
+
+    First of all hooks, because `-m "not slow"` selects by the marks that are set here.
+    """
+    for item in items:
+        if item.nodeid.startswith(SLOW_FILES):
+            item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: not any(item.nodeid.startswith(file) for file in LONG_FILES))
 
 

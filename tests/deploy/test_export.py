@@ -28,6 +28,7 @@ from src.weights import save_weights
 from tests.conftest import ROOT, TINY, run_command
 
 RECIPES = [p for p in sorted(ROOT.glob("config/*/*.yaml")) if p.parent.name != "study"]
+MINDIR_RECIPES = ("imagenet/cvt_13_224", "flowers/finetune_cvt_13_384", "digits/cvt_nano")
 _TINY_VIT = {"embed_dim": 16, "depth": 1, "num_heads": 2, "image_size": 32}
 SMALL = {
     **dict.fromkeys(("cvt_13", "cvt_21", "cvt_w24", "cvt_nano"), {**TINY, "depths": (1, 1, 1)}),
@@ -41,8 +42,16 @@ def run(trained):
     return load_config(trained / "config.yaml"), trained / "checkpoints/best.ckpt"
 
 
-@pytest.mark.parametrize("file_format", ["mindir", "onnx"])
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+@pytest.mark.parametrize(
+    "recipe, file_format",
+    # At these sizes recipes differ in classes and preprocessing only, whose file is one for both
+    # formats; MINDIR has to be compiled.
+    [
+        *((recipe, "onnx") for recipe in RECIPES),
+        *((ROOT / f"config/{name}.yaml", "mindir") for name in MINDIR_RECIPES),
+    ],
+    ids=lambda value: f"{value.parent.name}/{value.stem}" if isinstance(value, Path) else value,
+)
 def test_every_recipe_is_exported(recipe, tmp_path, monkeypatch, file_format):
     """By the command that the documentation gives, at tiny sizes; half of them train in float16."""
     config = load_config(recipe)
@@ -61,8 +70,15 @@ def test_every_recipe_is_exported(recipe, tmp_path, monkeypatch, file_format):
     assert description["input_shape"] == (1, 3, 32, 32)
 
 
-@pytest.mark.parametrize("file_format", ["mindir", "onnx"])
-@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize(
+    "name, file_format",
+    [
+        (name, file_format)
+        for file_format in ("mindir", "onnx")
+        for name in list_models()
+        if file_format == "onnx" or name not in ("cvt_21", "cvt_w24", "cvt_nano")  # cvt_13 here
+    ],
+)
 def test_every_network_is_exported(run, name, tmp_path, monkeypatch, file_format):
     ms.set_context(mode=ms.PYNATIVE_MODE)
     net = create_model(name, **{"num_classes": 10, **SMALL[name]})

@@ -73,8 +73,8 @@ def test_the_trained_network_stays_as_it_is():
 
 
 @pytest.mark.big
-@pytest.mark.parametrize("tag", ["cvt_13_192x256", "cvt_21_224"])
-def test_published_variants_equal_the_official_ones(tag):
+def test_a_published_variant_equals_the_official_one():
+    tag = "cvt_13_192x256"
     case = CASES[tag]
     logits = fuse(official.model(case))(official.images(case))
     assert np.abs(logits.asnumpy() - official.REFERENCE[f"{tag}/logits"]).max() <= 5e-5

@@ -72,8 +72,8 @@ def test_logits_equal_the_official_ones(tmp_path, tag, engine):
 
 
 @pytest.mark.big
-@pytest.mark.parametrize("tag", ["cvt_13_192x256", "cvt_21_224"])
-def test_published_variants_equal_the_official_ones(tmp_path, tag):
+def test_a_published_variant_equals_the_official_one(tmp_path):
+    tag = "cvt_13_192x256"
     case = CASES[tag]
     images, expected = official.images(case).asnumpy(), official.REFERENCE[f"{tag}/logits"]
     write_onnx(official.model(case), (None, *images.shape[1:]), tmp_path / "m.onnx")

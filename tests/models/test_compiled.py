@@ -69,7 +69,7 @@ def test_logits_equal_the_official_ones(built, tag, mode):
 
 
 @pytest.mark.big
-@pytest.mark.parametrize("tag", [tag for tag in CASES if tag.startswith(("cvt_13", "cvt_21"))])
+@pytest.mark.parametrize("tag", ["cvt_13_192x256", "cvt_21_224"])
 def test_published_variants_equal_the_official_ones(built, tag):
     check_logits(built, tag)
 
