@@ -11,7 +11,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from src.config import Config
 from src.config_io import load_config
 from src.errors import UserError, shown
 from src.training.interruption import SIGNALS
@@ -41,16 +40,19 @@ class Run:
 def look(cell: Cell, folder: Path) -> Run:
     """See how far a cell is.
 
+    A finished cell needs no checkpoints, only config.yaml and metrics.jsonl, so that results can be
+    kept in a repository and a study continued on another machine.
+
     Raises:
         UserError: it was trained under other settings than the study has now.
     """
     begun = has_state(folder / "checkpoints")
-    if begun:
+    rows = read_rows(folder)
+    if begun or rows:
         _refuse_changes(cell, folder)
-    rows = read_rows(folder) if begun else []
     last = rows[-1] if rows else {}
     done = last.get("epoch") == cell.config.training.epochs and last.get("top1") is not None
-    return Run(rows, begun, done)
+    return Run(rows if begun or done else [], begun, done)
 
 
 def read_rows(folder: Path) -> list[dict]:
@@ -64,8 +66,8 @@ def read_rows(folder: Path) -> list[dict]:
 
 
 def _refuse_changes(cell: Cell, folder: Path) -> None:
-    before, now = _settings(load_config(folder / "config.yaml")), _settings(cell.config)
-    free = {key for key in RESOLVED if now[key] is None} | (set(FREE_TO_CHANGE) - {"data.path"})
+    before, now = flat(load_config(folder / "config.yaml")), flat(cell.config)
+    free = {key for key in RESOLVED if now[key] is None} | set(FREE_TO_CHANGE)
     changed = [
         f"{key} {shown(before[key])}, not {shown(now[key])}"
         for key in now
@@ -76,11 +78,6 @@ def _refuse_changes(cell: Cell, folder: Path) -> None:
             f"{folder}: was trained with {'; '.join(changed)}. Give another --output, or remove "
             "this folder to train the cell again"
         )
-
-
-def _settings(config: Config) -> dict:
-    path = config.data.path and str(Path(config.data.path).resolve())
-    return flat(dataclasses.replace(config, data=dataclasses.replace(config.data, path=path)))
 
 
 class Trainings:

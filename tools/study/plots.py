@@ -1,4 +1,4 @@
-"""Plots of a study: accuracy against training images, epochs, parameters and MACs."""
+"""Plots of a study: accuracy against images, the course of training, parameters and MACs."""
 
 from __future__ import annotations
 
@@ -44,24 +44,27 @@ def plot_by_images(accuracy: dict[str, dict[int, Point]], path: Path) -> None:
     _save(figure, path)
 
 
-def plot_by_epochs(curves: dict[int, dict[str, tuple[np.ndarray, np.ndarray]]], path: Path) -> None:
-    """Accuracy against epochs, a panel for each number of training images.
+Curves = dict[int, dict[str, tuple[np.ndarray, np.ndarray]]]
+
+
+def plot_curves(curves: Curves, xlabel: str, path: Path) -> None:
+    """Accuracy in the course of training, a panel for each number of training images.
 
     Args:
-        curves: by training images and model: passes over these images, [N], and accuracies, one
+        curves: by training images and model: positions of the evaluations, [N], and accuracies, one
             row for each seed, [S, N]. A band is a standard deviation to either side.
+        xlabel: what the positions are.
         path: of the image.
     """
     figure, panels = _figure(len(curves))
     for axes, (size, models) in zip(panels, curves.items()):
-        for number, (model, (passes, values)) in enumerate(models.items()):
-            style = _style(number)
-            mean, color = values.mean(axis=0), style["color"]
-            axes.plot(passes, mean, label=model, color=color, marker=style["marker"], ms=4)
+        for number, (model, (positions, values)) in enumerate(models.items()):
+            mean, color = values.mean(axis=0), _style(number)["color"]
+            axes.plot(positions, mean, label=model, color=color)
             if len(values) > 1:
                 band = values.std(axis=0, ddof=1)
-                axes.fill_between(passes, mean - band, mean + band, color=color, alpha=0.15, lw=0)
-        axes.set(title=f"{size:,} training images", xlabel="epochs (passes over these images)")
+                axes.fill_between(positions, mean - band, mean + band, color=color, alpha=0.15)
+        axes.set(title=f"{size:,} training images", xlabel=xlabel)
     panels[0].set(ylabel=ACCURACY)
     _save(figure, path)
 

@@ -38,6 +38,20 @@ class Result:
         return np.array([row["step"] for row in self.rows]) * images / self.cell.train_images
 
     @property
+    def training_macs(self) -> np.ndarray:
+        """Multiply-accumulates of training until each evaluation.
+
+        A step costs three forward passes: its own, the gradients of the layers' inputs and those of
+        their weights.
+        """
+        return 3 * self.network.macs * self.passes * self.cell.train_images
+
+    @property
+    def seconds(self) -> np.ndarray:
+        """Wall-clock time until each evaluation, compiling and evaluations included."""
+        return np.cumsum([row["seconds"] for row in self.rows])
+
+    @property
     def curve(self) -> np.ndarray:
         """Top-1 at each evaluation, in per cent."""
         return np.array([row["top1"] for row in self.rows])

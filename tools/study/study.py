@@ -17,14 +17,20 @@ from tools.study.cells import Run, Trainings, look
 from tools.study.grid import Cell
 from tools.study.networks import Network, networks_of
 from tools.study.pace import Pace, in_words
-from tools.study.plots import plot_by_cost, plot_by_epochs, plot_by_images
+from tools.study.plots import plot_by_cost, plot_by_images, plot_curves
 from tools.study.results import COLUMNS, Result, Spread, markdown, top1s
 
 logger = logging.getLogger("cvt")
 INDEX_FILE = "images.json"
-OWN_FILES = (
-    "cells.csv", "table.md", "accuracy_images.png", "accuracy_epochs.png", "accuracy_cost.png",
-)  # fmt: skip
+# Plots of the course of training: the axis and where an evaluation lies on it.
+COURSES = {
+    "accuracy_epochs.png": ("epochs (passes over these images)", lambda r: r.passes),
+    "accuracy_operations.png": (
+        "training, 10^12 multiply-accumulates", lambda r: r.training_macs / 1e12
+    ),
+    "accuracy_time.png": ("training, minutes on this machine", lambda r: r.seconds / 60),
+}  # fmt: skip
+OWN_FILES = ("cells.csv", "table.md", "accuracy_images.png", *COURSES, "accuracy_cost.png")
 
 
 class StudyRun:
@@ -172,15 +178,20 @@ class StudyRun:
             spread = Spread.of(list(values.values()))
             points[model][size] = spread.mean, spread.deviation
         plot_by_images(points, self.output / "accuracy_images.png")
-        curves: dict = {}
-        for size in sorted({result.cell.train_images for result in results}):
-            curves[size] = {}
-            for model in points:
-                same = [r for r in results if (r.cell.model, r.cell.train_images) == (model, size)]
-                if same:
-                    curves[size][model] = same[0].passes, np.array([r.curve for r in same])
-        plot_by_epochs(curves, self.output / "accuracy_epochs.png")
-        largest = max(curves)
+        by_size = {size: {} for size in sorted({r.cell.train_images for r in results})}
+        for result in results:
+            cell = result.cell
+            by_size[cell.train_images].setdefault(cell.model, []).append(result)
+        for name, (xlabel, positions) in COURSES.items():
+            curves = {
+                size: {
+                    model: (positions(same[0]), np.array([each.curve for each in same]))
+                    for model, same in ((m, by_model[m]) for m in points if m in by_model)
+                }
+                for size, by_model in by_size.items()
+            }
+            plot_curves(curves, xlabel, self.output / name)
+        largest = max(by_size)
         costs = {
             model: (self.networks[model].parameters, self.networks[model].macs, sizes[largest])
             for model, sizes in points.items()

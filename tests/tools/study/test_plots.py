@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tools.study.plots import plot_by_cost, plot_by_epochs, plot_by_images
+from tools.study.plots import plot_by_cost, plot_by_images, plot_curves
 
 NAN = float("nan")
 
@@ -33,13 +33,14 @@ def test_against_images(tmp_path, accuracy, both):
     assert has_colour(picture, BLUE) and has_colour(picture, ORANGE) == both
 
 
-def test_against_epochs(tmp_path):
+def test_the_course_of_training(tmp_path):
     passes = np.array([1.0, 2.0])
     curves = {
         250: {"a": (passes, np.array([[10.0, 20.0], [12.0, 25.0]]))},
         1000: {"b": (passes / 4, np.array([[10.0, 20.0]]))},
     }
-    plot_by_epochs({250: {**curves[250], "b": curves[1000]["b"]}, **curves}, tmp_path / "a.png")
+    curves = {250: {**curves[250], "b": curves[1000]["b"]}, **curves}
+    plot_curves(curves, "passes", tmp_path / "a.png")
     assert has_colour(drawn(tmp_path / "a.png"), BLUE)
 
 

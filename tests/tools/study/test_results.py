@@ -33,6 +33,13 @@ def test_a_row_tells_the_final_accuracy_and_the_best_one_apart(results):
     }  # fmt: skip
 
 
+def test_the_course_of_training_in_passes_operations_and_seconds(results):
+    """3 and 6 steps of 64 images; a step has three forward passes of 12.34 MMACs an image."""
+    np.testing.assert_allclose(results[0].passes, [4.8, 9.6])
+    np.testing.assert_allclose(results[0].training_macs, [192 * 37_020_000, 384 * 37_020_000])
+    np.testing.assert_allclose(results[0].seconds, [4.0, 6.5])
+
+
 def test_mean_and_sample_deviation_of_the_final_accuracy(cells, results):
     lines = markdown(cells, results).splitlines()
     for model in ("conv", "linear"):

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import os
+import shutil
 import signal
 import threading
 import time
@@ -35,12 +36,12 @@ def test_a_study_writes_its_files_and_runs_nothing_twice(cells, output, pretende
     assert [row["parameters"] for row in rows] == ["20170", "18322"] * 2
     deviation = np.std([20, 21], ddof=1)
     assert f"| 20.50 ± {deviation:.2f} (2) |" in (output / "table.md").read_text()
-    for name in ("images", "epochs", "cost"):
+    for name in ("images", "epochs", "operations", "time", "cost"):
         picture = Image.open(output / f"accuracy_{name}.png").convert("L")
         assert np.asarray(picture).std() > 5
     assert sorted(path.name for path in output.iterdir()) == [
-        "accuracy_cost.png", "accuracy_epochs.png", "accuracy_images.png", "cells", "cells.csv",
-        "table.md",
+        "accuracy_cost.png", "accuracy_epochs.png", "accuracy_images.png",
+        "accuracy_operations.png", "accuracy_time.png", "cells", "cells.csv", "table.md",
     ]  # fmt: skip
     StudyRun(cells, output).train()
     assert calls(pretender) == []
@@ -82,12 +83,21 @@ def test_a_cell_of_other_settings_is_refused(study, study_file, cells, output, p
     StudyRun(cells_of(study, study_file, ["--evaluation.batch_size=5"]), output)
 
 
-def test_data_elsewhere_are_other_settings(cells, output, pretender):
+def test_finished_cells_need_neither_checkpoints_nor_the_same_path(cells, output, pretender):
+    """As in a repository, cloned on another machine."""
     StudyRun(cells, output).train()
+    calls(pretender)
+    for folder in (output / "cells").iterdir():
+        shutil.rmtree(folder / "checkpoints")
     data = dataclasses.replace(cells[0].config.data, path="elsewhere")
     moved = dataclasses.replace(cells[0], config=dataclasses.replace(cells[0].config, data=data))
-    with pytest.raises(UserError, match="data.path None, not .*elsewhere"):
-        look(moved, output / "cells" / moved.name)
+    assert look(moved, output / "cells" / moved.name).done
+    StudyRun(cells, output).train()
+    assert calls(pretender) == []
+    file = output / "cells/conv-40-0/metrics.jsonl"
+    file.write_text(file.read_text().splitlines()[0] + "\n")
+    StudyRun(cells, output).train()
+    assert calls(pretender) == ["conv-40-0"], "from the start, as there is no state"
 
 
 def test_a_stopped_study_goes_on_where_it_was(cells, output, pretender):
