@@ -13,6 +13,7 @@ import numpy as np
 from mindspore.dataset import vision
 from PIL import Image, ImageOps
 
+from src.data.bicubic import shear_x, translate
 from src.data.keyed import Keyed
 from src.errors import UserError
 
@@ -116,6 +117,12 @@ class RandAugment(Keyed):
             ratio = width / height if vertical else height / width
             shift[vertical] = -argument * ratio / 2
             shear[vertical] = math.degrees(math.atan(argument))
+        if self._interpolation == vision.Inter.BICUBIC:  # the same pixels in less time
+            if name.startswith("Translate"):
+                axis = 0 if name == "TranslateYRel" else 1
+                return translate(image, -argument, axis, self._fill)
+            if name == "ShearX":
+                return shear_x(image, shear[0], shift[0], self._fill)
         operation = vision.Affine(degrees, shift, 1.0, shear, self._interpolation, self._fill)
         return operation(image)
 
