@@ -1,0 +1,147 @@
+"""What the checks are made of: the command line, the table, limits, profiles."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from src.errors import UserError
+from tests.conftest import ROOT
+from tools.check_device import limits, table
+from tools.check_device.__main__ import choose, parse
+from tools.check_device.checks.speed import PROFILED, summarise
+from tools.check_device.compare import by_largest, by_norm, judge
+from tools.check_device.registry import CHECKS, Finding
+from tools.check_device.runner import FAILED, NOT_HERE, PASSED, Result
+
+
+def test_checks_have_names_of_their_own_and_processes_that_follow_each_other():
+    assert len({check.name for check in CHECKS}) == len(CHECKS)
+    processes = [check.process for check in CHECKS]
+    runs = [p for p, before in zip(processes, [None, *processes]) if p != before]
+    assert len(runs) == len(set(runs))
+    for process in runs:
+        kinds = {(c.runtime, c.uses_device) for c in CHECKS if c.process == process}
+        assert len(kinds) == 1, process
+
+
+def test_only_the_named_checks_run_and_full_ones_when_asked():
+    assert [check.name for check in choose(["AdamW"], False)] == ["environment", "AdamW"]
+    assert {check.name for check in choose(None, True)} - {
+        check.name for check in choose(None, False)
+    } == {"late rank", "speed by form"}
+    with pytest.raises(UserError, match="'Adam': no such check; choose from environment, "):
+        choose(["Adam"], False)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--rank", "2"], "unrecognized arguments: --rank 2; --help"),
+        (["--device", "NPU"], "invalid choice: 'NPU'"),
+        (["--ranks", "1"], "--ranks 1: give 2 or more"),
+        (["--report", "/"], "--report /: is a folder"),
+    ],
+)
+def test_wrong_options_are_refused(argv, message):
+    with pytest.raises(UserError, match=message):
+        parse(argv)
+
+
+def test_a_device_that_is_not_here_fails_the_first_check_and_ends(tmp_path):
+    command = [sys.executable, str(ROOT / "tools/check_device/__main__.py"), "--device", "Ascend"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert "finds only" in done.stdout and "points at: the installation" in done.stdout
+    assert "the other checks did not run" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def check(name="AdamW"):
+    return next(each for each in CHECKS if each.name == name)
+
+
+def test_a_line_for_each_outcome():
+    passed = Result(check(), PASSED, Finding("1e-7", "1e-5"), 2.04)
+    absent = Result(check(), NOT_HERE, Finding("the kernel is Ascend's"), 0.1)
+    failed = Result(check(), FAILED, Finding("1e-2", "1e-5", False, "outside: weight"), 3.0, "log")
+    assert table.line(passed).split() == ["AdamW", "1e-7", "1e-5", "2.0", "ok"]
+    assert table.line(absent).split(maxsplit=1) == ["AdamW", "not here: the kernel is Ascend's"]
+    first, *rest = table.line(failed).splitlines()
+    assert first.endswith("FAILED") and "    points at: the Adam kernel" in rest[0]
+    assert rest[-1] == "    outside: weight"
+    assert table.summary([passed, absent, failed]).startswith(
+        "3 checks: 1 ok, 1 not here, 1 FAILED; 0.1 minutes"
+    )
+    report = table.report([passed, absent, failed], "CPU")
+    assert not report["passed"] and report["checks"][2]["log"] == "log"
+    assert table.report([passed, absent], "CPU")["passed"]
+
+
+def test_the_worst_difference_for_its_limit_is_shown():
+    finding = judge({"a": 0.5, "b": 0.01}, {"a": 1.0, "b": 0.001})
+    assert (finding.measured, finding.allowed, finding.passed) == ("1.0e-02 (b)", "0.001", False)
+    assert "b" in finding.hint and judge({"a": 0.5}, 1.0).passed
+    assert not judge({"a": float("nan")}, 1.0).passed and judge({"a": 0.0}, 0.0).passed
+
+
+def test_differences_that_are_not_finite_are_infinite():
+    right = np.array([1.0, -4.0])
+    assert by_largest(np.array([1.0, -4.4]), right) == pytest.approx(0.1)
+    assert by_norm(np.array([1.0, -4.0]), right) == 0
+    for wrong in (np.array([np.nan, 1]), np.array([np.inf, 1]), np.array([1.0])):
+        assert by_largest(wrong, right) == by_norm(wrong, right) == float("inf")
+
+
+def rounded(bits, largest=np.inf):
+    """A product by 1 on a device that keeps so many bits behind the first."""
+
+    def product(value):
+        step = 2.0 ** (np.floor(np.log2(value)) - bits)
+        result = np.round(value / step) * step
+        return np.array([result if result < largest else np.inf], np.float32)
+
+    return product
+
+
+@pytest.mark.parametrize(
+    ("bits", "largest", "device", "kind"),
+    [
+        (23, np.inf, "CPU", limits.CPU),
+        (23, np.inf, "Ascend", limits.CARD),
+        (10, np.inf, "Ascend", limits.HF32),
+        (10, 65520, "Ascend", limits.FLOAT16),
+        (7, np.inf, "Ascend", limits.BFLOAT16),
+    ],
+)
+def test_the_arithmetic_is_recognised(bits, largest, device, kind, monkeypatch):
+    monkeypatch.setattr(limits, "current_device", lambda: device)
+    assert limits._kind(rounded(bits, largest)) == kind
+
+
+def test_limits_follow_the_coarser_of_device_and_network(monkeypatch):
+    monkeypatch.setattr(limits, "arithmetic", lambda: limits.HF32)
+    assert limits.limit("logits") == 5e-3
+    assert limits.limit("logits", "float16") == 2e-2
+    monkeypatch.setattr(limits, "arithmetic", lambda: limits.BFLOAT16)
+    assert limits.limit("logits", "float16") == 1e-1
+
+
+def test_a_profile_of_a_card_names_what_runs_on_the_host(tmp_path):
+    """The tables as MindSpore 2.8 writes them for Ascend."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/kernel_details.csv").write_text(
+        "Name,Type,Accelerator Core,Start Time(us),Duration(us),Wait Time(us)\n"
+        "x,MatMulV2,AI_CORE,1,4000,0\ny,MatMulV2,AI_CORE,2,4000,0\nz,RightShift,AI_CPU,3,1000,0\n"
+    )
+    (tmp_path / "a/cpu_op_detail_info_0.csv").write_text(
+        "op_side,op_type,op_name,full_op_name,op_occurrences,op_total_time(ms),op_avg_time(ms)\n"
+        "Host,Cast,Cast-op1,Default/Cast-op1,3,0.5,0.2\n"
+    )
+    found = summarise(tmp_path)
+    assert found["dearest kernels"]["MatMulV2 (AI_CORE)"] == 8 / PROFILED
+    assert found["kernels on the host"] == {"Cast": 0.5 / PROFILED, "RightShift": 1 / PROFILED}

@@ -1,0 +1,34 @@
+"""The parts of an accumulated batch."""
+
+from __future__ import annotations
+
+import numpy as np
+from mindspore import Tensor, nn
+
+from tools.check_device.checks import training
+from tools.check_device.compare import by_norm, judge, relative
+from tools.check_device.limits import limit
+from tools.check_device.registry import Finding, Setting
+
+
+def accumulation(setting: Setting) -> Finding:
+    """Two parts of four images against one batch of eight, BatchNorm in inference."""
+    found = {}
+    images, labels = next(training.batches(1))
+    for parts in (1, 2):
+        step = training.make_step(accumulate=parts)
+        for _, cell in step.net.cells_and_names():
+            if isinstance(cell, nn.BatchNorm2d):
+                cell.set_train(False)
+        size = len(labels) // parts
+        for part in range(parts):
+            own = slice(part * size, (part + 1) * size)
+            result = step.take(Tensor(images[own]), Tensor(labels[own]), part=part)
+        values = training.everything(step)
+        moments = [value.ravel() for name, value in values.items() if name.startswith("moment1.")]
+        found[parts] = np.array([float(x.asnumpy()) for x in result]), np.concatenate(moments)
+    (curve, gradient), (right_curve, right) = found[2], found[1]
+    return judge(
+        {"loss and norm": relative(curve, right_curve), "gradients": by_norm(gradient, right)},
+        {"loss and norm": limit("loss"), "gradients": limit("gradients")},
+    )

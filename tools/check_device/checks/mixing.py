@@ -1,0 +1,88 @@
+"""Mixup and cutmix on the device, and what they cost."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+from mindspore import Parameter, Tensor, nn
+
+from src.training.loss import LabelSmoothingCrossEntropy
+from src.training.optimizer import SGD
+from src.training.train_step import TrainStep, mix_images
+from tools.check_device import reference
+from tools.check_device.checks.cells import noise
+from tools.check_device.compare import by_largest, judge
+from tools.check_device.limits import limit
+from tools.check_device.registry import Finding, Setting
+
+CLASSES, BATCH, REPEATS = 7, 8, 5
+CUTMIX, MIXUP, UNMIXED = [0.75, 1, 2, 10, 3, 11], [0.3, 0.3, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0]
+
+
+class _Mix(nn.Cell):
+    def construct(self, images: Tensor, mix: Tensor) -> Tensor:
+        """As the training step does."""
+        return mix_images(images, mix)
+
+
+class _Scale(nn.Cell):
+    def construct(self, images: Tensor, mix: Tensor) -> Tensor:
+        """A plain multiplication of the same size."""
+        return images * mix[1]
+
+
+class _Pixels(nn.Cell):
+    """A network whose logits are pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = Parameter(Tensor(np.ones((), np.float32)), name="pixels.weight")
+
+    def construct(self, images: Tensor, keys: Tensor) -> Tensor:
+        """[B, 3, H, W] -> [B, CLASSES]."""
+        return images[:, 0, 0, :CLASSES] * self.weight
+
+
+def mixing(setting: Setting) -> Finding:
+    """Mixed images, and the loss of a whole step on them, against numpy."""
+    images, differences = noise(BATCH, 3, 16, 20), {}
+    mix_cell = _Mix()
+    for name, mix in (("cutmix", CUTMIX), ("mixup", MIXUP), ("unmixed", UNMIXED)):
+        found = mix_cell(Tensor(images), Tensor(np.array(mix, np.float32))).asnumpy()
+        differences[f"{name}: images"] = by_largest(found, _mixed(images, mix))
+    labels = np.arange(BATCH, dtype=np.int32) ** 2 % CLASSES
+    net = _Pixels()
+    optimizer = SGD(net.trainable_params())
+    step = TrainStep(
+        net, LabelSmoothingCrossEntropy(0.1), optimizer, np.zeros(9, np.float32), mixing=True
+    ).set_train(True)
+    for name, mix in (("cutmix", CUTMIX), ("mixup", MIXUP)):
+        arguments = Tensor(images), Tensor(labels), Tensor(np.array(mix, np.float32))
+        found = step.take(*arguments)[0].asnumpy()
+        own, other = (reference.smooth_targets(x, CLASSES, 0.1) for x in (labels, labels[::-1]))
+        logits = _mixed(images, mix)[:, 0, 0, :CLASSES]
+        right, _ = reference.cross_entropy(logits, mix[0] * own + (1 - mix[0]) * other)
+        differences[f"{name}: loss"] = by_largest(found, right)
+    finding = judge(differences, limit("logits"))
+    ratio = _seconds(mix_cell) / _seconds(_Scale())
+    finding.measured += f"; takes {ratio:.1f} multiplications"
+    finding.details["time by that of a multiplication"] = ratio
+    return finding
+
+
+def _mixed(images: np.ndarray, mix: list[float]) -> np.ndarray:
+    share = np.full(images.shape[2:], mix[1])
+    share[mix[2] : mix[3], mix[4] : mix[5]] = 0
+    return images * share + images[::-1] * (1 - share)
+
+
+def _seconds(cell: nn.Cell) -> float:
+    """The median time of a call, on 8 images of 224 px."""
+    images, mix = Tensor(noise(8, 3, 224, 224)), Tensor(np.array(MIXUP, np.float32))
+    times = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        cell(images, mix)[0, 0, 0, 0].asnumpy()
+        times.append(time.perf_counter() - start)
+    return float(np.median(times))

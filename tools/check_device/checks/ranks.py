@@ -1,0 +1,139 @@
+"""Several ranks: what they tell each other, and training on all of them against one."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from src.launch.plan import HCCL_TIMEOUTS, visible_devices
+from tools.check_device.checks.training import last_line
+from tools.check_device.compare import judge, relative
+from tools.check_device.limits import LIMITS
+from tools.check_device.rank_program import SIZES
+from tools.check_device.registry import Finding, NotHere, Setting
+
+MOST_RANKS, LATE_SECONDS = 8, 150.0
+RANK_COUNTS = (2, 3, 4, 6, 8)  # that divide the batch of `rank_program`
+
+
+def number_of_ranks(setting: Setting) -> int:
+    """How many ranks the checks start.
+
+    Raises:
+        NotHere: this host has one device or core.
+    """
+    here = len(visible_devices(setting.device, os.environ))
+    wanted = setting.ranks or min(here, 2 if setting.device == "CPU" else MOST_RANKS)
+    what = "cores" if setting.device == "CPU" else f"{setting.device} devices"
+    if here < 2 or wanted > here:
+        raise NotHere(f"{here} {what} on this host, {max(wanted, 2)} needed")
+    counts = [count for count in RANK_COUNTS if count <= wanted]
+    return counts[-1]
+
+
+def run_ranks(setting: Setting, what: str, world: int, **arguments: Any) -> list[dict[str, Any]]:
+    """What each rank of a job found.
+
+    Raises:
+        RuntimeError: a rank failed; names it and its last words.
+    """
+    folder = Path(setting.folder) / f"{what}-{world}"
+    folder.mkdir(exist_ok=True)
+    order = {"what": what, "folder": str(folder), "device": setting.device, **arguments}
+    command = [*setting.worker[1:], "rank", json.dumps(order)]
+    environment = {**os.environ, "GLOG_v": "3"}
+    if world > 1:
+        environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        environment.update({k: os.environ.get(k, v) for k, v in HCCL_TIMEOUTS.items()})
+        if setting.device == "CPU":
+            environment["LOCAL_WORLD_SIZE"] = str(world)
+        options = [
+            "--join=True", f"--worker_num={world}", f"--local_worker_num={world}",
+            f"--master_port={free_port()}", f"--log_dir={folder}",
+        ]  # fmt: skip
+        command = ["-m", "mindspore.parallel.cluster.run", *options, "python", *command]
+    done = subprocess.run(
+        [sys.executable, *command], cwd=setting.folder, env=environment, capture_output=True,
+        text=True,
+    )  # fmt: skip
+    found = []
+    for rank in range(world):
+        file = folder / f"rank_{rank}.json"
+        if not file.exists():
+            log = folder / f"worker_{rank}.log"
+            words = log.read_text("utf-8", "replace") if log.exists() else done.stderr
+            print(done.stdout[-2000:], done.stderr[-2000:], words[-4000:], sep="\n")
+            raise RuntimeError(f"rank {rank} of {world} failed: {last_line(words)}")
+        found.append(json.loads(file.read_text()))
+    return found
+
+
+def free_port() -> int:
+    """A port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+def collectives(setting: Setting) -> Finding:
+    """Exact exchange, and sums that are equal on all ranks."""
+    world = number_of_ranks(setting)
+    found, faults = run_ranks(setting, "collectives", world), []
+    for rank, each in enumerate(found):
+        wrong = [what for what in ("texts", "broadcast", "gather") if not each[what]]
+        wrong += [f"all-reduce of {size}" for size in SIZES if not each["exact"][size]]
+        wrong += [
+            f"all-reduce of {size} (other sums than rank 0)"
+            for size in SIZES
+            if each["sums"][size] != found[0]["sums"][size]
+        ]
+        faults += [f"rank {rank}: {what} is wrong" for what in wrong]
+    slowest = {size: max(each["milliseconds"][size] for each in found) for size in SIZES}
+    times = ", ".join(f"{size} {slowest[size]:.1f}" for size in SIZES)
+    return Finding(
+        f"{world} ranks, {len(faults)} faults; ms: {times}", "0 faults", not faults,
+        hint="; ".join(faults[:6]), details={"ranks": world, "milliseconds": slowest},
+    )  # fmt: skip
+
+
+def data_parallel(setting: Setting) -> Finding:
+    """Twenty steps on all ranks against one with the whole batch; equal weights on every rank."""
+    world = number_of_ranks(setting)
+    found = run_ranks(setting, "training", world)
+    (alone,) = run_ranks(setting, "training", 1)
+    column = 0 if setting.device == "CPU" else 1  # sums in another order round elsewhere
+    finding = judge(
+        {
+            "losses": relative(found[0]["losses"], alone["losses"]),
+            "gradient norms": relative(found[0]["norms"], alone["norms"]),
+        },
+        {
+            "losses": LIMITS["loss"][column],
+            "gradient norms": 10 * LIMITS["gradient norm"][column],
+        },
+    )
+    checksums = [each["checksum"] for each in found]
+    apart = [rank for rank, checksum in enumerate(checksums) if checksum != checksums[0]]
+    if apart:
+        finding.passed = False
+        finding.hint += f" ranks {apart} have other weights than rank 0 (unequal checksums)"
+    own, slowest = alone["milliseconds"], max(each["milliseconds"] for each in found)
+    finding.measured += f"; {world} ranks {slowest:.0f} ms a step, one {own:.0f}"
+    finding.details.update(
+        ranks=world, checksums=checksums, messages=found[0]["messages"],
+        milliseconds={"all ranks": slowest, "one": own},
+    )  # fmt: skip
+    return finding
+
+
+def late_rank(setting: Setting) -> Finding:
+    """A rank that comes 150 s late to a collective, longer than HCCL's default of 120 s."""
+    world = number_of_ranks(setting)
+    found = run_ranks(setting, "late", world, late_seconds=LATE_SECONDS)
+    right = all(each["right"] for each in found)
+    return Finding(f"ranks waited {found[0]['waited']:.0f} s", f"{LATE_SECONDS:.0f} s", right)

@@ -1,0 +1,248 @@
+"""One compiled training step: the official trajectory, and what else that step must fulfil."""
+
+from __future__ import annotations
+
+import functools
+import json
+import subprocess
+import sys
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor
+
+from src.arithmetic import FIXED_SCALE, overflows_to_infinity
+from src.build import accelerate, set_precision
+from src.config import RuntimeConfig
+from src.training.loss import LabelSmoothingCrossEntropy
+from src.training.optimizer import AdamW
+from src.training.train_step import FIRST_DYNAMIC_SCALE, TrainStep
+from tools.check_device.compare import by_largest, by_norm, judge, relative
+from tools.check_device.golden import official
+from tools.check_device.limits import limit
+from tools.check_device.registry import Finding, Setting
+
+TRAJECTORY = official.DESCRIPTION["trajectories"][0]
+STEPS, EMA_DECAY = TRAJECTORY["steps"], 0.15
+# Softmax ignores a shift of all keys: the true gradient is zero, and Adam follows rounding noise.
+WITHOUT_GRADIENT = ("proj_k.bias", "conv_proj_k.bn.bias", "conv_proj_k.bn.beta")
+SMALLEST_SHARE = 1e-3  # of the whole gradient's norm, below which a tensor's is not its own measure
+CPU_SECONDS = 300
+
+
+def batches(count: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The images and labels of the official trajectory."""
+    rng = np.random.default_rng([TRAJECTORY["seed"], zlib.crc32(b"data")])
+    size, image = TRAJECTORY["batch"], TRAJECTORY["image"]
+    for _ in range(count):
+        images = rng.standard_normal((size, 3, image, image)).astype(np.float32)
+        yield images, rng.integers(0, TRAJECTORY["num_classes"], size).astype(np.int32)
+
+
+def make_step(precision: str = "float32", **options) -> TrainStep:
+    """The step of the official trajectory."""
+
+    def network():
+        net = set_precision(official.model(TRAJECTORY), precision)
+        return accelerate(net, RuntimeConfig(precision=precision))
+
+    net = network()
+    if "ema_decay" in options:
+        options["ema_net"] = network()
+        options["ema_net"].update_parameters_name("ema.")
+    optimizer = AdamW(
+        net.trainable_params(),
+        tuple(TRAJECTORY["betas"]),
+        TRAJECTORY["eps"],
+        TRAJECTORY["weight_decay"],
+    )
+    rates = np.full(2 * STEPS, TRAJECTORY["lr"], np.float32)
+    loss = LabelSmoothingCrossEntropy(TRAJECTORY["label_smoothing"])
+    step = TrainStep(net, loss, optimizer, rates, **options).set_train(True)
+    if step.ema_net is not None:
+        step.ema_net.set_train(False)
+    return step
+
+
+def take(step: TrainStep, images: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+    """Loss and gradient norm of a step."""
+    loss, norm = step.take(Tensor(images), Tensor(labels))
+    return float(loss.asnumpy()), float(norm.asnumpy())
+
+
+def everything(step: TrainStep) -> dict[str, np.ndarray]:
+    """A copy of all that a step keeps."""
+    return {p.name: p.asnumpy().copy() for p in step.get_parameters()}
+
+
+def restore(step: TrainStep, values: dict[str, np.ndarray]) -> None:
+    """Go back to an earlier moment."""
+    for parameter in step.get_parameters():
+        ms.ops.assign(parameter, Tensor(values[parameter.name]))
+
+
+@dataclass
+class _Run:
+    """What the trajectory left behind.
+
+    Args:
+        step: after the last step.
+        start: everything before the first.
+        curve: loss and gradient norm of each step.
+        gradients: of the first step, by parameter.
+        average: what the moving average should be at the end.
+    """
+
+    step: TrainStep
+    start: dict[str, np.ndarray]
+    curve: list[tuple[float, float]] = field(default_factory=list)
+    gradients: dict[str, np.ndarray] = field(default_factory=dict)
+    average: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+@functools.cache
+def _run() -> _Run:
+    """Twenty steps with moving average, clipping far above the norm, and dynamic loss scale."""
+    step = make_step(ema_decay=EMA_DECAY, clip_norm=1e6, loss_scale=None)
+    names = [p.name for p in step.net.get_parameters()]
+    run = _Run(step, everything(step))
+    run.average = {name: run.start[name].astype(np.float64) for name in names}
+    for time, batch in enumerate(batches(STEPS)):
+        run.curve.append(take(step, *batch))
+        now = everything(step)
+        if not time:
+            share = 1 - TRAJECTORY["betas"][0]
+            run.gradients = {
+                name.removeprefix("moment1."): value / share
+                for name, value in now.items()
+                if name.startswith("moment1.")
+            }
+        decay = min(EMA_DECAY, (1 + time) / (10 + time))
+        for name, value in run.average.items():
+            run.average[name] = decay * value + (1 - decay) * now[name]
+    return run
+
+
+def gradients(setting: Setting) -> Finding:
+    """Every gradient of the first step against a CPU process that computes it another way."""
+    file = Path(setting.folder) / "gradients.npz"
+    run_on_cpu(setting, "gradients", output=str(file))
+    found = _run().gradients
+    with np.load(file) as expected:
+        right = {name: expected[name] for name in expected.files}
+    whole = float(np.sqrt(sum((value.astype(np.float64) ** 2).sum() for value in right.values())))
+    if set(found) != set(right):
+        raise ValueError(f"other parameters: {sorted(set(found) ^ set(right))[:4]}")
+    differences = {
+        name: by_norm(found[name], right[name], SMALLEST_SHARE * whole) for name in right
+    }
+    return judge(differences, limit("gradients"))
+
+
+def run_on_cpu(setting: Setting, what: str, **arguments: str) -> None:
+    """Let a CPU process compute something; it takes no faults that a worker of tests may have."""
+    text = json.dumps({"what": what, **arguments})
+    command = [sys.executable, "-m", "tools.check_device.worker", "cpu", text]
+    done = subprocess.run(
+        command, cwd=setting.folder, capture_output=True, text=True, timeout=CPU_SECONDS
+    )
+    if done.returncode:
+        raise RuntimeError(f"the CPU process failed: {last_line(done.stderr)}")
+
+
+def last_line(text: str) -> str:
+    """The last line that says something."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1][:300] if lines else "no message"
+
+
+def trajectory(setting: Setting) -> Finding:
+    """Losses and gradient norms of twenty steps against the official code's."""
+    return _judge_curve(_run().curve, "float32")
+
+
+def _judge_curve(curve: list[tuple[float, float]], precision: str) -> Finding:
+    differences, limits = {}, {}
+    kinds = (("loss", "loss"), ("grad_norm", "gradient norm"))
+    for column, (key, what) in enumerate(kinds):
+        right = official.REFERENCE[f"{TRAJECTORY['tag']}/{key}"]
+        differences[what] = relative([row[column] for row in curve], right)
+        limits[what] = limit(what, precision)
+    finding = judge(differences, limits)
+    finding.details["curve"] = curve
+    return finding
+
+
+def statistics(setting: Setting) -> Finding:
+    """Norms of the running statistics, and of the weights, after twenty steps."""
+    run, norms = _run(), TRAJECTORY["param_l2_norm_after"]
+    differences = {}
+    for parameter in run.step.net.get_parameters():
+        name = official.official_name(parameter.name)
+        if ".running_" in name:
+            norm = np.linalg.norm(parameter.asnumpy().astype(np.float64))
+            differences[name] = abs(norm - norms[name]) / norms[name]
+    return judge(differences, 10 * limit("loss"))
+
+
+def average(setting: Setting) -> Finding:
+    """The moving average of weights and statistics against numpy, from the weights of each step."""
+    run = _run()
+    found = {p.name.removeprefix("ema."): p.asnumpy() for p in run.step.ema_net.get_parameters()}
+    differences = {name: by_largest(found[name], right) for name, right in run.average.items()}
+    return judge(differences, 1e-5)
+
+
+def overflow(setting: Setting) -> Finding:
+    """A step with an infinite pixel: nothing stays of it, the scale halves, the next is normal."""
+    run = _run()
+    step = run.step
+    restore(step, run.start)
+    first, bad, last = batches(3)
+    bad = (bad[0].copy(), bad[1])
+    bad[0][1, 0, 5, 5] = np.inf
+    take(step, *first)
+    before = everything(step)
+    loss, norm = take(step, *bad)
+    after = everything(step)
+    changed = {name for name in before if before[name].tobytes() != after[name].tobytes()}
+    faults = []
+    if np.isfinite(loss) and np.isfinite(norm):
+        faults.append("the overflow was not noticed: loss and gradient norm are finite")
+    left = sorted(changed - {"step", "skipped", "loss_scale", "steady"})
+    if left:
+        faults.append(f"{len(left)} tensors changed, such as {left[0]}")
+    scale = float(after["loss_scale"] / before["loss_scale"])
+    if scale != 0.5:
+        faults.append(f"the loss scale went to {scale:g} times its value, not to half")
+    following = take(step, *last)
+    if not np.isfinite(following).all():
+        faults.append(f"the next step has loss {following[0]}, gradient norm {following[1]}")
+    words = f"{len(left)} tensors changed, scale x {scale:g}"
+    return Finding(words, "0 tensors, x 0.5", not faults, hint="; ".join(faults))
+
+
+def repeatability(setting: Setting) -> Finding:
+    """Three steps twice, without runtime.deterministic."""
+    run, curves = _run(), []
+    for _ in range(2):
+        restore(run.step, run.start)
+        curves.append([take(run.step, *batch) for batch in batches(3)])
+    return judge({"loss and gradient norm": relative(curves[0], curves[1])}, limit("loss"))
+
+
+def trajectory_float16(setting: Setting) -> Finding:
+    """The twenty steps in float16; where it saturates, with a fixed loss scale."""
+    scale = None if overflows_to_infinity() else float(FIXED_SCALE)
+    step = make_step("float16", loss_scale=scale)
+    curve = [take(step, *batch) for batch in batches(STEPS)]
+    finding = _judge_curve(curve, "float16")
+    finding.details["loss scale"] = float(step.loss_scale.asnumpy())
+    if int(step.skipped.asnumpy()):
+        finding.hint += f"; {int(step.skipped.asnumpy())} steps overflowed from a scale of "
+        finding.hint += f"{scale or FIRST_DYNAMIC_SCALE:g}"
+    return finding

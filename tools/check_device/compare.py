@@ -1,0 +1,59 @@
+"""Differences between what was computed and what should have been."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from tools.check_device.registry import Finding
+
+
+def by_largest(found: np.ndarray, expected: np.ndarray) -> float:
+    """Largest difference by the largest expected value; infinite where a value is not finite."""
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    if found.shape != expected.shape or not np.isfinite(found).all():
+        return float("inf")
+    return float(np.abs(found - expected).max() / max(np.abs(expected).max(), 1e-30))
+
+
+def by_norm(found: np.ndarray, expected: np.ndarray, floor: float = 1e-30) -> float:
+    """Norm of the difference by the norm, or by `floor` where the norm is below it."""
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    if found.shape != expected.shape or not np.isfinite(found).all():
+        return float("inf")
+    return float(np.linalg.norm(found - expected) / max(np.linalg.norm(expected), floor))
+
+
+def relative(found: np.ndarray, expected: np.ndarray) -> float:
+    """Largest relative difference."""
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    if found.shape != expected.shape or not np.isfinite(found).all():
+        return float("inf")
+    return float((np.abs(found - expected) / np.abs(expected)).max())
+
+
+def judge(differences: Mapping[str, float], limits: float | Mapping[str, float]) -> Finding:
+    """A finding on several differences: shows the one that is worst for its limit.
+
+    Args:
+        differences: by what differs.
+        limits: one for all, or one for each.
+    """
+    if not isinstance(limits, Mapping):
+        limits = dict.fromkeys(differences, limits)
+
+    def badness(name: str) -> float:
+        if limits[name] == 0:
+            return float("inf") if differences[name] > 0 else 0.0
+        return differences[name] / limits[name]
+
+    worst = max(differences, key=badness)
+    outside = [name for name in differences if not differences[name] <= limits[name]]
+    return Finding(
+        f"{differences[worst]:.1e} ({worst})",
+        f"{limits[worst]:g}",
+        not outside,
+        hint=f"outside the limit: {', '.join(outside[:8])}" if outside else "",
+        details={"differences": dict(differences)},
+    )

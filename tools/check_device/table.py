@@ -1,0 +1,69 @@
+"""The table on the console and the report file."""
+
+from __future__ import annotations
+
+import textwrap
+import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from tools.check_device.registry import CHECKS
+from tools.check_device.runner import FAILED, NOT_HERE, Result
+
+WIDTHS = (max(len(check.name) for check in CHECKS), 46, 20)
+INDENT = "    "
+
+
+def head() -> str:
+    """The table's first line."""
+    name, measured, allowed = (
+        word.ljust(width) for word, width in zip(("check", "measured", "allowed"), WIDTHS)
+    )
+    return f"{name}  {measured}  {allowed}  seconds"
+
+
+def line(result: Result) -> str:
+    """A check's line; for a failure, what it points at as well."""
+    finding, name = result.finding, result.check.name.ljust(WIDTHS[0])
+    if result.status == NOT_HERE:
+        return f"{name}  not here: {finding.measured}"
+    text = f"{name}  {finding.measured.ljust(WIDTHS[1])}  {finding.allowed.ljust(WIDTHS[2])}"
+    text += f"  {result.seconds:7.1f}  {result.status}"
+    if result.status == FAILED:
+        hints = [f"points at: {result.check.points_at}", *filter(None, [finding.hint])]
+        for hint in hints:
+            text += "\n" + textwrap.fill(
+                hint, 100, initial_indent=INDENT, subsequent_indent=2 * INDENT
+            )
+    return text
+
+
+def summary(results: Sequence[Result]) -> str:
+    """One line on all checks."""
+    counts = Counter(result.status for result in results)
+    words = ", ".join(f"{number} {status}" for status, number in counts.items())
+    seconds = sum(result.seconds for result in results)
+    return f"{len(results)} checks: {words}; {seconds / 60:.1f} minutes"
+
+
+def report(results: Sequence[Result], device: str) -> dict[str, Any]:
+    """All of it, for a file."""
+    return {
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "device": device,
+        "passed": all(result.status != FAILED for result in results),
+        "checks": [
+            {
+                "name": result.check.name,
+                "status": result.status,
+                "measured": result.finding.measured,
+                "allowed": result.finding.allowed,
+                "seconds": round(result.seconds, 2),
+                "hint": result.finding.hint,
+                "details": result.finding.details,
+                **({"log": result.log} if result.log else {}),
+            }
+            for result in results
+        ],
+    }
