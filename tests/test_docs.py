@@ -26,6 +26,7 @@ from src.data.samples import write_samples
 from src.launch import plan
 from src.models import list_models
 from tests.conftest import ROOT
+from tools.check_device import __main__ as check_device
 
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 RECIPES = sorted((ROOT / "config").rglob("*.yaml"))
@@ -91,6 +92,10 @@ class Reader:
     def script(self, name: str, words: list[str], variables: dict[str, str]) -> None:
         if name in OWN_START:
             assert all((ROOT / word).exists() for word in words), words
+            return
+        if name == "scripts/check_device.sh":
+            arguments = check_device.parse(words)
+            assert check_device.choose(arguments.only, arguments.full)
             return
         if name == "scripts/run_distribute_train.sh":
             self.furnish(words, "data")

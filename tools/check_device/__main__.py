@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import signal
 import sys
 import tempfile
 
@@ -100,10 +101,15 @@ def printable_lines(text: str) -> str:
     return "\n".join(map(printable, text.split("\n")))
 
 
+def _stop(number: int, frame: object) -> None:
+    sys.exit(128 + number)
+
+
 @executable
 def main(argv: list[str]) -> None:
     """Run the checks, print the table, write the report."""
     arguments = parse(argv)
+    signal.signal(signal.SIGTERM, _stop)  # so that no check stays behind
     checks = choose(arguments.only, arguments.full)
     with tempfile.TemporaryDirectory(prefix="check-device-") as folder:
         worker = [sys.executable, *WORKER]
