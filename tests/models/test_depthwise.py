@@ -9,34 +9,12 @@ from src.models import create_model
 from src.models.depthwise import ShiftedDepthwise
 from src.models.layers import use_shifts
 from tests.conftest import TINY
+from tools.check_device.reference import depthwise
 
 
 @pytest.fixture(autouse=True)
 def pynative_mode(graph_mode):
     ms.set_context(mode=ms.PYNATIVE_MODE)
-
-
-def reference(x, weight, dout, stride):
-    """Output and both gradients, window by window in float64."""
-    batch, height, width, channels = x.shape
-    padded = np.zeros((batch, height + 2, width + 2, channels))
-    padded[:, 1:-1, 1:-1] = x
-    taps = weight[:, 0].transpose(1, 2, 0)  # [3, 3, C]
-    rows, columns = (height - 1) // stride + 1, (width - 1) // stride + 1
-    out, dx, dw = (
-        np.zeros((batch, rows, columns, channels)),
-        np.zeros_like(padded),
-        np.zeros_like(taps),
-    )
-    for row in range(rows):
-        for column in range(columns):
-            here = np.s_[:, row * stride : row * stride + 3, column * stride : column * stride + 3]
-            out[:, row, column] = (padded[here] * taps).sum((1, 2))
-            if dout is not None:
-                g = dout[:, row, column][:, None, None]
-                dx[here] += g * taps
-                dw += (padded[here] * g).sum(0)
-    return out, dx[:, 1:-1, 1:-1], dw.transpose(2, 0, 1)[:, None]
 
 
 @pytest.mark.parametrize("stride", [1, 2, 3, 4])
@@ -47,14 +25,14 @@ def test_output_and_gradients_equal_the_definition(stride, size):
     weight = rng.standard_normal((5, 1, 3, 3)).astype(np.float32)
     cell = ShiftedDepthwise(stride)
     out = cell(ms.Tensor(x), ms.Tensor(weight))
-    assert out.shape == reference(x, weight, None, stride)[0].shape
+    assert out.shape == depthwise(x, weight, None, stride)[0].shape
     dout = rng.standard_normal(out.shape).astype(np.float32)
 
     def weighted(x, weight):
         return (cell(x, weight) * ms.Tensor(dout)).sum()
 
     found = out, *ms.grad(weighted, (0, 1))(ms.Tensor(x), ms.Tensor(weight))
-    for value, expected in zip(found, reference(x, weight, dout, stride)):
+    for value, expected in zip(found, depthwise(x, weight, dout, stride)):
         np.testing.assert_allclose(value.asnumpy(), expected, rtol=1e-5, atol=1e-5)
 
 

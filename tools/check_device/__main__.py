@@ -7,6 +7,7 @@ import dataclasses
 import signal
 import sys
 import tempfile
+import time
 
 from src.errors import UserError, executable, printable
 from src.files import require_replaceable, write_json
@@ -109,13 +110,14 @@ def _stop(number: int, frame: object) -> None:
 def main(argv: list[str]) -> None:
     """Run the checks, print the table, write the report."""
     arguments = parse(argv)
-    signal.signal(signal.SIGTERM, _stop)  # so that no check stays behind
-    checks = choose(arguments.only, arguments.full)
+    for number in (signal.SIGINT, signal.SIGTERM):  # so that no check stays behind
+        signal.signal(number, _stop)
+    checks, start = choose(arguments.only, arguments.full), time.monotonic()
     with tempfile.TemporaryDirectory(prefix="check-device-") as folder:
         worker = [sys.executable, *WORKER]
         setting = Setting(arguments.device, arguments.ranks, arguments.full, folder, worker)
         results, setting = check_device(checks, setting, lambda text: print(text, flush=True))
-    print(table.summary(results))
+    print(table.summary(results, time.monotonic() - start))
     if arguments.report:
         write_json(table.report(results, setting.device), arguments.report)
         print(f"Report: {arguments.report}")

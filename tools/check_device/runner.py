@@ -157,7 +157,10 @@ def _result(check: Check, event: dict[str, Any], log: Path) -> Result:
 
 
 def _failure(check: Check, words: str, seconds: float, log: Path) -> Result:
-    return Result(check, FAILED, Finding(words, passed=False), seconds, _last_lines(log))
+    lines = _last_lines(log)
+    said = [line.strip() for line in lines.splitlines() if line.strip()]
+    finding = Finding(words, passed=False, hint=f"last output: {said[-1]}" if said else "")
+    return Result(check, FAILED, finding, seconds, lines)
 
 
 def _last_lines(log: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 import time
 from collections import Counter
@@ -11,7 +12,7 @@ from typing import Any
 from tools.check_device.registry import CHECKS
 from tools.check_device.runner import FAILED, NOT_HERE, Result
 
-WIDTHS = (max(len(check.name) for check in CHECKS), 46, 20)
+WIDTHS = (max(len(check.name) for check in CHECKS), 52, 13)
 INDENT = "    "
 
 
@@ -39,11 +40,10 @@ def line(result: Result) -> str:
     return text
 
 
-def summary(results: Sequence[Result]) -> str:
+def summary(results: Sequence[Result], seconds: float) -> str:
     """One line on all checks."""
     counts = Counter(result.status for result in results)
     words = ", ".join(f"{number} {status}" for status, number in counts.items())
-    seconds = sum(result.seconds for result in results)
     return f"{len(results)} checks: {words}; {seconds / 60:.1f} minutes"
 
 
@@ -61,9 +61,18 @@ def report(results: Sequence[Result], device: str) -> dict[str, Any]:
                 "allowed": result.finding.allowed,
                 "seconds": round(result.seconds, 2),
                 "hint": result.finding.hint,
-                "details": result.finding.details,
+                "details": _as_json(result.finding.details),
                 **({"log": result.log} if result.log else {}),
             }
             for result in results
         ],
     }
+
+
+def _as_json(value: Any) -> Any:
+    """A value without what JSON has no word for: NaN and infinity become text."""
+    if isinstance(value, dict):
+        return {name: _as_json(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_as_json(each) for each in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -7,6 +7,8 @@ process ends, since a device may be unusable then; whoever started it goes on wi
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import dataclasses
 import json
 import os
@@ -14,6 +16,8 @@ import sys
 import time
 import traceback
 from typing import Any
+
+LONGEST = 600  # characters of an error's message
 
 
 def main(argv: list[str]) -> None:
@@ -41,6 +45,7 @@ def run_checks(names: list[str], setting: dict[str, Any], events: int) -> None:
     """Run checks of one process."""
     from tools.check_device.registry import CHECKS, Finding, NotHere, Setting
 
+    atexit.register(end_children)  # what a check has started ends with it
     setting = Setting(**setting)
     checks = {check.name: check for check in CHECKS}
     with os.fdopen(events, "w", buffering=1) as file:
@@ -63,12 +68,21 @@ def run_checks(names: list[str], setting: dict[str, Any], events: int) -> None:
                 continue
             except Exception as error:
                 traceback.print_exc()
-                line = next((s for s in str(error).splitlines() if s.strip()), "")
-                finding = Finding(f"{type(error).__name__}: {line[:200]}", passed=False)
+                line = next((s.strip() for s in str(error).splitlines() if s.strip()), "")
+                finding = Finding(f"{type(error).__name__}", passed=False, hint=line[:LONGEST])
                 send(end=name, finding=dataclasses.asdict(finding), seconds=0, broken=True)
                 return
             seconds = time.perf_counter() - start
             send(end=name, finding=dataclasses.asdict(finding), seconds=seconds)
+
+
+def end_children() -> None:
+    """End every process that this one has started."""
+    import psutil
+
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
 
 
 def set_up(device: str, runtime: dict[str, Any]) -> None:

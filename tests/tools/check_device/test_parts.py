@@ -1,5 +1,6 @@
 """What the checks are made of: the command line, the table, limits, profiles."""
 
+import json
 import subprocess
 import sys
 
@@ -68,17 +69,19 @@ def check(name="AdamW"):
 def test_a_line_for_each_outcome():
     passed = Result(check(), PASSED, Finding("1e-7", "1e-5"), 2.04)
     absent = Result(check(), NOT_HERE, Finding("the kernel is Ascend's"), 0.1)
-    failed = Result(check(), FAILED, Finding("1e-2", "1e-5", False, "outside: weight"), 3.0, "log")
+    finding = Finding("1e-2", "1e-5", False, "outside: weight", {"worst": [float("nan")]})
+    failed = Result(check(), FAILED, finding, 3.0, "log")
     assert table.line(passed).split() == ["AdamW", "1e-7", "1e-5", "2.0", "ok"]
     assert table.line(absent).split(maxsplit=1) == ["AdamW", "not here: the kernel is Ascend's"]
     first, *rest = table.line(failed).splitlines()
     assert first.endswith("FAILED") and "    points at: the Adam kernel" in rest[0]
     assert rest[-1] == "    outside: weight"
-    assert table.summary([passed, absent, failed]).startswith(
+    assert table.summary([passed, absent, failed], 6.0) == (
         "3 checks: 1 ok, 1 not here, 1 FAILED; 0.1 minutes"
     )
     report = table.report([passed, absent, failed], "CPU")
     assert not report["passed"] and report["checks"][2]["log"] == "log"
+    json.dumps(report, allow_nan=False)
     assert table.report([passed, absent], "CPU")["passed"]
 
 
