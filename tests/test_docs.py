@@ -32,7 +32,7 @@ PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 RECIPES = sorted((ROOT / "config").rglob("*.yaml"))
 OTHERS_PROGRAMS = ["source", "git", "cd", "pip", "curl", "printf", "atc", "converter_lite"]
 OTHERS_PROGRAMS += ["peers/bin/pip"]
-OWN_START = ("scripts/quickstart.sh", "scripts/run_tests.sh")  # they take no recipe
+OWN_START = ("scripts/quickstart.sh", "scripts/run_tests.sh", "scripts/check_device.sh")  # no recipe
 
 
 class Accepted(Exception):
