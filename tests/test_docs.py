@@ -33,6 +33,7 @@ RECIPES = sorted((ROOT / "config").rglob("*.yaml"))
 OTHERS_PROGRAMS = ["source", "git", "cd", "pip", "curl", "printf", "atc", "converter_lite"]
 OTHERS_PROGRAMS += ["peers/bin/pip"]
 OWN_START = ("scripts/quickstart.sh", "scripts/run_tests.sh")  # they take no recipe
+TOOLS = ("tools.benchmark", "tools.study", "tools.records")  # they parse like the root's programs
 
 
 class Accepted(Exception):
@@ -83,6 +84,8 @@ class Reader:
             raise AssertionError(f"{words[0]} is no program of ours, nor among the known others")
         elif words[1] == "-m":
             assert importlib.util.find_spec(words[2]), words[2]
+            if words[2] in TOOLS:
+                self.program(f"{words[2].replace('.', '/')}/__main__.py", words[3:])
         elif words[1] == "-c":
             check_python(words[2])
         else:  # python, or msrun with its own options before the program
@@ -114,7 +117,7 @@ class Reader:
             return
         assert (ROOT / name).is_file(), name
         self.furnish(words, "runs")
-        module = importlib.import_module(name.removesuffix(".py"))
+        module = importlib.import_module(name.removesuffix(".py").replace("/", "."))
         self.patch.setattr(module, "parse", parse_known_model)
         self.patch.setattr(module, "prepare_environment", accept)
         if "--help" in words:
@@ -207,6 +210,7 @@ def test_following_the_readme_meets_no_file_of_an_earlier_command():
         "python eval.py --ckpt W --no_such",
         "python export.py --ckpt runs/mine/checkpoints/best.ckpt --format om",
         "python -m src.no_such",
+        "python -m tools.benchmark --mode no_such",
         "python -c 'from src.deploy import NoSuch'",
         "no_such.py",
         "bash scripts/no_such.sh",
@@ -279,7 +283,7 @@ def test_files_and_options_that_are_named_exist(page):
         target = page.parent / name if name else page
         assert target.is_file(), name
         assert not anchor or anchor in anchors(target), anchor
-    programs = [*ROOT.glob("*.py"), ROOT / "src/launch/plan.py"]
+    programs = [*ROOT.glob("*.py"), *ROOT.glob("tools/*/*.py"), ROOT / "src/launch/plan.py"]
     known = "".join(path.read_text() for path in programs)
     schema = (ROOT / "src/config.py").read_text()
     for option in re.findall(r"`--([\w.]+)", text):
