@@ -1,12 +1,12 @@
 # shellcheck shell=bash
-# Sourced by the run_ scripts: the project's programs, called as zoo users are used to. They run in
-# the user's folder, so that relative paths mean what they say.
+# Sourced by the run_*.sh scripts, which call the project's programs with the model zoo's arguments.
+# The programs run in the user's folder, so that relative paths refer to it.
 project=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=scripts/environment.sh
 source "$project/scripts/environment.sh"
 
-# from_project FILE WORD...: run one of the project's files in the user's folder. Nothing is imported
-# from there: an empty entry in PYTHONPATH, as CANN's set_env.sh leaves behind, would mean it.
+# from_project FILE WORD...: run a project file in the user's folder. Remove empty entries from
+# PYTHONPATH, as CANN's set_env.sh leaves them: they would import modules from the user's folder.
 from_project() {
   local user=$PWD entry paths=$project
   while IFS= read -r -d: entry; do [ -z "$entry" ] || paths+=:$entry; done <<<"${PYTHONPATH-}:"
@@ -17,7 +17,7 @@ from_project() {
   PYTHONPATH=$paths exec "$PYTHON" "$@"
 }
 
-# program NAME WORD...: show the command and run it; with --dry_run among the words only show it.
+# program NAME WORD...: print the command and run it; with --dry_run only print it.
 program() {
   local name=$1 word show=0 words=()
   shift
@@ -35,7 +35,7 @@ fail() {
   exit 2
 }
 
-# recipe CONFIG: its path, as given or below the project.
+# recipe CONFIG: print the recipe's path, as given or relative to the project.
 recipe() {
   if [ -f "$1" ]; then
     echo "$1"
@@ -46,7 +46,7 @@ recipe() {
   fi
 }
 
-# device_words NUMBER: sets device to the words that choose it of DEVICE_TARGET (Ascend by default).
+# device_words NUMBER: set the array device to the options for device NUMBER of DEVICE_TARGET.
 device=()
 device_words() {
   case ${DEVICE_TARGET:-Ascend} in
@@ -54,13 +54,13 @@ device_words() {
     *) fail "DEVICE_TARGET=$DEVICE_TARGET: choose Ascend, GPU or CPU" ;;
   esac
   case $1 in
-    *[!0-9]* | '') fail "DEVICE_ID $1: must be a number, from 0" ;;
+    *[!0-9]* | '') fail "DEVICE_ID $1: give the number of a device, starting from 0" ;;
   esac
-  # shellcheck disable=SC2034  # the scripts use it
+  # shellcheck disable=SC2034  # used by the scripts
   device=(--runtime.device "${DEVICE_TARGET:-Ascend}" --runtime.device_id "$1")
 }
 
-# usage_of SCRIPT: its head comment.
+# usage_of SCRIPT: print its head comment.
 usage_of() {
   sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p;}' "$1"
 }

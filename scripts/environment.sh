@@ -1,7 +1,7 @@
 # shellcheck shell=bash
-# Sourced by the scripts: leaves $PYTHON pointing at an interpreter that has everything.
-#   environment FILE: the active interpreter where `import mindspore` works already (an Ascend host),
-#   else .venv, made with $PYTHON (default python3) and filled in one pip call from FILE.
+# Sourced by the scripts. environment FILE sets $PYTHON to an interpreter with all packages of FILE:
+# the active one if `import mindspore` works (an Ascend host), otherwise .venv, created with $PYTHON
+# (default python3) and filled in one pip call.
 environment() {
   local requirements=$1 base=${PYTHON:-python3} modules stamp digest numpy
   modules='import mindspore, jsonargparse, docstring_parser, matplotlib, mlxtend, tqdm, yaml, PIL, onnx'
@@ -11,9 +11,9 @@ environment() {
     return
   fi
   if "$base" -c 'import mindspore' 2>/dev/null; then
-    echo "MindSpore is here, but not all of $requirements: installing the rest beside it"
-    # The NumPy that is there stays, unless it is one that this MindSpore can't work with; without
-    # the bound pip would bring NumPy 2 where a package asks for NumPy.
+    echo "MindSpore is installed, but not all of $requirements: installing the rest"
+    # Keep the installed NumPy if this MindSpore supports it. Without the bound, pip would install
+    # NumPy 2 as another package's dependency.
     numpy=$("$base" -c "import mindspore
 old = tuple(map(int, mindspore.__version__.split('.')[:2])) < (2, 9)
 print('numpy<2' if old else 'numpy')" 2>/dev/null | tail -n 1) || return
@@ -23,7 +23,7 @@ print('numpy<2' if old else 'numpy')" 2>/dev/null | tail -n 1) || return
     return
   fi
   "$base" -c 'import sys; sys.exit(not (3, 9) <= sys.version_info[:2] <= (3, 12))' || {
-    echo "error: $base is not Python 3.9 to 3.12; name one, as in PYTHON=python3.11 bash $0" >&2
+    echo "error: $base is not Python 3.9 to 3.12; choose one, for example PYTHON=python3.11 bash $0" >&2
     return 2
   }
   stamp=.venv/installed-$requirements

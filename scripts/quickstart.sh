@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# From a bare clone to a trained, evaluated, exported and used CvT on real digits: about 5 minutes on
-# two cores after the installation. PYTHON=... picks the interpreter, OUTPUT=... the folder.
+# Install, then train, evaluate, export and use CvT on handwritten digits: about 5 minutes on two
+# cores after the installation. PYTHON=... selects the interpreter, OUTPUT=... the run folder.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
@@ -10,19 +10,19 @@ run=${OUTPUT:-runs/quickstart-$(date +%Y%m%d-%H%M%S)}
 digits=$run/digits
 step() { printf '\n== %s\n   %s\n' "$1" "${*:2}"; "${@:2}"; }
 
-step "train cvt_nano on 4,000 digits" "$PYTHON" train.py --config config/digits/cvt_nano.yaml --output "$run"
-step "evaluate on the 1,000 held out" "$PYTHON" eval.py --ckpt "$run/checkpoints/best.ckpt" --json "$run/eval.json"
-step "export, checked against the checkpoint" "$PYTHON" export.py --ckpt "$run/checkpoints/best.ckpt" --format mindir --output "$run/cvt_nano.mindir"
-step "write held-out digits as PNG files" "$PYTHON" -c "import sys; from src.data.samples import write_samples; write_samples(sys.argv[1])" "$digits"
-step "classify them with the exported model" "$PYTHON" infer.py --model "$run/cvt_nano.mindir" --input "$digits" --json "$run/predictions.json"
+step "Train cvt_nano on 4,000 digits" "$PYTHON" train.py --config config/digits/cvt_nano.yaml --output "$run"
+step "Evaluate on 1,000 held-out digits" "$PYTHON" eval.py --ckpt "$run/checkpoints/best.ckpt" --json "$run/eval.json"
+step "Export, and compare the file with the checkpoint" "$PYTHON" export.py --ckpt "$run/checkpoints/best.ckpt" --format mindir --output "$run/cvt_nano.mindir"
+step "Write held-out digits as PNG files" "$PYTHON" -c "import sys; from src.data.samples import write_samples; write_samples(sys.argv[1])" "$digits"
+step "Classify them with the exported file" "$PYTHON" infer.py --model "$run/cvt_nano.mindir" --input "$digits" --json "$run/predictions.json"
 
 cat <<TEXT
 
-What lies in $run:
+Files in $run:
   checkpoints/best.ckpt   the best weights          curves.png    loss and accuracy by epoch
-  checkpoints/last.ckpt   to go on from             metrics.jsonl the same as numbers
+  checkpoints/last.ckpt   state for --resume        metrics.jsonl the same as numbers
   cvt_nano.mindir(.json)  for deployment            eval.json     top-1, top-5, loss
-  digits/                 the images classified     config.yaml   every setting of the run
+  digits/                 the classified images     config.yaml   all settings of the run
 Next:
   $PYTHON infer.py --model $run/cvt_nano.mindir --input YOUR_IMAGE.png
   $PYTHON train.py --config config/imagefolder/cvt_nano_64.yaml --data.path FOLDER   (FOLDER/train/CLASS/*.jpg, FOLDER/val/CLASS/*.jpg)

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Export a checkpoint, beside it:
+# Export a checkpoint into its folder:
 #   bash scripts/run_export.sh CONFIG CKPT FORMAT [--dry_run] [--key value ...]
-# CONFIG - means that of the checkpoint's run; FORMAT is mindir, onnx or air; DEVICE_TARGET is Ascend
-# (default), GPU or CPU; keys go to export.py.
+# CONFIG - uses the run's own configuration. FORMAT is mindir, onnx or air. DEVICE_TARGET is Ascend
+# (default), GPU or CPU. Further options are passed to export.py.
 set -euo pipefail
 # shellcheck source=scripts/command.sh
 source "$(dirname "${BASH_SOURCE[0]}")/command.sh"
 case ${1-} in -h | --help) usage_of "$0"; exit ;; esac
-[ $# -ge 3 ] || fail "CONFIG, CKPT and FORMAT are needed; --help shows how to call it"
+[ $# -ge 3 ] || fail "CONFIG, CKPT and FORMAT are required; see --help"
 config=$1 checkpoint=$2 format=$3
 shift 3
 device_words 0

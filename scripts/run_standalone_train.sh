@@ -1,19 +1,20 @@
 #!/usr/bin/env bash
 # Train on one device:
 #   bash scripts/run_standalone_train.sh CONFIG DATA [DEVICE_ID] [--dry_run] [--key value ...]
-# DATA - means the recipe's own; DEVICE_TARGET is Ascend (default), GPU or CPU; keys go to train.py.
+# DATA - uses the recipe's data. DEVICE_TARGET is Ascend (default), GPU or CPU. Further options are
+# passed to train.py.
 set -euo pipefail
 # shellcheck source=scripts/command.sh
 source "$(dirname "${BASH_SOURCE[0]}")/command.sh"
 case ${1-} in -h | --help) usage_of "$0"; exit ;; esac
-[ $# -ge 2 ] || fail "CONFIG and DATA are needed; --help shows how to call it"
+[ $# -ge 2 ] || fail "CONFIG and DATA are required; see --help"
 config=$(recipe "$1") data=$2
 shift 2
 case ${1:---} in --*) id=0 ;; *) id=$1; shift ;; esac
 device_words "$id"
 words=(--config "$config")
 if [ "$data" != - ]; then
-  [ -e "$data" ] || fail "DATA $data: no such folder; give the data's, or - for the config's"
+  [ -e "$data" ] || fail "DATA $data: no such folder; give the data folder, or - for the one in the configuration"
   words+=(--data.path "$data")
 fi
 program train.py "${words[@]}" "${device[@]}" "$@"

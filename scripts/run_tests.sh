@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Run the test suite from a bare clone, with a worker for each core.
+# Install the test tools, check the style and run the tests, with one worker per core.
 #   bash scripts/run_tests.sh                everything
-#   bash scripts/run_tests.sh --quick        without jobs, campaigns and full-size networks
+#   bash scripts/run_tests.sh --quick        without distributed jobs, fault campaigns and full-size networks
 #   bash scripts/run_tests.sh tests/models   other arguments go to pytest
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -14,7 +14,7 @@ PATH=$("$PYTHON" -c 'import sys; print(sys.exec_prefix)')/bin:$PATH
 if command -v shellcheck >/dev/null; then
   shellcheck -x scripts/*.sh .ci/run
 else
-  echo "shellcheck is not installed: the scripts go unchecked"
+  echo "shellcheck is not installed: skipping the shell scripts"
 fi
 words=(-n auto --dist loadfile --no-loadscope-reorder)
 if [ "${1-}" = --quick ]; then
