@@ -56,9 +56,23 @@ def explain_file(predictor: Predictor, file: str, output: str, force: bool = Fal
             a picture that can't be written.
     """
     check_attention([file], output, force)
-    path, net = Path(output), predictor.network
-    inputs = predictor.prepare(file)
-    maps = attention_maps(net, Tensor(inputs[None]))
+    explain_image(predictor, predictor.prepare(file), Path(file).name, Path(output))
+    logger.info("wrote %s", output)
+
+
+def explain_image(predictor: Predictor, inputs: np.ndarray, name: str, path: Path) -> None:
+    """Draw the attention over an image that `predictor.prepare` made; needs PyNative mode.
+
+    Args:
+        predictor: of a weight file.
+        inputs: float32 [3, H, W].
+        name: of the image, for the title.
+        path: of the picture.
+
+    Raises:
+        UserError: an exported model, one without a class token, or a picture that can't be written.
+    """
+    maps = attention_maps(predictor.network, Tensor(inputs[None]))
     best = predictor.classify(inputs[None], top_k=1)[0][0]
     even = maps.even()
     (to_keys, to_self), (to_tokens, rollout_self) = maps.heads(), maps.rollout()
@@ -67,13 +81,12 @@ def explain_file(predictor: Predictor, file: str, output: str, force: bool = Fal
     count = len(heads)
     draw_attention(
         pixels_of(inputs, predictor.preprocessing),
-        f"{printable(Path(file).name)}: {printable(best.name)}, {100 * best.probability:.1f} %",
+        f"{printable(name)}: {printable(best.name)}, {100 * best.probability:.1f} %",
         Panel(f"last block, mean of {count} heads", heads.mean(0), to_self[0].mean()),
         Panel(f"rollout through {len(maps.mean)} blocks", rollout, rollout_self[0]),
         [Panel(f"head {i + 1}", heads[i], to_self[0, i]) for i in range(count)],
         path,
     )
-    logger.info("wrote %s", path)
 
 
 def pixels_of(inputs: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:

@@ -1,0 +1,88 @@
+"""A page that classifies an image and shows what the network looks at.
+
+    pip install gradio
+    python examples/demo.py [MODEL] [--port 7860]
+
+MODEL is a weight file or a run's folder; by default the pretrained cvt_nano on CIFAR-10.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from src.device import prepare_environment  # noqa: E402
+from src.errors import UserError, executable  # noqa: E402
+
+
+def explain(predictor, image: Image.Image) -> tuple[dict[str, float], Image.Image]:
+    """Return the probability of each class, by name, and a picture of the attention.
+
+    Args:
+        predictor: a `src.deploy.Predictor` of weights, with runtime mode "pynative": attention maps
+            are recorded by hooks, which a compiled graph does not run.
+        image: of any size.
+    """
+    from src.deploy.attention_image import explain_image
+
+    inputs = predictor.prepare(image)
+    candidates = predictor.classify(inputs[None], top_k=5)[0]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "attention.png"
+        explain_image(predictor, inputs, "image", path)
+        with Image.open(path) as picture:
+            picture.load()
+    return {candidate.name: candidate.probability for candidate in candidates}, picture
+
+
+def build_page(predictor):
+    """Build the page: an image to drop, the classes and the attention map."""
+    import gradio
+
+    def run(image: Image.Image | None):
+        if image is None:  # the cross above the image
+            return None, None
+        try:
+            return explain(predictor, image)
+        except UserError as error:
+            raise gradio.Error(str(error)) from None
+
+    return gradio.Interface(
+        run,
+        gradio.Image(type="pil", label="image"),
+        [gradio.Label(label="classes"), gradio.Image(label="attention", format="png")],
+        title="CvT",
+        description=f"Classes: {', '.join(predictor.class_names)}.",
+        flagging_mode="never",
+        analytics_enabled=False,
+    )
+
+
+@executable
+def main(argv: list[str]) -> None:
+    """Serve the page until Ctrl-C."""
+    parser = argparse.ArgumentParser(description="Classify images and show the attention.")
+    parser.add_argument("model", nargs="?", help="weights or a run's folder")
+    parser.add_argument("--port", type=int, default=7860)
+    arguments = parser.parse_args(argv)
+    try:
+        import gradio  # noqa: F401
+    except ImportError:
+        raise UserError("examples/demo.py needs Gradio: pip install gradio") from None
+    prepare_environment()
+    from src.deploy import Predictor
+    from src.weights import pretrained_folder
+
+    model = arguments.model or pretrained_folder("cvt_nano", "cifar10")
+    page = build_page(Predictor(model, runtime={"mode": "pynative"}))
+    page.launch(server_name="127.0.0.1", server_port=arguments.port, quiet=False)
+
+
+if __name__ == "__main__":
+    main()
