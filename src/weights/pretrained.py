@@ -38,7 +38,14 @@ class Pretrained:
         return FOLDER / f"{self.model}_{self.data}"
 
 
-_PRETRAINED: tuple[Pretrained, ...] = ()
+_PRETRAINED = (
+    Pretrained(
+        "cvt_nano",
+        "cifar10",
+        10,
+        "e12970b771ee3bf5563996d91343ca78e777413f5ae71281e2140dfd65021043",
+    ),
+)
 
 
 def list_pretrained() -> list[tuple[str, str]]:

@@ -4,9 +4,18 @@ import mindspore as ms
 import numpy as np
 import pytest
 
+from src.config_io import load_config
+from src.deploy import Predictor
 from src.errors import UserError
 from src.models import create_model
-from src.weights import create_pretrained, pretrained, pretrained_folder, save_weights, sha256_of
+from src.weights import (
+    create_pretrained,
+    list_pretrained,
+    pretrained,
+    pretrained_folder,
+    save_weights,
+    sha256_of,
+)
 from tests.conftest import TINY
 
 SIZES = {key: value for key, value in TINY.items() if key != "num_classes"}
@@ -61,3 +70,19 @@ def test_a_missing_or_altered_file_is_refused(stored):
 def test_create_model_names_the_function_that_loads():
     with pytest.raises(UserError, match="src.weights.create_pretrained"):
         create_model("cvt_nano", pretrained="cifar10")
+
+
+@pytest.mark.parametrize("model, data", list_pretrained())
+def test_what_comes_with_the_repository_is_whole(model, data):
+    """Its weights load by name, and its folder is enough for a Predictor."""
+    folder = pretrained_folder(model, data)
+    config = load_config(folder / "config.yaml")
+    net = create_pretrained(model, data).set_train(False)
+    assert net.num_classes == config.model.num_classes == len(config.data.class_names)
+    assert config.data.path is None
+    predictor = Predictor(folder)
+    pixels = np.random.default_rng(0).integers(256, size=(40, 50, 3), dtype=np.uint8)
+    inputs = predictor.prepare(pixels)[None]
+    expected = net(ms.Tensor(inputs)).asnumpy()
+    np.testing.assert_allclose(predictor.logits(inputs), expected, atol=1e-4)
+    assert predictor([pixels])[0][0].name == config.data.class_names[expected.argmax()]
