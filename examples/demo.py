@@ -1,22 +1,23 @@
 """A page that classifies an image and shows what the network looks at.
 
     pip install gradio
-    python examples/demo.py [MODEL] [--port 7860]
+    python examples/demo.py [--model WEIGHTS] [--port 7860]
 
-MODEL is a weight file or a run's folder; by default the pretrained cvt_nano on CIFAR-10.
+WEIGHTS is a weight file or a run's folder; by default the pretrained cvt_nano on CIFAR-10.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 from pathlib import Path
 
+from jsonargparse.typing import PositiveInt
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from src.cli import parse  # noqa: E402
 from src.device import prepare_environment  # noqa: E402
 from src.errors import UserError, executable  # noqa: E402
 
@@ -67,15 +68,20 @@ def build_page(predictor):
 @executable
 def main(argv: list[str]) -> None:
     """Serve the page until Ctrl-C."""
-    parser = argparse.ArgumentParser(description="Classify images and show the attention.")
-    parser.add_argument("model", nargs="?", help="weights or a run's folder")
-    parser.add_argument("--port", type=int, default=7860)
-    arguments = parser.parse_args(argv)
+
+    def add_arguments(parser) -> None:
+        parser.add_argument(
+            "--model", type=str, help="weights or a run's folder; default: cvt_nano on CIFAR-10"
+        )
+        parser.add_argument("--port", type=PositiveInt, default=7860, help="of the page")
+
+    description = "Serve a page that classifies an image and shows the attention."
+    _, arguments = parse(argv, "examples/demo.py", description, add_arguments, schema=None)
+    prepare_environment()
     try:
         import gradio  # noqa: F401
     except ImportError:
         raise UserError("examples/demo.py needs Gradio: pip install gradio") from None
-    prepare_environment()
     from src.deploy import Predictor
     from src.weights import pretrained_folder
 

@@ -63,7 +63,8 @@ class Reader:
     def __init__(self, folder: Path, monkeypatch) -> None:
         self.patch = monkeypatch
         folder.mkdir(exist_ok=True)
-        (folder / "config").symlink_to(ROOT / "config")
+        for name in ("config", "pretrained"):
+            (folder / name).symlink_to(ROOT / name)
         monkeypatch.chdir(folder)
         monkeypatch.setattr(plan, "visible_devices", lambda *_: list(range(16)))
 

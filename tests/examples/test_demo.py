@@ -122,7 +122,8 @@ def page(trained, tmp_path):
     """The address of the page of the shared run."""
     pytest.importorskip("gradio", reason="the demo page needs Gradio")
     port = free_port()
-    command = [sys.executable, str(ROOT / "examples/demo.py"), str(trained), "--port", str(port)]
+    options = ["--model", str(trained), "--port", str(port)]
+    command = [sys.executable, str(ROOT / "examples/demo.py"), *options]
     with open(tmp_path / "log.txt", "w") as log:
         process = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log)
     try:
