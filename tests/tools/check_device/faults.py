@@ -16,7 +16,7 @@ from src.device import prepare_environment
 prepare_environment()
 
 from mindspore import dtype as mstype  # noqa: E402
-from mindspore import ops  # noqa: E402
+from mindspore import nn, ops  # noqa: E402
 
 from tools.check_device import worker  # noqa: E402
 
@@ -117,6 +117,12 @@ def convolution_in_float16() -> None:
     from src import models
     from src.models.layers import ConvEmbed
 
+    class HalfConv(nn.Conv2d):
+        """A convolution in float16 whose result is float32 again."""
+
+        def construct(self, x):
+            return super().construct(x).astype(mstype.float32)
+
     class HalfConvEmbed(ConvEmbed):
         """No class that is replaced by a compiled one."""
 
@@ -127,6 +133,7 @@ def convolution_in_float16() -> None:
         embed = net.stage1.patch_embed
         embed.__class__ = HalfConvEmbed
         embed.proj.to_float(mstype.float16)
+        embed.proj.__class__ = HalfConv
         return net
 
     models.create_model = create

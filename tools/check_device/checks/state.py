@@ -101,9 +101,10 @@ def on_cpu(setting: Setting) -> Finding:
         step, start = _step()
         training.restore(step, start)
         save_state(step, Progress(), file.parent, keep=1)
+    output = Path(setting.folder) / "logits.npy"
+    other = training.start_on_cpu(setting, "logits", state=str(file), output=str(output))
     net = accelerate(network(), RuntimeConfig())
     load_weights(net, file)
     found = net.set_train(False)(Tensor(probes())).asnumpy()
-    output = Path(setting.folder) / "logits.npy"
-    training.run_on_cpu(setting, "logits", state=str(file), output=str(output))
+    training.wait_for_cpu(other)
     return judge({"logits": by_largest(found, np.load(output))}, limit("logits"))
