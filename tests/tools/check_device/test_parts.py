@@ -12,6 +12,7 @@ from tests.conftest import ROOT
 from tools.check_device import limits, table
 from tools.check_device.__main__ import choose, parse
 from tools.check_device.checks.speed import PROFILED, summarise
+from tools.check_device.checks.training import last_line
 from tools.check_device.compare import by_largest, by_norm, judge
 from tools.check_device.registry import CHECKS, Finding
 from tools.check_device.runner import FAILED, NOT_HERE, PASSED, Result
@@ -148,3 +149,9 @@ def test_a_profile_of_a_card_names_what_runs_on_the_host(tmp_path):
     found = summarise(tmp_path)
     assert found["dearest kernels"]["MatMulV2 (AI_CORE)"] == 8 / PROFILED
     assert found["kernels on the host"] == {"Cast": 0.5 / PROFILED, "RightShift": 1 / PROFILED}
+
+
+def test_the_last_error_is_told_before_what_is_logged_behind_it():
+    text = "RuntimeError: Launch kernel failed\n\n  File x\n[INFO] DISTRIBUTED Start] success!\n"
+    assert last_line(text) == "RuntimeError: Launch kernel failed"
+    assert last_line("usage\n[INFO] Start]\n") == "usage" and last_line("\n") == "no message"

@@ -18,6 +18,7 @@ from mindspore import Tensor
 from src.arithmetic import FIXED_SCALE, overflows_to_infinity
 from src.build import accelerate, set_precision
 from src.config import RuntimeConfig
+from src.launch.job import REASON
 from src.training.loss import LabelSmoothingCrossEntropy
 from src.training.optimizer import AdamW
 from src.training.train_step import FIRST_DYNAMIC_SCALE, TrainStep
@@ -170,9 +171,11 @@ def wait_for_cpu(process: subprocess.Popen) -> None:
 
 
 def last_line(text: str) -> str:
-    """The last line that says something."""
+    """The last line that names an error; where none does, the last one that is no [INFO]."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1][:300] if lines else "no message"
+    errors = [line for line in lines if REASON.match(line)]
+    words = errors or [line for line in lines if not line.startswith("[INFO]")]
+    return words[-1][:300] if words else "no message"
 
 
 def trajectory(setting: Setting) -> Finding:
