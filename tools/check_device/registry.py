@@ -152,7 +152,7 @@ CHECKS = (
     ),
     Check(
         "running statistics", "training:statistics", "training", 600,
-        "BatchNorm's moving mean or variance, which evaluation uses: momentum or unbiased variance. "
+        "BatchNorm's moving mean or variance, used in evaluation: momentum or unbiased variance. "
         "Where 'logits float32' fails too, that is the cause",
     ),
     Check("moving average", "training:average", "training", 600,
