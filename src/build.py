@@ -26,7 +26,7 @@ from src.data import (
 )
 from src.data.base import some_names
 from src.device import cache_folder, current_device, mindspore_version
-from src.distributed import ALONE, Ranks
+from src.distributed import SINGLE_PROCESS, Ranks
 from src.errors import UserError
 from src.kernels.library import BuildError, library
 from src.models import create_model
@@ -206,7 +206,7 @@ def open_quietly(config: Config, split: str) -> Source:
 def open_checked(
     config: Config,
     split: str,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_PROCESS,
     run: Path | None = None,
     *,
     keep: bool = True,

@@ -1,7 +1,7 @@
-"""The ranks of a distributed job: how one joins it, and what the ranks tell each other.
+"""Joins a distributed job and exchanges values among its ranks.
 
-Values travel as 16-bit pieces in float32, the one type that every backend (HCCL, NCCL, MCCL)
-moves and adds; so they arrive to the last bit whatever their own type.
+Values are sent as 16-bit pieces in float32, the one type that every backend (HCCL, NCCL, MCCL)
+sends and adds, so values of any type arrive exactly.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ SAME_FILES = "give every host the same files and the same command"
 
 @dataclass(frozen=True)
 class Ranks:
-    """This rank among all; a single process is rank 0 of 1."""
+    """A rank and the number of ranks; a single process is rank 0 of 1."""
 
     rank: int = 0
     world: int = 1
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the rank that writes files."""
+        """Whether this rank writes the files."""
         return self.rank == 0
 
     def gather(self, values: np.ndarray) -> np.ndarray:
-        """Each rank's float64 [n], as float64 [world, n], on every rank."""
+        """Gather float64 [n] of each rank as float64 [world, n] on every rank."""
         values = np.asarray(values, np.float64).reshape(-1)
         if self.world == 1:
             return values[None]
@@ -40,28 +40,28 @@ class Ranks:
         pieces[self.rank] = _to_pieces(values)
         return _from_pieces(ops.AllReduce()(Tensor(pieces)).asnumpy(), np.float64)
 
-    def share(self, text: str) -> str:
-        """The first rank's text."""
+    def broadcast_text(self, text: str) -> str:
+        """Return rank 0's text on every rank."""
         return self.gather_texts(text if self.is_first else "")[0]
 
     def gather_texts(self, text: str) -> list[str]:
-        """Each rank's text, on every rank."""
+        """Gather each rank's text on every rank."""
         content = np.frombuffer(text.encode(), np.uint8)
         lengths = self.gather([len(content)])[:, 0].astype(int)
         padded = np.zeros(max(-(-lengths.max() // 8), 1) * 8, np.uint8)
         padded[: len(content)] = content
-        told = self.gather(padded.view(np.float64))
-        return [each.tobytes()[:length].decode() for each, length in zip(told, lengths)]
+        gathered = self.gather(padded.view(np.float64))
+        return [each.tobytes()[:length].decode() for each, length in zip(gathered, lengths)]
 
-    def share_bits(self, numbers: Iterable[int], count: int) -> list[int]:
-        """The first rank's numbers, sorted, all below `count`; a bit for each travels."""
+    def broadcast_indices(self, numbers: Iterable[int], count: int) -> list[int]:
+        """Return rank 0's numbers below `count`, sorted; one bit per number is sent."""
         bits = np.zeros(-(-count // 64) * 64, bool)
         bits[list(numbers) if self.is_first else []] = True
         first = self.gather(np.packbits(bits).view(np.float64))[0]
         return np.flatnonzero(np.unpackbits(first.copy().view(np.uint8))).tolist()
 
     def broadcast(self, parameters: Iterable[Parameter]) -> None:
-        """Give every rank the first one's values."""
+        """Set the parameters of every rank to rank 0's values."""
         if self.world == 1:
             return
         for parameter in parameters:
@@ -71,10 +71,10 @@ class Ranks:
             ops.assign(parameter, Tensor(values))
 
     def require_agreement(self, what: str, value: object, remedy: str = SAME_FILES) -> None:
-        """Check that every rank has the same value, by its text's checksum.
+        """Check that every rank has the same value, by the checksum of its repr.
 
         Raises:
-            UserError: a rank has another one.
+            UserError: a rank has a different value.
         """
         sums = self.gather(np.array([zlib.crc32(repr(value).encode())]))[:, 0]
         others = np.flatnonzero(sums != sums[0])
@@ -82,21 +82,21 @@ class Ranks:
             raise UserError(f"rank {others[0]} has other {what} than rank 0; {remedy}")
 
 
-ALONE = Ranks()
+SINGLE_PROCESS = Ranks()
 
 
 def _to_pieces(values: np.ndarray) -> np.ndarray:
-    """An array of any type as float32 [n]: its bytes in pairs, each pair a number below 65,536."""
+    """Return the bytes of an array as float32 [n], two bytes in each number."""
     content = values.tobytes()
     return np.frombuffer(content + b"\0" * (len(content) % 2), np.uint16).astype(np.float32)
 
 
 def _from_pieces(pieces: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """What `_to_pieces` was given, flat, one row for each row; the padding may come with it."""
+    """Invert `_to_pieces` row by row; the padding may be included."""
     return np.ascontiguousarray(pieces.astype(np.uint16)).view(dtype)
 
 
-# What msrun tells each rank, and what other launchers say the number of ranks by.
+# Variables that msrun sets for each rank, and those in which other launchers give the world size.
 _OF_MSRUN = ("MS_WORKER_NUM", "MS_ROLE", "MS_SCHED_HOST", "MS_SCHED_PORT")
 _OF_OTHERS = {
     "RANK_SIZE": "a rank table",
@@ -108,10 +108,10 @@ _OF_OTHERS = {
 
 
 def is_distributed() -> bool:
-    """Whether msrun started this process as one of several.
+    """Return whether msrun started this process as one of several.
 
     Raises:
-        UserError: the environment speaks of several ranks, but msrun has not started them.
+        UserError: the environment describes several ranks, but msrun did not start them.
     """
     missing = [name for name in _OF_MSRUN if name not in os.environ]
     if not missing:
@@ -122,19 +122,19 @@ def is_distributed() -> bool:
         name = left[0]
         by = _OF_OTHERS.get(name, "msrun")
         raise UserError(
-            f"{name}={os.environ[name]} is in the environment, as {by} sets it, but the ranks were "
-            "not started by scripts/run_distribute_train.sh; start them with it, or for one "
-            f"process run: unset {name}"
+            f"{name}={os.environ[name]} is set, as by {by}, but the ranks were not started by "
+            "scripts/run_distribute_train.sh; start them with it, or for a single process run: "
+            f"unset {name}"
         )
     return False
 
 
 def join() -> Ranks:
-    """Join the job that this process was started for; waits for the others.
+    """Join the job that this process belongs to; wait for the other ranks.
 
-    msrun's scheduler process stays in here until the job has ended.
+    In msrun's scheduler process this call returns when the job has ended.
     """
     if not is_distributed():
-        return ALONE
+        return SINGLE_PROCESS
     communication.init()
     return Ranks(communication.get_rank(), communication.get_group_size())

@@ -26,7 +26,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from src.data.images import examine
-from src.distributed import ALONE, Ranks
+from src.distributed import SINGLE_PROCESS, Ranks
 from src.errors import UserError
 from src.files import require_writable, write_text
 
@@ -62,7 +62,7 @@ def check_files(
     write: bool = True,
     workers: int = 0,
     progress: Callable[[int, str], tqdm] | None = None,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_PROCESS,
 ) -> list[Entry]:
     """Return what there is to say about each file; read only what the index does not know.
 
@@ -87,7 +87,7 @@ def check_files(
     names = [os.path.relpath(file, root) for file in files]
     stamps = dict(_shared(range(len(files)), lambda some: [_stamp(files[k]) for k in some], ranks))
     stale, gone = _sort_out(known, names, stamps, index, root)
-    stale = ranks.share_bits(stale, len(files))
+    stale = ranks.broadcast_indices(stale, len(files))
     threads = min(workers or _cores(), _MOST_THREADS)
     if ranks.is_first:
         _log.info(

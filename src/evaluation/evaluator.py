@@ -14,7 +14,7 @@ from mindspore import Tensor, nn
 from src.build import accelerate, build_model, build_preprocessing, resolve_classes
 from src.config import Config
 from src.data import Preprocessing, Source, eval_batches
-from src.distributed import ALONE, Ranks
+from src.distributed import SINGLE_PROCESS, Ranks
 from src.errors import UserError
 from src.evaluation.labels import Labelled, open_labelled
 from src.evaluation.metrics import Metrics, Outcomes
@@ -80,7 +80,7 @@ class Evaluator:
         preprocessing: Preprocessing,
         batch_size: int,
         workers: int = 0,
-        ranks: Ranks = ALONE,
+        ranks: Ranks = SINGLE_PROCESS,
         label_lists: Sequence[Sequence[int]] | None = None,
         keep_outcomes: bool = False,
     ) -> None:
@@ -164,7 +164,7 @@ class Evaluator:
 def evaluate_checkpoint(
     config: Config,
     checkpoint: str,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_PROCESS,
     keep_outcomes: bool = False,
     keep_index: bool = False,
 ) -> tuple[Result, Labelled]:

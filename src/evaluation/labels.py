@@ -17,7 +17,7 @@ from src.data.imagenet_labels import (
     with_real,
     with_v2,
 )
-from src.distributed import ALONE, Ranks
+from src.distributed import SINGLE_PROCESS, Ranks
 from src.errors import UserError
 
 
@@ -29,7 +29,7 @@ class Labelled(NamedTuple):
 
 
 def open_labelled(
-    config: Config, checkpoint: str, ranks: Ranks = ALONE, keep_index: bool = False
+    config: Config, checkpoint: str, ranks: Ranks = SINGLE_PROCESS, keep_index: bool = False
 ) -> Labelled:
     """The held-out images of a configuration, checked, under its protocol of labels.
 

@@ -1,4 +1,4 @@
-"""Parts of a network that stay as they are while the rest is trained."""
+"""Freezes parts of a network."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ HEAD = "head"
 
 
 def freeze(net: nn.Cell, parts: Sequence[str]) -> list[nn.Cell]:
-    """Exclude parts from the gradient.
+    """Exclude parts of a network from the gradient.
 
     Args:
         net: the network; its `requires_grad` flags are changed.
-        parts: names or beginnings of names at a dot ("stage0", "stage1.blocks.0"), or "backbone":
-            everything but the head.
+        parts: parameter names or their leading components ("stage0", "stage1.blocks.0"), or
+            "backbone" for everything except the head.
 
     Returns:
-        The cells that are wholly frozen. They must be kept out of training mode, so that their
-        BatchNorms use, and do not change, the running statistics.
+        The cells that are frozen entirely. Keep them in evaluation mode, so that their BatchNorms
+        use the running statistics and do not update them.
 
     Raises:
-        UserError: a part that the network has not, or nothing is left to train.
+        UserError: the network has no such part, or nothing is left to train.
     """
     names = [parameter.name for parameter in net.get_parameters()]
     for part in parts:
         if part != "backbone" and not any(_is_in(name, part) for name in names):
-            raise UserError(f"training.freeze: the network has no part {part!r}, such as stage0")
+            raise UserError(f"training.freeze: the network has no part {part!r}; try stage0")
     for parameter in net.get_parameters():
         if any(_is_in(parameter.name, part) for part in parts):
             parameter.requires_grad = False
     if not net.trainable_params():
-        raise UserError(f"training.freeze {list(parts)}: leaves nothing to train")
+        raise UserError(f"training.freeze {list(parts)}: nothing is left to train")
     return [cell for name, cell in net.cells_and_names() if any(_is_in(name, p) for p in parts)]
 
 

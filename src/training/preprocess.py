@@ -1,6 +1,6 @@
-"""The part of the input path that runs on the device: bytes in, the network's input out.
+"""The part of the input pipeline that runs on the device.
 
-Batches cross from the host as uint8, a quarter of float32's bytes, as timm sends them to a GPU.
+The host sends uint8 batches, a quarter of the bytes of float32, as timm does for GPUs.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from mindspore import dtype as mstype
 
 
 class Preprocess(nn.Cell):
-    """Normalise a batch, and turn the bytes of erased boxes into normal noise.
+    """Normalise a batch, and convert the random bytes of erased boxes to normal noise.
 
     Args:
         image_size: (H, W).
         mean, std: per RGB channel, in units of 0..1.
-        erasing: whether boxes come with the batch.
+        erasing: whether each batch comes with erased boxes.
     """
 
     def __init__(
@@ -29,7 +29,7 @@ class Preprocess(nn.Cell):
         erasing: bool = False,
     ) -> None:
         super().__init__(auto_prefix=False)
-        # Subtracting and dividing, as on the host before, gives the same float32 to the last bit.
+        # Subtract and divide: a multiplication by 1 / std would change the last bit.
         self.mean, self.std = (
             Tensor((255 * np.array(values)[:, None, None]).astype(np.float32))
             for values in (mean, std)
@@ -44,7 +44,7 @@ class Preprocess(nn.Cell):
 
         Args:
             images: uint8 [B, H, W, 3].
-            boxes: int32 [B, 4] of `src.data.augment.Erase`, where boxes are erased.
+            boxes: int32 [B, 4] from `src.data.augment.Erase`; required with `erasing`.
 
         Returns:
             float32 [B, 3, H, W].
@@ -60,15 +60,15 @@ class Preprocess(nn.Cell):
         return ops.select(erased.broadcast_to(pixels.shape), self._noise(pixels), normalised)
 
     def _noise(self, pixels: Tensor) -> Tensor:
-        """Map uniform bytes, as float32 [B, 3, H, W], to normal noise by its quantiles.
+        """Map uniform bytes, as float32 [B, 3, H, W], to normal noise by quantiles.
 
-        A byte selects one of 256 equal shares of the distribution and the pixel's place the point
-        in it, so that over the places the noise is N(0, 1) and not 256 values of it.
+        A byte selects one of 256 equally likely intervals of the distribution, the pixel's position
+        selects the point within it. Over all positions the noise is N(0, 1), not 256 values.
         """
         upper = pixels >= 128.0
         tail = (ops.select(upper, 255.0 - pixels, pixels) + self.between) / 256.0  # in (0, 1/2)
-        # Abramowitz and Stegun, 26.2.23: within 4.5e-4. ops.erfinv is slower and, on a CPU, cuts
-        # the tails off at 3.4.
+        # Abramowitz and Stegun, 26.2.23: error below 4.5e-4. ops.erfinv is slower and cuts the
+        # tails at 3.4 on CPUs.
         t = ops.sqrt(-2.0 * ops.log(tail))
         over = 2.515517 + t * (0.802853 + t * 0.010328)
         under = 1.0 + t * (1.432788 + t * (0.189269 + t * 0.001308))
@@ -77,7 +77,7 @@ class Preprocess(nn.Cell):
 
 
 def _between(*shape: int) -> np.ndarray:
-    """Points evenly spread in (0, 1), a different one for each element, in random order."""
+    """Return evenly spaced points in (0, 1), one for each element, in random order."""
     count = int(np.prod(shape))
     order = np.random.default_rng(0).permutation(count)
     return ((order + 0.5) / count).astype(np.float32).reshape(shape)

@@ -1,4 +1,4 @@
-"""A run's folder: made, guarded against another run, taken up again."""
+"""Starts a training run: checks the configuration and the output folder, then trains."""
 
 from __future__ import annotations
 
@@ -28,10 +28,11 @@ from src.device import log_to, seed_generators, setup
 from src.distributed import Ranks
 from src.errors import UserError
 from src.models.complexity import uninitialised
-from src.training.feed import Feed
 from src.training.freeze import freeze
-from src.training.setup import start_from
-from src.training.state import BEST, LAST, flat, has_state
+from src.training.resume import flatten
+from src.training.setup import load_pretrained
+from src.training.state import BEST, LAST, has_state
+from src.training.train_loader import TrainLoader
 from src.training.trainer import Trainer
 
 logger = logging.getLogger("cvt")
@@ -48,74 +49,74 @@ def train(
     """Train into a folder: config.yaml, log.txt, metrics.jsonl, curves.png, checkpoints/.
 
     Args:
-        config: the recipe.
-        output: the folder; without `resume` it must hold no other run.
-        resume: go on with the run in that folder, from its newest whole state or from this file.
-        finetune: a weight file to start from; a head for other classes starts anew.
-        accept_changes: resume under other settings too.
+        config: the configuration.
+        output: the folder; without `resume` it must not hold another run.
+        resume: continue the run in that folder, from its newest intact state or from this file.
+        finetune: a weight file to start from; a head for other classes is new.
+        accept_changes: resume although settings differ.
 
     Raises:
-        UserError: settings, data or a folder that can't be used.
+        UserError: invalid settings, data or folder.
     """
     if resume and finetune is not None:
-        raise UserError("--resume and --finetune: give one; a resumed run has its weights already")
+        raise UserError("--resume and --finetune: give only one; a resumed run already has weights")
     if config.data.labels != "val" or config.data.labels_file:
         raise UserError(
-            "data.labels, data.labels_file: a run is evaluated by its own labels; leave them out "
-            "here and give them to eval.py"
+            "data.labels, data.labels_file: training evaluates on the data set's own labels; give "
+            "these keys to eval.py instead"
         )
     device, ranks = setup(config.runtime)
     check_arithmetic(config)
-    with alone_in(output) if ranks.is_first else contextlib.nullcontext():
+    with lock_folder(output) if ranks.is_first else contextlib.nullcontext():
         if ranks.is_first:
             _check_folder(output, resume)
-        source = check_recipe(config, ranks, finetune)
-        seed_generators(config.runtime.seed)  # as if no network had been built for the check
+        source = validate(config, ranks, finetune)
+        seed_generators(config.runtime.seed)  # validation has drawn from them
         source = open_checked(config, "train", ranks, output, source=source)
         config = resolve_classes(config, source)
-        ranks.require_agreement("settings", flat(config))
+        ranks.require_agreement("settings", flatten(config))
         trainer = Trainer(config, source, output, finetune, ranks)
         if resume:
             trainer.resume(resume if isinstance(resume, Path) else None, accept_changes)
         if ranks.is_first:
-            _open_folder(config, output)
+            _write_config(config, output)
         logger.info("device %s, %s mode", device, config.runtime.mode)
         if ranks.world > 1:
             logger.info("rank %d of %d", ranks.rank, ranks.world)
         trainer.fit()
 
 
-def check_recipe(config: Config, ranks: Ranks, finetune: str | None = None) -> Source:
-    """Refuse within seconds what can't be trained; checking the images may take minutes after it.
+def validate(config: Config, ranks: Ranks, finetune: str | None = None) -> Source:
+    """Check settings, data and weights within seconds, before images are read for minutes.
 
     Args:
-        config: the recipe.
-        ranks: those that share every step.
+        config: the configuration.
+        ranks: the ranks that share every step.
         finetune: the weight file to start from.
 
     Returns:
-        The training images, not checked.
+        The training images, which are not checked yet.
 
     Raises:
-        UserError: settings, data or weights that can't be used.
+        UserError: invalid settings, data or weights.
     """
     check_values(config)
     build_preprocessing(config)
     uses_compiled(config.runtime)
     source, held_out = open_split(config, "train"), open_quietly(config, "val")
     if not len(held_out):
-        raise UserError(f"{held_out.title}: no image to evaluate on; add some")
+        raise UserError(f"{held_out.title}: no image to evaluate on; add images")
     config = resolve_classes(config, source)
-    Feed(config, source, ranks)
+    TrainLoader(config, source, ranks)
     with contextlib.nullcontext() if finetune else uninitialised():
         net = build_model(config)
     freeze(net, config.training.freeze)
     if finetune:
-        start_from(net, finetune, config)
+        load_pretrained(net, finetune, config)
     return source
 
 
-# What a run writes beside its checkpoints; an index of images knows by itself whether it is ours.
+# Files of a run that name no author; the image index does.
 _OWN_FILES = (
     "log.txt",
     "metrics.jsonl",
@@ -126,40 +127,42 @@ _OWN_FILES = (
 
 
 def _check_folder(output: Path, resume: Path | bool) -> None:
-    """Refuse a folder with no run to resume, or with a run or somebody else's files to lose."""
-    there = has_state(output / "checkpoints")
-    if resume is True and not there:
+    """Refuse to resume without a run, and to overwrite a run or other files."""
+    has_run = has_state(output / "checkpoints")
+    if resume is True and not has_run:
         raise UserError(
-            f"{output}: no run there to resume (no checkpoints/{LAST}); give its folder with "
-            "--output, or leave out --resume to start one"
+            f"{output}: no run to resume here (no checkpoints/{LAST}); give the run's folder with "
+            "--output, or leave out --resume to start a new run"
         )
-    if there and not resume:
-        raise UserError(f"{output}: holds a run; add --resume to go on, or give another --output")
-    if there or is_run_config(output / CONFIG):
+    if has_run and not resume:
+        raise UserError(
+            f"{output}: already holds a run; add --resume to continue it, or give another --output"
+        )
+    if has_run or is_run_config(output / CONFIG):
         return
     for name in (CONFIG, *_OWN_FILES):
         if (output / name).exists():
             raise UserError(
-                f"{output}: {name} there is not of a run and would be replaced; give another "
+                f"{output}: {name} would be overwritten and was not written by a run; give another "
                 "--output"
             )
 
 
 @contextlib.contextmanager
-def alone_in(output: Path) -> Iterator[None]:
-    """Hold an exclusive lock on a folder, which is created if it is missing.
+def lock_folder(output: Path) -> Iterator[None]:
+    """Hold an exclusive lock on a folder; create the folder if it is missing.
 
-    A folder that is still empty at the end, because what it was for was refused, is removed again.
+    If the folder is still empty at the end, because the run was refused, it is removed again.
 
     Raises:
-        UserError: another process holds the lock, or the folder can't be written to.
+        UserError: another process holds the lock, or the folder is not writable.
     """
     missing = [each for each in (output, *output.parents) if not each.exists()]
     try:
         lock = _locked(output)
     except BlockingIOError:
         raise UserError(
-            f"{output}: another run works in this folder; wait for it, or give another --output"
+            f"{output}: another run is using this folder; wait for it, or give another --output"
         ) from None
     except OSError as error:
         raise UserError(f"--output {output}: {error.strerror}; give another --output") from None
@@ -174,10 +177,10 @@ def alone_in(output: Path) -> Iterator[None]:
 
 
 def _locked(output: Path) -> IO:
-    """The locked file of a folder.
+    """Lock a folder's lock file and return it.
 
-    Whoever holds the lock removes the file before giving it up. A process that had opened it by
-    then locks a file without a name, which no third process would see: it has to try again.
+    The holder removes the file before it releases the lock. A process that opened the file before
+    then locks a deleted file, which no third process would see, so it tries again.
     """
     while True:
         output.mkdir(parents=True, exist_ok=True)
@@ -197,7 +200,7 @@ def _locked(output: Path) -> IO:
         lock.close()
 
 
-def _open_folder(config: Config, output: Path) -> None:
+def _write_config(config: Config, output: Path) -> None:
     try:
         save_config(config, output / CONFIG)
         log_to(output / "log.txt")

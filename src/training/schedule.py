@@ -1,4 +1,4 @@
-"""Learning rates as pure functions of a recipe."""
+"""Computes the learning rate of every step."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ def learning_rates(
     per: str = "epoch",
     decay_epochs: int | None = None,
 ) -> np.ndarray:
-    """The learning rate of every step: linear warm-up, then a cosine down to `minimum`.
+    """Compute the learning rates: linear warm-up, then a cosine down to `minimum`.
 
-    The cosine runs over all epochs and the warm-up replaces its first part, as timm's
-    `CosineLRScheduler` that the official code uses; per "epoch" the rate of epoch e holds for all
-    of its steps, per "step" it changes with each step.
+    As in timm's `CosineLRScheduler`, which the official code uses, the cosine spans all epochs and
+    the warm-up replaces its first part. With per="epoch" the rate is constant within an epoch, with
+    per="step" it changes at each step.
 
     With `decay_epochs`, the rate stays at `peak` until that many epochs are left, and the cosine
     runs over these (warmup-stable-decay, Hu et al., 2024, arXiv 2404.06395).

@@ -1,4 +1,4 @@
-"""From a configuration to the training step: network, optimizer, schedule, moving average."""
+"""Builds the training step from a configuration."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ from src.config_io import load_config, run_config_of
 from src.data.base import some_names
 from src.distributed import Ranks
 from src.models.sync_batchnorm import synchronise_batchnorm
-from src.training.feed import Feed
 from src.training.freeze import freeze
 from src.training.loss import LabelSmoothingCrossEntropy
 from src.training.optimizer import SGD, AdamW
 from src.training.preprocess import Preprocess
 from src.training.schedule import learning_rates
+from src.training.train_loader import TrainLoader
 from src.training.train_step import TrainStep
 from src.weights import load_weights
 
 
 @dataclass
-class Built:
-    """A training step and what a log says about it.
+class TrainingSetup:
+    """What is built once for a run.
 
     Args:
         step: the training step.
         learning_rates: float32 [total steps].
         frozen: cells that stay in evaluation mode.
-        parameters: of the network, all of them.
+        num_parameters: trainable parameters of the network before freezing.
         notes: lines for the log.
     """
 
     step: TrainStep
     learning_rates: np.ndarray
     frozen: list[nn.Cell]
-    parameters: int
+    num_parameters: int
     notes: list[str] = field(default_factory=list)
 
-    def set_modes(self) -> None:
-        """Training mode, but for what is frozen and for the moving average."""
+    def set_train(self) -> None:
+        """Set training mode, except for frozen cells and the moving average."""
         self.step.set_train(True)
         for cell in self.frozen:
             cell.set_train(False)
@@ -50,17 +50,25 @@ class Built:
             self.step.ema_net.set_train(False)
 
 
-def build_step(config: Config, ranks: Ranks, feed: Feed, finetune: str | None) -> Built:
-    """The training step, with rank 0's weights on every rank; classes must be resolved.
+def build_training(
+    config: Config, ranks: Ranks, loader: TrainLoader, finetune: str | None
+) -> TrainingSetup:
+    """Build the training step with rank 0's weights on every rank.
+
+    Args:
+        config: the configuration, with resolved classes.
+        ranks: the ranks that share every step.
+        loader: the training batches.
+        finetune: a weight file to start from, or None.
 
     Raises:
-        UserError: keys that make no network, or weights that don't fit.
+        UserError: invalid model keys, or weights that do not fit.
     """
     notes: list[str] = []
     net = build_model(config)
-    parameters = sum(p.size for p in net.trainable_params())
+    num_parameters = sum(p.size for p in net.trainable_params())
     if finetune is not None:
-        notes += start_from(net, finetune, config)
+        notes += load_pretrained(net, finetune, config)
     if config.training.sync_batchnorm and ranks.world > 1:
         synchronise_batchnorm(net, ranks.world)
     ranks.broadcast(net.get_parameters())
@@ -74,7 +82,7 @@ def build_step(config: Config, ranks: Ranks, feed: Feed, finetune: str | None) -
             average.set_data(weights[average.name].copy())
         ema_net.update_parameters_name("ema.")
         ema_net.set_train(False)
-    rates = _learning_rates(config, feed, notes)
+    rates = _learning_rates(config, loader, notes)
     keys, weights = config.optimizer, net.trainable_params()
     if keys.name == "sgd":
         optimizer = SGD(weights, keys.momentum, keys.weight_decay)
@@ -97,25 +105,25 @@ def build_step(config: Config, ranks: Ranks, feed: Feed, finetune: str | None) -
             config.data.std,
             erasing=config.augment.erasing_prob > 0,
         ),
-        mixing=bool(feed.mixing),
+        mixing=bool(loader.mixing),
         seed=config.runtime.seed,
         rank=ranks.rank,
         world=ranks.world,
     )
     if frozen:
         trained = sum(p.size for p in optimizer.parameters)
-        notes.append(f"{trained:,} of the parameters are trained, the rest is frozen")
-    return Built(step, rates, frozen, parameters, notes)
+        notes.append(f"{trained:,} parameters are trained, the others are frozen")
+    return TrainingSetup(step, rates, frozen, num_parameters, notes)
 
 
-def _learning_rates(config: Config, feed: Feed, notes: list[str]) -> np.ndarray:
-    keys, images = config.optimizer, feed.images_per_step
+def _learning_rates(config: Config, loader: TrainLoader, notes: list[str]) -> np.ndarray:
+    keys, images = config.optimizer, loader.images_per_step
     peak = keys.lr * images / (keys.lr_batch_size or images)
     if keys.lr_batch_size is not None:
         notes.append(
-            f"learning rate {peak:.3e}: {keys.lr:.3e} for {keys.lr_batch_size} images, here "
-            f"{images} a step ({feed.ranks.world} devices x {config.training.batch_size} images x "
-            f"{config.training.accumulate} accumulated)"
+            f"learning rate {peak:.3e}: {keys.lr:.3e} at {keys.lr_batch_size} images, scaled to "
+            f"{images} images per step ({loader.ranks.world} devices x "
+            f"{config.training.batch_size} images x {config.training.accumulate} accumulated)"
         )
     return learning_rates(
         peak=peak,
@@ -123,14 +131,18 @@ def _learning_rates(config: Config, feed: Feed, notes: list[str]) -> np.ndarray:
         minimum=keys.min_lr,
         epochs=config.training.epochs,
         warmup_epochs=keys.warmup_epochs,
-        steps_per_epoch=feed.steps_per_epoch,
+        steps_per_epoch=loader.steps_per_epoch,
         per=keys.schedule_per,
         decay_epochs=keys.decay_epochs,
     )
 
 
-def start_from(net: nn.Cell, file: str, config: Config) -> list[str]:
-    """Load weights; the head stays new where it can't fit or is known to name other classes."""
+def load_pretrained(net: nn.Cell, file: str, config: Config) -> list[str]:
+    """Load weights to fine-tune; keep the new head if its shape or its class names differ.
+
+    Returns:
+        Lines for the log.
+    """
     fresh = {p.name: p.value().copy() for p in net.get_parameters() if p.name[:5] == "head."}
     notes = [str(load_weights(net, file, new_head=True))]
     run = run_config_of(file)
@@ -139,5 +151,5 @@ def start_from(net: nn.Cell, file: str, config: Config) -> list[str]:
         for parameter in net.get_parameters():
             if parameter.name in fresh:
                 ops.assign(parameter, fresh[parameter.name])
-        notes.append(f"the head starts anew: that run's classes were {some_names(names)}")
+        notes.append(f"new head: the weights' classes were {some_names(names)}")
     return notes

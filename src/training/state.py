@@ -1,9 +1,9 @@
-"""The saved states of a run: everything that it needs to go on as if it had never stopped.
+"""Saves and loads the states of a run.
 
-A state is one checkpoint: the training step's parameters (weights, average, moments, step, loss
-scale) and, as JSON in it, the `Progress`. Every random draw follows from (seed, epoch, step), so no
-generator has a state to save. States are named by their step; `last.ckpt` is the newest one, under
-the name that people look for.
+A state is one checkpoint: the training step's parameters (weights, moving average, optimizer
+moments, step, loss scale) and, as JSON in it, the `Progress`. Every random draw follows from
+(seed, epoch, step), so there is no generator state to save. States are named by their step;
+`last.ckpt` is a second name of the newest one.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from src.config import Config
-from src.errors import UserError, shown
+from src.errors import UserError
 from src.files import remove_unfinished, replacing
 from src.training.train_step import TrainStep
 from src.weights import load_state, save_checkpoint, sha256_of
@@ -28,26 +27,25 @@ from src.weights import load_state, save_checkpoint, sha256_of
 logger = logging.getLogger("cvt")
 LAST, BEST = "last.ckpt", "best.ckpt"
 _STATE_NAME = re.compile(r"step-(\d+)\.ckpt")
-_ABANDONED = re.compile(r"abandoned-(\d+)-.+")
 
 
 @dataclass
 class Progress:
-    """Where a run stands, and what it must find again.
+    """The position of a run, its metrics, and the settings it was computed with.
 
     Args:
         epoch: finished epochs.
-        position: steps done of the next one.
+        position: finished steps of the current epoch.
         losses: of those steps, without skipped ones.
-        rows: what metrics.jsonl holds, one for each finished epoch.
-        best_top1: the best so far, in per cent.
-        best_sha256: of the file best.ckpt with these weights; "" in states of earlier versions.
+        rows: the lines of metrics.jsonl, one for each finished epoch.
+        best_top1: best held-out accuracy so far, in per cent; -1 for none.
+        best_sha256: checksum of best.ckpt with these weights; "" in states of earlier versions.
         settings: every key of the configuration.
         data: checksum of the training images' names and labels.
-        world: devices.
+        world: number of devices.
         workers: threads that prepare images.
-        compiled: whether the network computes in compiled operators.
-        device_noise: whether erased boxes get their noise on the device, as they now do.
+        compiled: whether the network uses compiled operators.
+        device_noise: whether the device draws the noise of erased boxes.
     """
 
     epoch: int = 0
@@ -65,40 +63,52 @@ class Progress:
 
 
 def has_state(checkpoints: Path) -> bool:
-    """Whether there is a state to go on from."""
-    return bool(_states(checkpoints))
+    """Return whether there is a state to resume from."""
+    return bool(list_states(checkpoints))
 
 
 def save_state(step: TrainStep, progress: Progress, checkpoints: Path, keep: int) -> None:
-    """Write a state, make it the last one, and drop all but the `keep` newest.
+    """Write a state, link last.ckpt to it, and delete all but the `keep` newest.
 
     Raises:
-        UserError: it can't be written; the earlier ones are as they were.
+        UserError: a value is not finite, or the file cannot be written; earlier states stay.
     """
     state = {parameter.name: parameter for parameter in step.get_parameters()}
     path = checkpoints / f"step-{int(step.step.asnumpy()):08}.ckpt"
-    require_finite(state, path)
-    text = json.dumps(dataclasses.asdict(progress))
-    save_checkpoint(state, path, progress=text)
-    _name_last(path)
-    for old in _states(checkpoints)[keep:]:
+    _require_finite(state, path)
+    save_checkpoint(state, path, progress=json.dumps(dataclasses.asdict(progress)))
+    link_last(path)
+    for old in list_states(checkpoints)[keep:]:
         old.unlink(missing_ok=True)
     remove_unfinished(checkpoints)
 
 
-def require_finite(state: dict, path: Path) -> None:
-    """Refuse to save what training could not go on from.
+def save_best(step: TrainStep, progress: Progress, checkpoints: Path, top1: float) -> None:
+    """Write the evaluated weights (the moving average if there is one) as best.ckpt.
 
     Raises:
-        UserError: a value is NaN or infinite.
+        UserError: a value is not finite, or the file cannot be written.
     """
+    best = checkpoints / BEST
+    net = step.net if step.ema_net is None else step.ema_net
+    weights = {p.name.removeprefix("ema."): p for p in net.get_parameters()}
+    _require_finite(weights, best)
+    save_checkpoint(weights, best)
+    progress.best_top1, progress.best_sha256 = top1, sha256_of(best)
+
+
+def _require_finite(state: dict, path: Path) -> None:
     for name, parameter in state.items():
         if not np.isfinite(parameter.asnumpy()).all():
             raise UserError(f"{path}: not saved, {name} is not finite; lower optimizer.lr")
 
 
-def _name_last(path: Path) -> None:
-    """Give a state the name last.ckpt too, without copying it where the file system can."""
+def link_last(path: Path) -> None:
+    """Link last.ckpt to a state; copy it where the file system has no links.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
     try:
         with replacing(path.with_name(LAST)) as unfinished:
             try:
@@ -110,179 +120,73 @@ def _name_last(path: Path) -> None:
 
 
 def load_newest(step: TrainStep, checkpoints: Path) -> tuple[Progress, Path]:
-    """Load the newest state that is whole; a damaged one is named and passed over.
+    """Load the newest intact state; damaged ones are logged and skipped.
 
     Returns:
-        What the state says, and its file.
+        The state's progress, and its file.
 
     Raises:
-        UserError: no state, or none of them whole.
+        UserError: no state, or none of them intact.
     """
-    faults = []
-    for path in _states(checkpoints):
+    damaged = []
+    for path in list_states(checkpoints):
         try:
             progress = load_progress(step, path)
         except UserError as error:
             logger.warning("%s", error)
-            faults.append(path.name)
+            damaged.append(path.name)
             continue
-        if faults:
-            logger.warning("going back to %s, the newest state that is whole", path.name)
+        if damaged:
+            logger.warning("resuming from %s, the newest intact state", path.name)
         return progress, path
     raise UserError(
         f"{checkpoints}: no state to resume from"
-        + (f", {', '.join(faults)} can't be used" if faults else "; leave out --resume")
+        + (f", {', '.join(damaged)} can't be used" if damaged else "; leave out --resume")
     )
 
 
-def leave_branch(
-    step: TrainStep, progress: Progress, state: Path, checkpoints: Path, keep: int
-) -> list[Path]:
-    """Set aside what was trained behind the state that a run is resumed from.
-
-    Otherwise the next resume would take up the abandoned branch, whose states are newer. Files are
-    renamed to "abandoned-<n>-<name>", never deleted. Where the folder lacks the state (it was set
-    aside before, or is of another folder), it is saved there.
-
-    Args:
-        step: with the state's parameters.
-        progress: what the state says; `best_top1` is reset where best.ckpt is not the state's.
-        state: the file.
-        checkpoints: the run's folder of states.
-        keep: states that are kept.
-
-    Returns:
-        The files set aside.
-    """
-    checkpoints.mkdir(parents=True, exist_ok=True)
-    number = int(step.step.asnumpy())
-    is_own = _is_in(state.resolve(), checkpoints.resolve())
-    named = [path for path in _states(checkpoints) if path.name != LAST]
-    others = [path for path in named if _step_of(path) > number or not is_own]
-    best = checkpoints / BEST
-    if not best.is_file():
-        progress.best_top1, progress.best_sha256 = -1.0, ""
-    elif (others or not is_own) and sha256_of(best) != progress.best_sha256:
-        progress.best_top1, progress.best_sha256 = -1.0, ""
-        others = [*others, best]
-    used = [int(m[1]) for m in map(_ABANDONED.fullmatch, os.listdir(checkpoints)) if m]
-    aside = [path.with_name(f"abandoned-{max(used, default=0) + 1}-{path.name}") for path in others]
-    for path, new in zip(others, aside):
-        path.rename(new)
-    kept = checkpoints / f"step-{number:08}.ckpt"
-    if not (kept.is_file() and os.path.samefile(kept, state)):
-        save_state(step, progress, checkpoints, keep)
-    elif aside:
-        _name_last(kept)
-    return aside
-
-
-def _is_in(state: Path, checkpoints: Path) -> bool:
-    """Whether a file is one of a folder's own states."""
-    return state.parent == checkpoints and (state.name == LAST or _step_of(state) >= 0)
-
-
 def load_progress(step: TrainStep, path: Path) -> Progress:
-    """Load one state.
+    """Load one state into the step.
 
     Raises:
-        UserError: no state of this recipe, or a damaged one.
+        UserError: the file is damaged, or not a state of this configuration.
     """
     extra = load_state(step, path)
     try:
         return Progress(**json.loads(extra["progress"]))
     except (TypeError, ValueError):
         raise UserError(
-            f"{path}: no state that this version reads; give --finetune to start from its weights"
+            f"{path}: not a state that this version can resume; to start from its weights, give "
+            "it as --finetune"
         ) from None
 
 
-def figures_of(progress: Progress) -> str:
-    """The content of metrics.jsonl."""
+def metrics_text(progress: Progress) -> str:
+    """Return the content of metrics.jsonl."""
     return "".join(json.dumps(row) + "\n" for row in progress.rows)
 
 
-def has_figures(file: Path, progress: Progress) -> bool:
-    """Whether a metrics.jsonl is what the state bears out."""
+def metrics_match(file: Path, progress: Progress) -> bool:
+    """Return whether a metrics.jsonl equals the state's metrics."""
     try:
-        return file.read_text(encoding="utf-8") == figures_of(progress)
+        return file.read_text(encoding="utf-8") == metrics_text(progress)
     except FileNotFoundError:
         return not progress.rows
     except (OSError, UnicodeDecodeError):
         return False
 
 
-def _step_of(state: Path) -> int:
-    """The step that a state's name gives; -1 for another file."""
+def step_of(state: Path) -> int:
+    """Return the step in a state's file name; -1 for other files."""
     found = _STATE_NAME.fullmatch(state.name)
     return int(found[1]) if found else -1
 
 
-def _states(checkpoints: Path) -> list[Path]:
-    """The states, newest first."""
-    named = [path for path in checkpoints.glob("step-*.ckpt") if _step_of(path) >= 0]
-    states = sorted(named, key=_step_of, reverse=True)
+def list_states(checkpoints: Path) -> list[Path]:
+    """Return a folder's states, newest first."""
+    named = [path for path in checkpoints.glob("step-*.ckpt") if step_of(path) >= 0]
+    states = sorted(named, key=step_of, reverse=True)
     last = checkpoints / LAST
     if last.is_file() and not any(os.path.samefile(last, state) for state in states):
         states.append(last)
     return states
-
-
-# Keys that may change between the parts of a run, because they don't change what is computed.
-FREE_TO_CHANGE = (
-    "runtime.device", "runtime.device_id", "runtime.compiled_ops", "runtime.depthwise",
-    "runtime.jit_level", "runtime.deterministic", "data.path", "data.index",
-    "evaluation.batch_size", "training.save_every", "training.keep",
-)  # fmt: skip
-
-
-def flat(config: Config) -> dict:
-    """Every key of a configuration by its dotted name, as JSON gives values back."""
-    groups = json.loads(json.dumps(dataclasses.asdict(config)))
-    return {
-        f"{group}.{key}": value for group, keys in groups.items() for key, value in keys.items()
-    }
-
-
-def refuse_changes(before: Progress, now: Progress, output: Path, accept: bool) -> None:
-    """Compare what a state was made under with what a run would go on under.
-
-    Raises:
-        UserError: something that changes what is computed, unless `accept`.
-    """
-    if before.world != now.world:
-        raise UserError(
-            f"{output}: was trained on {before.world} devices, not {now.world}; resume on as many"
-        )
-    old, new = before.settings, now.settings
-    changed = [
-        f"{key} {shown(old.get(key))}, not {shown(new.get(key))}"
-        for key in {**old, **new}
-        if old.get(key) != new.get(key) and key not in FREE_TO_CHANGE
-    ]
-    if before.data != now.data:
-        changed.append(f"other training images or labels than {new['data.path'] or 'these'} has")
-    if changed and not accept:
-        raise UserError(
-            f"{output}: was trained with {'; '.join(changed)}. Resume with the settings in its "
-            "config.yaml, or add --accept_changes"
-        )
-    for change in changed:
-        logger.warning("was trained with %s", change)
-    if before.workers != now.workers:
-        logger.warning(
-            "%d data workers until here, %d from now on: crops and flips differ from those of an "
-            "uninterrupted run; set data.workers to %d", before.workers, now.workers,
-            before.workers,
-        )  # fmt: skip
-    if before.device_noise != now.device_noise and new.get("augment.erasing_prob"):
-        logger.warning(
-            "an earlier version drew the noise of erased boxes otherwise: from here on it differs "
-            "from that of an uninterrupted run (augment.erasing_prob)"
-        )
-    if before.compiled != now.compiled:
-        logger.warning(
-            "%s compiled operators until here, %s from now on (runtime.compiled_ops): equal to an "
-            "uninterrupted run but for rounding", *("with" if c else "without" for c in
-            (before.compiled, now.compiled)),
-        )  # fmt: skip

@@ -57,7 +57,7 @@ def _accumulate_tensor(keep, total, gradient):
 
 
 class TrainStep(nn.Cell):
-    """Forward, backward, all-reduce, clipping, update and EMA. Call `take` for each batch.
+    """Forward, backward, all-reduce, clipping, update and EMA. Call `run_batch` for each batch.
 
     Args:
         net: images, keys -> logits.
@@ -129,7 +129,7 @@ class TrainStep(nn.Cell):
         self.forward_backward = value_and_grad(self._forward, None, optimizer.parameters)
         self.parts = _Parts(self) if accumulate > 1 else None
 
-    def take(
+    def run_batch(
         self,
         images: Tensor,
         labels: Tensor,
@@ -137,7 +137,7 @@ class TrainStep(nn.Cell):
         part: int = 0,
         boxes: Tensor | None = None,
     ) -> tuple[Tensor, Tensor] | None:
-        """Take one batch; every `accumulate`-th completes a step.
+        """Run one batch; every `accumulate`-th completes a step.
 
         Args:
             images: float32 [B, 3, H, W], or what `preprocess` takes.
@@ -162,7 +162,7 @@ class TrainStep(nn.Cell):
         mix: Tensor | None = None,
         boxes: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """A whole step of one batch; arguments and result as in `take`."""
+        """A whole step of one batch; arguments and result as in `run_batch`."""
         before = self.copy_statistics()
         images = ops.depend(images, before)  # the forward pass updates them in place
         loss, gradients = self.backward(images, labels, mix, Tensor(0, mstype.int32), boxes)
@@ -312,7 +312,7 @@ class _Add(nn.Cell):
         part: Tensor,
         boxes: Tensor | None = None,
     ) -> bool:
-        """Arguments as in `TrainStep.take`."""
+        """Arguments as in `TrainStep.run_batch`."""
         ops.assign(self.before, ops.where(part > 0, self.before, self.step.copy_statistics()))
         images = ops.depend(images, self.before)
         loss, gradients = self.step.backward(images, labels, mix, part, boxes)

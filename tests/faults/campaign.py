@@ -235,12 +235,12 @@ def noticed(hit: Path, whole: Path) -> bool:
     hit: the damaged file; whole: the same run, undamaged.
     """
     from src.errors import UserError
-    from src.training.state import has_figures, load_progress
+    from src.training.state import load_progress, metrics_match
     from src.weights import load_weights
 
     step = trainer_of(whole).step
     if hit.name == "metrics.jsonl":
-        return not has_figures(hit, load_progress(step, whole / "checkpoints" / "last.ckpt"))
+        return not metrics_match(hit, load_progress(step, whole / "checkpoints" / "last.ckpt"))
     try:
         if hit.name == "best.ckpt":
             load_weights(step.net, hit)

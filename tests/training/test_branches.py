@@ -10,15 +10,9 @@ import numpy as np
 import pytest
 
 from src.errors import UserError
+from src.training.resume import set_aside_newer
 from src.training.run import train
-from src.training.state import (
-    Progress,
-    has_state,
-    leave_branch,
-    load_newest,
-    load_progress,
-    save_state,
-)
+from src.training.state import Progress, has_state, load_newest, load_progress, save_state
 from tests.training.runs import assert_equal_runs, small
 
 
@@ -62,7 +56,7 @@ def resume(folder, state, keep):
     if state is not None:
         path = folder / state
         progress = load_progress(step, path)
-    aside = leave_branch(step, progress, path, folder, keep)
+    aside = set_aside_newer(step, progress, path, folder, keep)
     return step, progress, [each.name for each in aside]
 
 
@@ -123,7 +117,7 @@ def test_a_state_of_another_folder_begins_a_branch_here(folder, tmp_path_factory
     assert len(aside) == 4 and names(folder)[-2:] == ["last.ckpt", "step-00000400.ckpt"]
     new = tmp_path_factory.mktemp("new") / "checkpoints"
     step = Step().at(400, 1.0)
-    leave_branch(step, Progress(best_top1=3.0), elsewhere / "step-00000400.ckpt", new, 2)
+    set_aside_newer(step, Progress(best_top1=3.0), elsewhere / "step-00000400.ckpt", new, 2)
     assert names(new) == ["last.ckpt", "step-00000400.ckpt"] and has_state(new)
 
 

@@ -113,7 +113,7 @@ def test_a_step_on_bytes_equals_one_on_prepared_images(erasing, accumulate):
             own = slice(2 * number, 2 * number + 2)
             some = images if preprocess is not None else prepared
             own_boxes = [Tensor(boxes[own])] * (preprocess is not None)
-            result = step.take(
+            result = step.run_batch(
                 Tensor(some[own]), Tensor(labels[own]), None, number % accumulate, *own_boxes
             )
             losses += [float(result[0].asnumpy())] if result else []

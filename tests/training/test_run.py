@@ -73,12 +73,12 @@ def test_an_epoch_of_steps_stops_and_goes_on_as_any_other(trained, few_digits, t
     config = small(trained, training__epoch_steps=3, training__epochs=2)
     train(config, tmp_path / "whole")
     trainer = Trainer(config, build.open_split(config, "train"), tmp_path)
-    orders = [trainer.feed.batches(epoch).indices for epoch in (0, 1)]
+    orders = [trainer.loader.batches(epoch).indices for epoch in (0, 1)]
     assert [len(order) for order in orders] == [150, 150]
     assert np.bincount(np.concatenate(orders)).tolist() == [3] * 100
     half = small(trained, training__epoch_steps=3, training__epochs=2, training__save_every=4)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Trainer, "_held_out", _dies_behind(1))
+        patch.setattr(Trainer, "_evaluate", _dies_behind(1))
         train(half, tmp_path / "parts")
     saved = sorted(path.name for path in (tmp_path / "parts/checkpoints").glob("step-*"))
     assert saved[-1] == "step-00000004.ckpt"
@@ -87,7 +87,7 @@ def test_an_epoch_of_steps_stops_and_goes_on_as_any_other(trained, few_digits, t
 
 
 def _dies_behind(epochs):
-    real = Trainer._held_out
+    real = Trainer._evaluate
 
     def held_out(self):
         if self.progress.epoch == epochs:
@@ -100,7 +100,7 @@ def _dies_behind(epochs):
 def test_repeated_augmentation_reaches_the_batches(trained, few_digits, tmp_path):
     config = small(trained, augment__repeats=2)
     trainer = Trainer(config, build.open_split(config, "train"), tmp_path)
-    indices = trainer.feed.batches(0).indices
+    indices = trainer.loader.batches(0).indices
     assert len(indices) == 100 and len(set(indices)) == 50
     assert np.array_equal(indices[::2], indices[1::2])
 

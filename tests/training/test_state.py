@@ -14,8 +14,9 @@ import pytest
 from src.config_io import load_config
 from src.data import ArraySource
 from src.errors import UserError
-from src.training.run import alone_in, train
-from src.training.state import Progress, refuse_changes, save_state
+from src.training.resume import check_compatible
+from src.training.run import lock_folder, train
+from src.training.state import Progress, save_state
 from src.training.train_step import TrainStep
 from src.training.trainer import Trainer
 from tests.training.runs import assert_equal_runs, small
@@ -147,7 +148,7 @@ def test_bad_batches_are_skipped_where_told_so(trained, few_digits, tmp_path, mo
 
 def test_two_runs_do_not_share_a_folder(trained, few_digits, tmp_path, monkeypatch):
     def second(self):
-        with pytest.raises(UserError, match="another run works in this folder"):
+        with pytest.raises(UserError, match="another run is using"):
             train(small(trained), tmp_path / "run")
         raise KeyboardInterrupt
 
@@ -175,19 +176,22 @@ def test_the_lock_has_no_race(tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fcntl, "flock", flock)
-        with pytest.raises(UserError, match="another run works in this folder"), alone_in(folder):
+        with (
+            pytest.raises(UserError, match="another run is using"),
+            lock_folder(folder),
+        ):
             pass
     opened[1].close()
-    with alone_in(folder), pytest.raises(UserError, match="another run"), alone_in(folder):
+    with lock_folder(folder), pytest.raises(UserError, match="another run"), lock_folder(folder):
         pass
     assert folder.exists() and not list(folder.iterdir())
 
 
 def test_the_lock_leaves_no_empty_folder(tmp_path):
-    with pytest.raises(KeyError), alone_in(tmp_path / "a/b"):
+    with pytest.raises(KeyError), lock_folder(tmp_path / "a/b"):
         raise KeyError
     assert not list(tmp_path.iterdir())
-    with alone_in(tmp_path / "a/b"):
+    with lock_folder(tmp_path / "a/b"):
         (tmp_path / "a/b/file").touch()
     assert [path.name for path in (tmp_path / "a/b").iterdir()] == ["file"]
 
@@ -216,16 +220,16 @@ def test_a_full_disk_ends_the_run_and_keeps_what_was_saved(trained, few_digits, 
 
 
 def test_a_signal_is_noted_behind_the_first_step_and_handlers_come_back():
-    from src.distributed import ALONE
-    from src.training.interruption import Interruption
+    from src.distributed import SINGLE_PROCESS
+    from src.training.stop_signal import StopSignal
 
     before = signal.getsignal(signal.SIGTERM)
-    with Interruption(ALONE) as interruption:
+    with StopSignal(SINGLE_PROCESS) as stop_signal:
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-        interruption.save_first()
-        assert not interruption.after_step()
+        stop_signal.defer_signals()
+        assert not stop_signal.should_stop()
         os.kill(os.getpid(), signal.SIGTERM)
-        assert interruption.after_step() and interruption.signal == signal.SIGTERM
+        assert stop_signal.should_stop() and stop_signal.signal == signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) is before
 
 
@@ -241,5 +245,5 @@ def test_a_signal_is_noted_behind_the_first_step_and_handlers_come_back():
     ],
 )
 def test_what_makes_a_resumed_run_differ_is_said(before, now, words, tmp_path, caplog):
-    refuse_changes(before, now, tmp_path, accept=False)
+    check_compatible(before, now, tmp_path, accept=False)
     assert words in caplog.text and bool(words) == bool(caplog.text)

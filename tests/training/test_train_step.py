@@ -220,7 +220,7 @@ def test_an_overflow_of_gradients_with_a_finite_loss_leaves_no_trace(parts):
     def take(batch, *scales):
         for part, scale in enumerate(scales):
             ms.ops.assign(step.loss_scale, ms.Tensor(scale, ms.float32))
-            result = step.take(*batch, part=part)
+            result = step.run_batch(*batch, part=part)
         ms.ops.assign(step.loss_scale, ms.Tensor(1.0, ms.float32))
         return [float(x.asnumpy()) for x in result]
 
@@ -284,7 +284,7 @@ def test_accumulated_parts_equal_the_large_batch():
             size = 6 // parts
             for part in range(parts):
                 own = slice(part * size, (part + 1) * size)
-                result = step.take(images[own], labels[own], part=part)
+                result = step.run_batch(images[own], labels[own], part=part)
                 assert (result is None) == (part < parts - 1)
             results += [float(x.asnumpy()) for x in result]
         moments = np.concatenate([m.asnumpy().ravel() for m in step.optimizer.moment1])
@@ -317,7 +317,7 @@ def test_mixed_images_and_their_loss_equal_numpy(pynative_mode):
     step = TrainStep(net, LabelSmoothingCrossEntropy(0.1), AdamW(net.trainable_params()),
                      np.ones(9, np.float32), mixing=True).set_train(True)  # fmt: skip
     mix = [0.3, 0.3, 0, 0, 0, 0]
-    loss, _ = step.take(ms.Tensor(images), ms.Tensor(labels), ms.Tensor(mix, ms.float32))
+    loss, _ = step.run_batch(ms.Tensor(images), ms.Tensor(labels), ms.Tensor(mix, ms.float32))
     logits = (0.3 * images + 0.7 * images[::-1]).reshape(5, -1)[:, :7].astype(np.float64)
     hard = 0.3 * np.eye(7)[labels] + 0.7 * np.eye(7)[labels[::-1]]
     soft = 0.9 * hard + 0.1 / 7

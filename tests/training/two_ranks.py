@@ -46,7 +46,7 @@ def main() -> None:
     rng = np.random.default_rng(ranks.rank)
     for _ in range(STEPS):
         images = ms.Tensor(rng.standard_normal((4, 3, 32, 32)).astype(np.float32))
-        loss, norm = step.take(images, ms.Tensor(rng.integers(0, 10, 4).astype(np.int32)))
+        loss, norm = step.run_batch(images, ms.Tensor(rng.integers(0, 10, 4).astype(np.int32)))
     checksum = 0
     for parameter in step.get_parameters():
         checksum = zlib.crc32(parameter.asnumpy(), checksum)

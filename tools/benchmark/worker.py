@@ -96,9 +96,9 @@ def train(config: Config, job: dict) -> Work:
     from mindspore import Tensor
 
     from src.data import ArraySource
-    from src.distributed import ALONE
-    from src.training.feed import Feed
-    from src.training.setup import build_step
+    from src.distributed import SINGLE_PROCESS
+    from src.training.setup import build_training
+    from src.training.train_loader import TrainLoader
 
     batch, accumulate = job["batch_size"], config.training.accumulate
     config.training.epochs = max(config.training.epochs, STEPS)  # each of one step
@@ -107,18 +107,18 @@ def train(config: Config, job: dict) -> Work:
     labels = np.arange(batch * accumulate, dtype=np.int32) % classes
     blank = np.zeros((len(labels), 1, 1, 3), np.uint8)
     names = [str(label) for label in range(classes)]
-    feed = Feed(config, ArraySource(blank, labels, names, "noise"), ALONE)
-    built = build_step(config, ALONE, feed, None)
-    built.set_modes()
+    loader = TrainLoader(config, ArraySource(blank, labels, names, "noise"), SINGLE_PROCESS)
+    setup = build_training(config, SINGLE_PROCESS, loader, None)
+    setup.set_train()
     pixels = np.random.default_rng(0).integers(256, size=(batch, *job["image_size"], 3))
     images, labels = Tensor(pixels.astype(np.uint8)), Tensor(labels[:batch])
-    boxes = [Tensor(np.zeros((batch, 4), np.int32))] * built.step.preprocess.erasing
+    boxes = [Tensor(np.zeros((batch, 4), np.int32))] * setup.step.preprocess.erasing
 
     def step() -> int:
         for part in range(accumulate):
-            result = built.step.take(images, labels, feed.mix(0, part), part, *boxes)
+            result = setup.step.run_batch(images, labels, loader.draw_mixing(0, part), part, *boxes)
         loss = float(result[0].asnumpy())
-        if not np.isfinite(loss) and not built.step.dynamic:
+        if not np.isfinite(loss) and not setup.step.dynamic:
             raise UserError(f"the loss is {loss}: lower optimizer.lr")
         return batch * accumulate
 
@@ -130,19 +130,19 @@ def data(config: Config, job: dict) -> Work:
     from src.build import open_split
     from src.data.loader import choose_workers
     from src.data.subset import Subset
-    from src.distributed import ALONE
-    from src.training.feed import Feed
+    from src.distributed import SINGLE_PROCESS
+    from src.training.train_loader import TrainLoader
 
     source = open_split(config, "train")
     if not len(source):
         raise UserError(f"{source.title}: no image to read; add some")
     spread = np.arange(job["images"]) * len(source) // job["images"]
     source = Subset(source, spread, source.labels[spread], source.class_names)
-    feed = Feed(config, source, ALONE)
+    loader = TrainLoader(config, source, SINGLE_PROCESS)
     passes = iter(range(STEPS))
 
     def step() -> int:
-        batches = feed.batches(next(passes)).iterate()
+        batches = loader.batches(next(passes)).iterate()
         return sum(len(labels) for _, labels, *_ in batches)
 
     return Work(step, "", {"workers": choose_workers(config.data.workers)})

@@ -94,7 +94,7 @@ def training(ranks: Any, _: float) -> dict[str, Any]:
         images = rng.standard_normal((BATCH, 3, 32, 32)).astype(np.float32)
         labels = rng.integers(0, 10, BATCH).astype(np.int32)
         own = slice(ranks.rank, None, ranks.world)
-        loss, norm = step.take(Tensor(images[own]), Tensor(labels[own]))
+        loss, norm = step.run_batch(Tensor(images[own]), Tensor(labels[own]))
         losses.append(float(loss.asnumpy()))
         norms.append(float(norm.asnumpy()))
     checksum = 0

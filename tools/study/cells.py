@@ -13,8 +13,9 @@ from pathlib import Path
 
 from src.config_io import load_config
 from src.errors import UserError, shown
-from src.training.interruption import SIGNALS
-from src.training.state import FREE_TO_CHANGE, flat, has_state
+from src.training.resume import FREE_TO_CHANGE, flatten
+from src.training.state import has_state
+from src.training.stop_signal import SIGNALS
 from tools.study.grid import Cell
 
 logger = logging.getLogger("cvt")
@@ -66,7 +67,7 @@ def read_rows(folder: Path) -> list[dict]:
 
 
 def _refuse_changes(cell: Cell, folder: Path) -> None:
-    before, now = flat(load_config(folder / "config.yaml")), flat(cell.config)
+    before, now = flatten(load_config(folder / "config.yaml")), flatten(cell.config)
     free = {key for key in RESOLVED if now[key] is None} | set(FREE_TO_CHANGE)
     changed = [
         f"{key} {shown(before[key])}, not {shown(now[key])}"

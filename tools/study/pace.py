@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from src.training.state import flat
+from src.training.resume import flatten
 from tools.study.cells import Trainings, read_rows
 from tools.study.grid import Cell
 
@@ -73,7 +73,7 @@ class Pace:
 
 
 def _kind(cell: Cell) -> str:
-    settings = flat(cell.config)
+    settings = flatten(cell.config)
     optimizer = {"optimizer.name", "optimizer.clip_norm"}
     return json.dumps(
         {

@@ -12,7 +12,7 @@ import numpy as np
 
 from src.errors import UserError
 from src.files import write_csv, write_text
-from src.training.run import alone_in
+from src.training.run import lock_folder
 from tools.study.cells import Run, Trainings, look
 from tools.study.grid import Cell
 from tools.study.networks import Network, networks_of
@@ -83,7 +83,7 @@ class StudyRun:
         for cell in self.cells:
             pace.learn(cell, self.runs[cell.name].rows)
         todo = [cell for cell in self.chosen if not self.runs[cell.name].done]
-        with alone_in(self.output), Trainings() as trainings:
+        with lock_folder(self.output), Trainings() as trainings:
             (self.output / "cells").mkdir(exist_ok=True)
             self._estimate(todo, pace, trainings)
             for number, cell in enumerate(todo, 1):

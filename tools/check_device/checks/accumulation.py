@@ -23,7 +23,7 @@ def accumulation(setting: Setting) -> Finding:
         size = len(labels) // parts
         for part in range(parts):
             own = slice(part * size, (part + 1) * size)
-            result = step.take(Tensor(images[own]), Tensor(labels[own]), part=part)
+            result = step.run_batch(Tensor(images[own]), Tensor(labels[own]), part=part)
         values = training.everything(step)
         moments = [value.ravel() for name, value in values.items() if name.startswith("moment1.")]
         found[parts] = np.array([float(x.asnumpy()) for x in result]), np.concatenate(moments)

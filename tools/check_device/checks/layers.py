@@ -215,7 +215,7 @@ def adamw(setting: Setting) -> Finding:
     sizes = np.where(np.arange(64) % 2, 1e-8, 1.0)
     gradients = [(noise(2, 64, seed=i) * sizes).astype(np.float32) for i in range(ADAMW_STEPS)]
     for gradient in gradients:
-        step.take(Tensor(gradient), Tensor(np.zeros(2, np.int32)))
+        step.run_batch(Tensor(gradient), Tensor(np.zeros(2, np.int32)))
     differences = {}
     decays = (("weight", net.weight, ADAMW_DECAY), ("bias", net.bias, 0.0))
     for row, (name, parameter, decay) in enumerate(decays):

@@ -59,7 +59,7 @@ def mixing(setting: Setting) -> Finding:
     ).set_train(True)
     for name, mix in (("cutmix", CUTMIX), ("mixup", MIXUP)):
         arguments = Tensor(images), Tensor(labels), Tensor(np.array(mix, np.float32))
-        found = step.take(*arguments)[0].asnumpy()
+        found = step.run_batch(*arguments)[0].asnumpy()
         own, other = (reference.smooth_targets(x, CLASSES, 0.1) for x in (labels, labels[::-1]))
         logits = _mixed(images, mix)[:, 0, 0, :CLASSES]
         right, _ = reference.cross_entropy(logits, mix[0] * own + (1 - mix[0]) * other)

@@ -65,7 +65,7 @@ def measure(device: str, profile: Path | None, form: str = "conv") -> dict[str, 
 
     def once(images: Tensor) -> float:
         start = time.perf_counter()
-        step.take(images, labels)[0].asnumpy()
+        step.run_batch(images, labels)[0].asnumpy()
         return time.perf_counter() - start
 
     compile_seconds = once(Tensor(pixels))

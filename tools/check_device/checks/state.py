@@ -60,7 +60,7 @@ def _step() -> tuple[TrainStep, dict[str, np.ndarray]]:
 def _train(step: TrainStep, first: int, last: int) -> None:
     for number in range(first, last):
         labels = (np.arange(8, dtype=np.int32) + number) % 10
-        step.take(Tensor(noise(8, 3, 32, 32, seed=number)), Tensor(labels))
+        step.run_batch(Tensor(noise(8, 3, 32, 32, seed=number)), Tensor(labels))
 
 
 def _differing(found: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> Finding:

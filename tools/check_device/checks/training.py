@@ -73,7 +73,7 @@ def make_step(precision: str = "float32", **options) -> TrainStep:
 
 def take(step: TrainStep, images: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
     """Loss and gradient norm of a step."""
-    loss, norm = step.take(Tensor(images), Tensor(labels))
+    loss, norm = step.run_batch(Tensor(images), Tensor(labels))
     return float(loss.asnumpy()), float(norm.asnumpy())
 
 

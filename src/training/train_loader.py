@@ -1,4 +1,4 @@
-"""What each step of a run is fed: its batches, and how they are mixed."""
+"""The training batches of a run and how they are mixed."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ from src.data import Batches, Source, train_batches
 from src.distributed import Ranks
 from src.errors import UserError
 
-# The indices of an epoch's images and the learning rates of all steps are held in memory.
-MOST_IMAGES, MOST_STEPS = 200_000_000, 20_000_000
+# The image indices of an epoch and the learning rates of all steps are held in memory.
+MAX_EPOCH_IMAGES, MAX_STEPS = 200_000_000, 20_000_000
 
 
-class Feed:
-    """The training images of this rank, a function of seed, epoch and step alone.
+class TrainLoader:
+    """The training batches of this rank, which depend on seed, epoch and step only.
 
     Args:
-        config: the recipe.
+        config: the configuration.
         source: the training images of all ranks.
-        ranks: those that share every step.
+        ranks: the ranks that share every step.
+
+    Raises:
+        UserError: an epoch or the run is too long.
     """
 
     def __init__(self, config: Config, source: Source, ranks: Ranks) -> None:
@@ -33,21 +36,20 @@ class Feed:
         self.images_per_step = config.training.batch_size * self.accumulate * ranks.world
         keys = config.training
         images = (keys.epoch_steps or 0) * self.images_per_step
-        if images > MOST_IMAGES:
+        if images > MAX_EPOCH_IMAGES:
             raise UserError(
-                f"training.epoch_steps {keys.epoch_steps}: {images:,} images an epoch, at most "
-                f"{MOST_IMAGES:,}; set it lower and training.epochs higher"
+                f"training.epoch_steps {keys.epoch_steps}: an epoch of {images:,} images, more "
+                f"than {MAX_EPOCH_IMAGES:,}; lower it and raise training.epochs"
             )
         self.steps_per_epoch = len(self.batches(0)) // self.accumulate
         steps = keys.epochs * self.steps_per_epoch
-        if steps > MOST_STEPS:
+        if steps > MAX_STEPS:
             raise UserError(
-                f"training.epochs {keys.epochs}: {steps:,} steps, at most {MOST_STEPS:,}; "
-                "set it lower"
+                f"training.epochs {keys.epochs}: {steps:,} steps, more than {MAX_STEPS:,}; lower it"
             )
 
     def batches(self, epoch: int, steps_done: int = 0) -> Batches:
-        """The batches of an epoch behind its first steps, `accumulate` for each step."""
+        """Return the batches of an epoch after its first steps, `accumulate` for each step."""
         steps = self.config.training.epoch_steps
         return train_batches(
             self.source,
@@ -64,15 +66,19 @@ class Feed:
             skip_batches=steps_done * self.accumulate,
         )
 
-    def mix(self, epoch: int, number: int) -> Tensor | None:
-        """The mixing of an epoch's batch, another one on each rank; None where nothing mixes."""
+    def draw_mixing(self, epoch: int, batch: int) -> Tensor | None:
+        """Draw mixup or cutmix for a batch of an epoch; it differs by rank.
+
+        Returns:
+            float32 [6] as in `src.data.mixing`; None if the configuration mixes nothing.
+        """
         if not self.mixing:
             return None
-        key = (self.config.runtime.seed, epoch, number, self.ranks.rank)
+        key = (self.config.runtime.seed, epoch, batch, self.ranks.rank)
         return Tensor(self.mixing.draw(image_size(self.config.model), *key))
 
     def describe(self, epoch: int, step: int) -> str:
-        """Some of this rank's images in a step of an epoch, by their files."""
+        """Name some of this rank's images in a step of an epoch."""
         size = self.config.training.batch_size * self.accumulate
         indices = self.batches(epoch).indices[step * size : (step + 1) * size]
         names = [self.source.describe(int(index)) for index in indices]

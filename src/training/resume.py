@@ -1,0 +1,197 @@
+"""Restores a run from a saved state and checks that it continues under the same settings."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from src.config import Config
+from src.errors import UserError, shown
+from src.training.state import (
+    BEST,
+    LAST,
+    Progress,
+    link_last,
+    list_states,
+    load_newest,
+    load_progress,
+    save_best,
+    save_state,
+    step_of,
+)
+from src.training.train_step import TrainStep
+from src.weights import sha256_of
+
+logger = logging.getLogger("cvt")
+_ABANDONED = re.compile(r"abandoned-(\d+)-.+")
+
+# Keys that may differ on resume, because they do not change what is computed.
+FREE_TO_CHANGE = (
+    "runtime.device", "runtime.device_id", "runtime.compiled_ops", "runtime.depthwise",
+    "runtime.jit_level", "runtime.deterministic", "data.path", "data.index",
+    "evaluation.batch_size", "training.save_every", "training.keep",
+)  # fmt: skip
+
+
+def restore(
+    step: TrainStep,
+    current: Progress,
+    output: Path,
+    state: Path | None,
+    *,
+    keep: int,
+    accept_changes: bool,
+    data_by_name: Callable[[], int],
+) -> Progress:
+    """Load a saved state into the step.
+
+    Newer states, which the resumed run will not reach again as they are, are set aside.
+
+    Args:
+        step: receives weights, moments, moving average, step number and loss scale.
+        current: the settings and data of this process.
+        output: the run's folder.
+        state: the state to resume from; None for the newest intact one in the folder.
+        keep: number of states to keep.
+        accept_changes: continue although settings or images differ, with a warning.
+        data_by_name: returns the data checksum as earlier versions computed it.
+
+    Returns:
+        The saved progress with this process's settings.
+
+    Raises:
+        UserError: no usable state, or settings or images that differ.
+    """
+    checkpoints = output / "checkpoints"
+    if state is None:
+        saved, state = load_newest(step, checkpoints)
+    else:
+        saved = load_progress(step, state)
+    if saved.data != current.data and saved.data == data_by_name():
+        saved = dataclasses.replace(saved, data=current.data)
+    check_compatible(saved, current, output, accept_changes)
+    progress = dataclasses.replace(
+        saved,
+        settings=current.settings,
+        data=current.data,
+        workers=current.workers,
+        compiled=current.compiled,
+        device_noise=current.device_noise,
+    )
+    best = progress.best_top1
+    last_row = progress.rows[-1:] if not progress.position else []
+    abandoned = set_aside_newer(step, progress, state, checkpoints, keep)
+    if progress.best_top1 < 0 and last_row and last_row[0]["top1"] == best:
+        save_best(step, progress, checkpoints, best)  # the state holds the best weights itself
+    if abandoned:
+        logger.warning(
+            "%s is not the newest state; the files trained after it are renamed in %s: %s",
+            state.name, checkpoints, ", ".join(path.name for path in abandoned),
+        )  # fmt: skip
+    return progress
+
+
+def set_aside_newer(
+    step: TrainStep, progress: Progress, state: Path, checkpoints: Path, keep: int
+) -> list[Path]:
+    """Rename the files of the branch that a resumed run abandons.
+
+    Otherwise the next resume would pick the abandoned branch, whose states are newer. Files are
+    renamed to "abandoned-<n>-<name>", never deleted. If the folder does not hold the state (it was
+    set aside before, or comes from another folder), it is saved there.
+
+    Args:
+        step: holds the state's parameters.
+        progress: of the state; `best_top1` is reset if best.ckpt belongs to the other branch.
+        state: the file resumed from.
+        checkpoints: the run's folder of states.
+        keep: number of states to keep.
+
+    Returns:
+        The renamed files.
+    """
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    number = int(step.step.asnumpy())
+    is_own = _is_state_of(state.resolve(), checkpoints.resolve())
+    named = [path for path in list_states(checkpoints) if path.name != LAST]
+    newer = [path for path in named if step_of(path) > number or not is_own]
+    best = checkpoints / BEST
+    if not best.is_file():
+        progress.best_top1, progress.best_sha256 = -1.0, ""
+    elif (newer or not is_own) and sha256_of(best) != progress.best_sha256:
+        progress.best_top1, progress.best_sha256 = -1.0, ""
+        newer = [*newer, best]
+    used = [int(m[1]) for m in map(_ABANDONED.fullmatch, os.listdir(checkpoints)) if m]
+    renamed = [
+        path.with_name(f"abandoned-{max(used, default=0) + 1}-{path.name}") for path in newer
+    ]
+    for path, new in zip(newer, renamed):
+        path.rename(new)
+    kept = checkpoints / f"step-{number:08}.ckpt"
+    if not (kept.is_file() and os.path.samefile(kept, state)):
+        save_state(step, progress, checkpoints, keep)
+    elif renamed:
+        link_last(kept)
+    return renamed
+
+
+def _is_state_of(state: Path, checkpoints: Path) -> bool:
+    return state.parent == checkpoints and (state.name == LAST or step_of(state) >= 0)
+
+
+def flatten(config: Config) -> dict:
+    """Return every key of a configuration by its dotted name, with values as JSON holds them."""
+    groups = json.loads(json.dumps(dataclasses.asdict(config)))
+    return {
+        f"{group}.{key}": value for group, keys in groups.items() for key, value in keys.items()
+    }
+
+
+def check_compatible(saved: Progress, current: Progress, output: Path, accept: bool) -> None:
+    """Compare a state's settings and images with those of this process.
+
+    Raises:
+        UserError: a difference that changes what is computed, unless `accept`.
+    """
+    if saved.world != current.world:
+        raise UserError(
+            f"{output}: the run used {saved.world} devices, not {current.world}; resume on "
+            f"{saved.world}"
+        )
+    old, new = saved.settings, current.settings
+    changed = [
+        f"{key} {shown(old.get(key))}, not {shown(new.get(key))}"
+        for key in {**old, **new}
+        if old.get(key) != new.get(key) and key not in FREE_TO_CHANGE
+    ]
+    if saved.data != current.data:
+        changed.append(f"other training images or labels than those of {new['data.path'] or 'now'}")
+    if changed and not accept:
+        raise UserError(
+            f"{output}: was trained with {'; '.join(changed)}. Resume with the settings in its "
+            "config.yaml, or add --accept_changes"
+        )
+    for change in changed:
+        logger.warning("was trained with %s", change)
+    if saved.workers != current.workers:
+        logger.warning(
+            "data workers change from %d to %d: crops and flips will differ from an uninterrupted "
+            "run; set data.workers to %d to avoid this", saved.workers, current.workers,
+            saved.workers,
+        )  # fmt: skip
+    if saved.device_noise != current.device_noise and new.get("augment.erasing_prob"):
+        logger.warning(
+            "an earlier version drew the noise of erased boxes differently: from here on it "
+            "differs from an uninterrupted run (augment.erasing_prob)"
+        )
+    if saved.compiled != current.compiled:
+        logger.warning(
+            "the run was %s compiled operators and continues %s them (runtime.compiled_ops): "
+            "results equal an uninterrupted run except for rounding",
+            *("with" if compiled else "without" for compiled in (saved.compiled, current.compiled)),
+        )
