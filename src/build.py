@@ -114,14 +114,19 @@ def set_attention(net: nn.Cell, runtime: RuntimeConfig) -> nn.Cell:
 
 
 def uses_compiled(runtime: RuntimeConfig) -> bool:
-    """Whether networks compute in compiled operators; the log says why not where they could.
+    """Whether networks compute in compiled operators, as `compiled_library`."""
+    return compiled_library(runtime) is not None
+
+
+def compiled_library(runtime: RuntimeConfig) -> Path | None:
+    """The compiled operators, None where they are not used; the log says why where they could be.
 
     Raises:
         UserError: they are asked for and can't be had.
     """
     asked = runtime.compiled_ops == "always"
     if runtime.compiled_ops == "never":
-        return False
+        return None
     device = current_device()
     if device != "CPU" or runtime.precision != "float32":
         if asked:
@@ -129,15 +134,14 @@ def uses_compiled(runtime: RuntimeConfig) -> bool:
                 "runtime.compiled_ops always: they are for the CPU in float32, this runs on "
                 f"{device} in {runtime.precision}; leave the key out"
             )
-        return False
+        return None
     try:
-        library(cache_folder())
+        return library(cache_folder())
     except BuildError as error:
         if asked:
             raise UserError(f"runtime.compiled_ops always: {error}") from None
         logger.info("without compiled operators, so slower: %s", error)
-        return False
-    return True
+        return None
 
 
 def accelerate(net: nn.Cell, runtime: RuntimeConfig) -> nn.Cell:
@@ -148,8 +152,9 @@ def accelerate(net: nn.Cell, runtime: RuntimeConfig) -> nn.Cell:
     """
     if runtime.depthwise == "shifts":
         use_shifts(net)
-    if uses_compiled(runtime):
-        use_compiled(net, library(cache_folder()))
+    built = compiled_library(runtime)
+    if built is not None:
+        use_compiled(net, built)
     if (
         current_device() == "CPU"
         and mindspore_version() >= SLOW_CONVOLUTIONS

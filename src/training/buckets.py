@@ -1,8 +1,8 @@
-"""All-reduce of gradients in a few large messages.
+"""Gradients in a few large tensors.
 
-A card pays a launch and a latency for every message, and CvT-13 has 342 gradients. MindSpore's own
-fusion of all-reduces is off by default and depends on the back end, so the gradients are packed
-here, where every device sends the same few messages.
+A card pays a launch for every operator and a latency for every message, and CvT-13 has 342
+gradients. MindSpore's own fusion of all-reduces is off by default and depends on the back end, so
+the gradients are packed here, where every device sends the same few messages.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
+from mindspore import dtype as mstype
 
 BUCKET_BYTES = 64 * 2**20
 MOST_BUCKETS = 3
@@ -63,24 +64,46 @@ def bucket_bounds(sizes: Sequence[int]) -> list[tuple[int, int]]:
     return list(zip(edges[:-1], edges[1:]))
 
 
-class AllReduceBuckets(nn.Cell):
-    """Sum gradients over all devices.
+class Buckets(nn.Cell):
+    """Gradients in a few flat tensors, for what is done with all of them alike.
 
     Args:
         parameters: those that the gradients belong to.
+        multiple: of elements; shorter buckets end in zeros.
     """
 
-    def __init__(self, parameters: Sequence[Parameter]) -> None:
+    def __init__(self, parameters: Sequence[Parameter], multiple: int = 1) -> None:
         super().__init__(auto_prefix=False)
         sizes = [int(parameter.size) for parameter in parameters]
         self.bounds = tuple(bucket_bounds(sizes))
         self.begins = tuple(begins(sizes[start:stop]) for start, stop in self.bounds)
-        self.all_reduce = ops.AllReduce()
+        contents = [sum(sizes[start:stop]) for start, stop in self.bounds]
+        self.padding = tuple(-content % multiple for content in contents)
+        self.shapes = [(size + pad,) for size, pad in zip(contents, self.padding)]
+        self.reduce = ops.AllReduce()
 
-    def construct(self, gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Gradients of this device -> their sums over all devices, in the same shapes."""
-        sums = ()
-        for (start, stop), starts in zip(self.bounds, self.begins):
+    def pack_gradients(self, gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Gradients of any shapes -> buckets, float32 [n]."""
+        buckets = ()
+        for (start, stop), padding in zip(self.bounds, self.padding):
             own = gradients[start:stop]
-            sums += unpack(self.all_reduce(pack(own)), starts, own)
+            if padding:
+                own += (ops.zeros((padding,), mstype.float32),)
+            buckets += (pack(own),)
+        return buckets
+
+    def unpack_gradients(
+        self, buckets: tuple[Tensor, ...], like: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
+        """Buckets -> gradients in the shapes of `like`."""
+        gradients = ()
+        for bucket, (start, stop), starts in zip(buckets, self.bounds, self.begins):
+            gradients += unpack(bucket, starts, like[start:stop])
+        return gradients
+
+    def all_reduce(self, buckets: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Buckets of this device -> their sums over all devices, a message for each."""
+        sums = ()
+        for bucket in buckets:
+            sums += (self.reduce(bucket),)
         return sums

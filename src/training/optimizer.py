@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 from mindspore import dtype as mstype
+
+from src.kernels.update import Update
 
 
 def is_decayed(parameter: Parameter) -> bool:
@@ -59,7 +62,19 @@ class AdamW(nn.Cell):
         self.beta2 = Tensor(betas[1], mstype.float32)
         self.eps = eps
         self.adam = ops.Adam()
+        self.states = ParameterTuple([*self.parameters, *self.moment1, *self.moment2])
         self.map = ops.HyperMap()  # compiles faster than a Python loop
+
+    def compiled(self, library: Path, gradients: int) -> Update:
+        """The update as one compiled operator of `scalars`, `states` and tensors of gradients."""
+        return Update(library, "adamw", 7, self.decayed, 2, gradients)
+
+    def scalars(self, lr: Tensor, step: Tensor) -> tuple[Tensor, ...]:
+        """Rate with the bias correction, factor of weight decay, betas, epsilon."""
+        time = step.astype(mstype.float32)
+        root = ops.sqrt(1.0 - ops.pow(self.beta2, time))
+        rate = lr * root / (1.0 - ops.pow(self.beta1, time))
+        return rate, 1.0 - lr * self.weight_decay, self.beta1, self.beta2, self.eps * root
 
     def construct(
         self, gradients: tuple[Tensor, ...], lr: Tensor, step: Tensor, active: Tensor
@@ -122,7 +137,16 @@ class SGD(nn.Cell):
         self.weight_decay = Tensor(weight_decay, mstype.float32)
         self.momentum = Tensor(momentum, mstype.float32)
         self.apply = ops.ApplyMomentum()
+        self.states = ParameterTuple([*self.parameters, *self.moments])
         self.map = ops.HyperMap()
+
+    def compiled(self, library: Path, gradients: int) -> Update:
+        """The update as one compiled operator of `scalars`, `states` and tensors of gradients."""
+        return Update(library, "sgd", 5, self.decayed, 1, gradients)
+
+    def scalars(self, lr: Tensor, step: Tensor) -> tuple[Tensor, ...]:
+        """Rate, weight decay, momentum."""
+        return lr, self.weight_decay, self.momentum
 
     def construct(
         self, gradients: tuple[Tensor, ...], lr: Tensor, step: Tensor, active: Tensor

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from mindspore import nn, ops
 
-from src.build import accelerate, build_model, image_size
+from src.build import accelerate, build_model, compiled_library, image_size
 from src.config import Config
 from src.config_io import load_config, run_config_of
 from src.data.base import some_names
@@ -109,6 +109,7 @@ def build_training(
         seed=config.runtime.seed,
         rank=ranks.rank,
         world=ranks.world,
+        library=compiled_library(config.runtime),
     )
     if frozen:
         trained = sum(p.size for p in optimizer.parameters)

@@ -7,53 +7,22 @@ statistics go back to what they were before its first part. So it leaves no trac
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops, value_and_grad
 from mindspore import dtype as mstype
+from mindspore.common.initializer import initializer
 
 from src.models.stochastic import hash_bits, sample_keys
-from src.training.buckets import AllReduceBuckets, begins, pack, unpack
+from src.training.buckets import pack, unpack
 from src.training.optimizer import SGD, AdamW
+from src.training.updates import CompiledUpdates, PlainUpdates
 
 FIRST_DYNAMIC_SCALE, LARGEST_SCALE, GROWTH_STEPS = 2.0**16, 2.0**24, 2000
 STATISTICS = (".moving_mean", ".moving_variance")
 
-_times = ops.MulNoNan()
-_square_sum = ops.MultitypeFuncGraph("square_sum")
-_scale = ops.MultitypeFuncGraph("scale")
-_average = ops.MultitypeFuncGraph("average")
-_restore = ops.MultitypeFuncGraph("restore")
-_accumulate = ops.MultitypeFuncGraph("accumulate")
-
-
-@_square_sum.register("Tensor")
-def _square_sum_tensor(gradient):
-    return ops.square(gradient).sum()
-
-
-@_scale.register("Tensor", "Tensor")
-def _scale_tensor(factor, gradient):
-    return _times(gradient, factor)  # 0 where the factor is 0, whatever the gradient
-
-
-@_average.register("Tensor", "Tensor", "Tensor")
-def _average_tensor(decay, average, weight):
-    ops.assign(average, average * decay + weight * (1.0 - decay))
-    return True
-
-
-@_restore.register("Tensor", "Tensor", "Tensor", "Tensor")
-def _restore_tensor(finite, statistic, after, before):
-    # A variance may overflow where loss and gradients do not, and would stay infinite for ever.
-    usable = ops.logical_and(finite, ops.isfinite(after))
-    ops.assign(statistic, ops.where(usable, after, before))
-    return True
-
-
-@_accumulate.register("Tensor", "Tensor", "Tensor")
-def _accumulate_tensor(keep, total, gradient):
-    ops.assign(total, _times(total, keep) + gradient)  # the last step's total may be NaN
-    return True
+_times = ops.MulNoNan()  # 0 where a factor is 0, whatever the other is
 
 
 class TrainStep(nn.Cell):
@@ -74,6 +43,7 @@ class TrainStep(nn.Cell):
         mixing: whether images and labels are mixed as `src.data.mixing` draws it.
         seed: from which, with the step, the randomness inside the network follows.
         rank, world: this device among those that share the global batch.
+        library: the compiled operators, where they update the parameters; None takes MindSpore's.
     """
 
     def __init__(
@@ -92,6 +62,7 @@ class TrainStep(nn.Cell):
         seed: int = 0,
         rank: int = 0,
         world: int = 1,
+        library: Path | None = None,
     ) -> None:
         super().__init__(auto_prefix=False)  # the parameters keep their names
         self.net = net
@@ -111,21 +82,22 @@ class TrainStep(nn.Cell):
         self.steady = _state("steady", 0, mstype.int32)  # steps since the scale changed
         self.ema_net = ema_net
         self.ema_decay = ema_decay
-        if ema_net is not None:
-            self.weights = ParameterTuple(list(net.get_parameters()))
-            averages = {p.name.removeprefix("ema."): p for p in ema_net.get_parameters()}
-            self.averages = ParameterTuple([averages[p.name] for p in self.weights])
         self.statistics = ParameterTuple(
             [p for p in net.get_parameters() if p.name.endswith(STATISTICS)]
         )
-        self.statistic_begins = begins([int(p.size) for p in self.statistics])
+        pairs = []
+        if ema_net is not None:
+            averages = {p.name.removeprefix("ema."): p for p in ema_net.get_parameters()}
+            pairs = [(p, averages[p.name]) for p in net.get_parameters()]
+        if library is None:
+            self.updates = PlainUpdates(optimizer, self.statistics, pairs)
+        else:
+            shared = world > 1
+            self.updates = CompiledUpdates(library, optimizer, self.statistics, pairs, shared)
         if world > 1:
-            self.reduce_gradients = AllReduceBuckets(optimizer.parameters)
             self.all_reduce = ops.AllReduce()
-            self.message_begins = begins([1, 1, *(int(p.size) for p in self.statistics)])
             self.share = Tensor(1.0 / world, mstype.float32)
             self.is_first = Tensor(float(rank == 0), mstype.float32)
-        self.map = ops.HyperMap()  # compiles faster than a Python loop
         self.forward_backward = value_and_grad(self._forward, None, optimizer.parameters)
         self.parts = _Parts(self) if accumulate > 1 else None
 
@@ -175,7 +147,7 @@ class TrainStep(nn.Cell):
         """
         if len(self.statistics) == 0:
             return ops.zeros((1,), mstype.float32)
-        return pack(self.statistics)
+        return self.updates.copy_statistics()
 
     def _forward(self, images: Tensor, labels: Tensor, mix: Tensor | None, keys: Tensor) -> Tensor:
         if self.mixing:
@@ -194,13 +166,14 @@ class TrainStep(nn.Cell):
         part: Tensor,
         boxes: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Scaled loss and gradients of one batch on this device."""
+        """Scaled loss and gradients of one batch on this device, as `updates` packs them."""
         if self.preprocess is not None:
             images = self.preprocess(images, boxes)
         key = hash_bits(ops.bitwise_xor(hash_bits(self.seed), self.step))
         place = ops.arange(images.shape[0]).astype(mstype.int32) + part * images.shape[0]
         keys = sample_keys(key, place * self.world + self.rank)
-        return self.forward_backward(images, labels, mix, keys)
+        loss, gradients = self.forward_backward(images, labels, mix, keys)
+        return loss, self.updates.pack_gradients(gradients)
 
     def update(
         self, loss: Tensor, gradients: tuple[Tensor, ...], before: Tensor
@@ -210,24 +183,21 @@ class TrainStep(nn.Cell):
         before: the running statistics as `copy_statistics` gave them before the first part.
         """
         if self.world > 1:
-            gradients = self.reduce_gradients(gradients)
+            gradients = self.updates.all_reduce(gradients)
         factor = 1.0 / (self.loss_scale * (self.accumulate * self.world))
         norm = self.gradient_norm(gradients) * factor
-        after = self.statistics
+        after = self.copy_statistics()
         if self.world > 1:
-            loss, norm, after = self._agree(loss, norm)
+            loss, norm, after = self._agree(loss, norm, after)
         loss = loss * factor
         finite = ops.logical_and(ops.isfinite(loss), ops.isfinite(norm))
         if len(self.statistics) > 0:
-            before = unpack(before, self.statistic_begins, self.statistics)
-            self.map(ops.partial(_restore, finite), self.statistics, after, before)
+            self.updates.settle_statistics(finite, before, after)
         if self.clip_norm > 0.0:  # as torch.nn.utils.clip_grad_norm_
             factor = factor * ops.clamp(self.clip_norm / (norm + 1e-6), max=1.0)
-        factor = ops.where(finite, factor, Tensor(0.0, mstype.float32))
-        gradients = self.map(ops.partial(_scale, factor), gradients)
         lr = ops.gather(self.learning_rates, self.step, 0)
         time = self.step - self.skipped + 1
-        done = self.optimizer(gradients, lr, time, finite)
+        done = self.updates.optimize(gradients, factor, lr, time, finite)
         loss = ops.depend(loss, done)
         if self.ema_net is not None:
             self._update_average(finite)
@@ -239,27 +209,24 @@ class TrainStep(nn.Cell):
 
     def gradient_norm(self, gradients: tuple[Tensor, ...]) -> Tensor:
         """Global L2 norm, a float32 scalar."""
-        return ops.sqrt(ops.addn(self.map(_square_sum, gradients)))
+        return self.updates.gradient_norm(gradients)
 
-    def _agree(self, loss: Tensor, norm: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    def _agree(self, loss: Tensor, norm: Tensor, after: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Sum of the losses, the first device's norm and the mean of the running statistics.
 
         All in one message. Each device could take the norm of the same gradients itself, but a
         device's reductions need not be repeatable: a last bit of difference in the clipping factor
         would drive the weights apart.
         """
-        mine = _times(norm, self.is_first)
-        own = (loss, mine) + self.statistics  # noqa: RUF005 - the graph's parser has no star
-        shared = unpack(self.all_reduce(pack(own)), self.message_begins, own)
-        if len(self.statistics) == 0:
-            return shared[0], shared[1], ()
-        return shared[0], shared[1], self.map(ops.partial(_scale, self.share), shared[2:])
+        own = (loss, _times(norm, self.is_first), after)
+        loss, norm, after = unpack(self.all_reduce(pack(own)), (0, 1, 2), own)
+        return loss, norm, _times(after, self.share)
 
     def _update_average(self, finite: Tensor) -> None:
         time = (self.step - self.skipped).astype(mstype.float32)
         decay = ops.minimum((1.0 + time) / (10.0 + time), Tensor(self.ema_decay, mstype.float32))
         decay = ops.where(finite, decay, Tensor(1.0, mstype.float32))
-        self.map(ops.partial(_average, decay), self.averages, self.weights)
+        self.updates.average(decay)
 
     def _update_scale(self, finite: Tensor) -> None:
         """Halve the scale at an overflow, double it after a long steady time."""
@@ -285,7 +252,16 @@ class _Parts:
     """The two graphs of a step in parts: one adds up gradients, the other updates from the sums."""
 
     def __init__(self, step: TrainStep) -> None:
-        sums = ParameterTuple(step.optimizer.parameters).clone("gradient_sum", init="zeros")
+        sums = ParameterTuple(
+            [
+                Parameter(
+                    initializer("zeros", shape, mstype.float32),
+                    name=f"gradient_sum.{number}",
+                    requires_grad=False,
+                )
+                for number, shape in enumerate(step.updates.packed_shapes)
+            ]
+        )
         loss_sum = _state("loss_sum", 0.0, mstype.float32)
         size = max(sum(int(p.size) for p in step.statistics), 1)
         before = Parameter(
@@ -302,7 +278,6 @@ class _Add(nn.Cell):
         super().__init__(auto_prefix=False)
         self.step = step
         self.sums, self.loss_sum, self.before = sums, loss_sum, before
-        self.map = ops.HyperMap()
 
     def construct(
         self,
@@ -311,14 +286,14 @@ class _Add(nn.Cell):
         mix: Tensor | None,
         part: Tensor,
         boxes: Tensor | None = None,
-    ) -> bool:
+    ) -> Tensor | bool:
         """Arguments as in `TrainStep.run_batch`."""
         ops.assign(self.before, ops.where(part > 0, self.before, self.step.copy_statistics()))
         images = ops.depend(images, self.before)
         loss, gradients = self.step.backward(images, labels, mix, part, boxes)
         keep = (part > 0).astype(mstype.float32)
         ops.assign(self.loss_sum, _times(self.loss_sum, keep) + loss)
-        return self.map(ops.partial(_accumulate, keep), self.sums, gradients)
+        return self.step.updates.accumulate(keep, self.sums, gradients)
 
 
 class _Update(nn.Cell):

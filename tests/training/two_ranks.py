@@ -11,13 +11,12 @@ prepare_environment()
 
 import mindspore as ms  # noqa: E402
 import numpy as np  # noqa: E402
-from mindspore import ops  # noqa: E402
 
 from src.distributed import join  # noqa: E402
 from src.models import create_model  # noqa: E402
 from src.training.loss import LabelSmoothingCrossEntropy  # noqa: E402
 from src.training.optimizer import AdamW  # noqa: E402
-from src.training.train_step import TrainStep, _square_sum  # noqa: E402
+from src.training.train_step import TrainStep  # noqa: E402
 
 STEPS = 20
 SIZES = {"embed_dims": (8, 8, 8), "num_heads": (1, 1, 1), "depths": (1, 1, 1), "num_classes": 10}
@@ -27,7 +26,7 @@ class NoisyStep(TrainStep):
     """A step on a device whose reductions round in an order of their own."""
 
     def gradient_norm(self, gradients):
-        return ops.sqrt(ops.addn(self.map(_square_sum, gradients))) * self.noise
+        return self.updates.gradient_norm(gradients) * self.noise
 
 
 def main() -> None:

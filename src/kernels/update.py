@@ -1,0 +1,143 @@
+"""The compiled operators that read or update many tensors at once, in place.
+
+A training step of `cvt_nano` has 141 parameters or more. With operators of their own (square, sum,
+scale, decay, Adam, average) they make a thousand launches, which take as long as a small batch.
+Here each of these is one launch for all of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from mindspore import Tensor, nn, ops
+from mindspore import dtype as mstype
+from mindspore.ops import signature
+
+READ, WRITE = signature.sig_rw.RW_READ, signature.sig_rw.RW_WRITE
+
+
+def _in_place(
+    library: Path, name: str, *arguments: tuple, shape: Callable = lambda *_: [1]
+) -> ops.Custom:
+    """Create an operator that changes some of its arguments where they lie.
+
+    The signature passes parameters by reference. The side effect keeps the operator in order with
+    all others that read or write them, as with MindSpore's own optimizers.
+
+    Args:
+        library: the compiled library.
+        name: function of the library.
+        arguments: (READ or WRITE, how many) of consecutive arguments.
+        shape: from the shapes of the inputs to that of the output.
+    """
+    made = ops.Custom(f"{library}:{name}", shape, lambda *_: mstype.float32, func_type="aot")
+    made.add_prim_attr("side_effect_mem", True)
+    kinds = [kind for kind, number in arguments for _ in range(number)]
+    made.set_signatures(tuple(signature.make_sig(f"x{i}", kind) for i, kind in enumerate(kinds)))
+    return made
+
+
+class GradientNorm(nn.Cell):
+    """Global L2 norm; not finite where a gradient is not."""
+
+    def __init__(self, library: Path) -> None:
+        super().__init__(auto_prefix=False)
+        self.norm = ops.Custom(
+            f"{library}:gradient_norm", lambda *_: [1], lambda *_: mstype.float32, func_type="aot"
+        )
+
+    def construct(self, gradients: tuple[Tensor, ...]) -> Tensor:
+        """Gradients of any shapes -> a float32 scalar."""
+        return self.norm(*gradients).reshape(())
+
+
+class Update(nn.Cell):
+    """The update of an optimizer, for all parameters: `name` is "adamw" or "sgd".
+
+    Args:
+        library: the compiled library.
+        name: function of the library.
+        scalars: how many numbers it takes.
+        decayed: for each parameter, whether weight decay applies.
+        moments: how many moments a parameter has.
+        gradients: tensors that hold the gradients, one for each parameter or fewer buckets.
+    """
+
+    def __init__(
+        self,
+        library: Path,
+        name: str,
+        scalars: int,
+        decayed: Sequence[bool],
+        moments: int,
+        gradients: int,
+    ) -> None:
+        super().__init__(auto_prefix=False)
+        written = (1 + moments) * len(decayed)
+        self.update = _in_place(
+            library, name, (READ, scalars + 1), (WRITE, written), (READ, gradients)
+        )
+        self.decayed = Tensor(np.array(decayed, np.float32))
+
+    def construct(self, scalars: tuple, states: tuple, gradients: tuple) -> Tensor:
+        """Update in place.
+
+        Args:
+            scalars: float32, as the function lists them.
+            states: the parameters, then the moments of each kind.
+            gradients: in the order of the parameters.
+        """
+        return self.update(*scalars, self.decayed, *states, *gradients)
+
+
+class MovingAverage(nn.Cell):
+    """averages = decay * averages + (1 - decay) * values, for `number` pairs."""
+
+    def __init__(self, library: Path, number: int) -> None:
+        super().__init__(auto_prefix=False)
+        # Values count as written, so that no copy is made of a parameter that a later step changes.
+        self.update = _in_place(library, "moving_average", (READ, 1), (WRITE, 2 * number))
+
+    def construct(self, decay: Tensor, averages: tuple, values: tuple) -> Tensor:
+        """decay: a float32 scalar, 1 where nothing is to change."""
+        return self.update(decay, *values, *averages)
+
+
+class AddGradients(nn.Cell):
+    """sums = keep * sums + gradients, for `number` pairs, whatever the sums are if keep is 0."""
+
+    def __init__(self, library: Path, number: int) -> None:
+        super().__init__(auto_prefix=False)
+        self.add = _in_place(library, "add_gradients", (READ, 1 + number), (WRITE, number))
+
+    def construct(self, keep: Tensor, sums: tuple, gradients: tuple) -> Tensor:
+        """keep: float32 scalar, 0 or 1."""
+        return self.add(keep, *gradients, *sums)
+
+
+class Statistics(nn.Cell):
+    """BatchNorm's running statistics, `number` parameters, read and written as one tensor."""
+
+    def __init__(self, library: Path, number: int) -> None:
+        super().__init__(auto_prefix=False)
+        self.read = _in_place(
+            library,
+            "pack",
+            (WRITE, number),  # by reference: a read would copy each one before it is changed
+            shape=lambda *shapes: [sum(math.prod(shape) for shape in shapes)],
+        )
+        self.write = _in_place(library, "settle", (READ, 3), (WRITE, number))
+
+    def construct(self, statistics: tuple) -> Tensor:
+        """A copy of all of them, float32 [n]."""
+        return self.read(*statistics)
+
+    def settle(self, finite: Tensor, before: Tensor, after: Tensor, statistics: tuple) -> Tensor:
+        """Set them to `after` [n], or to `before` [n] where that, or `finite`, is not finite.
+
+        finite: float32 scalar, 0 or 1.
+        """
+        return self.write(finite, before, after, *statistics)

@@ -1,0 +1,194 @@
+"""What a training step does to all parameters alike: in MindSpore's operators, or in compiled ones.
+
+Both classes have the same methods. `PlainUpdates` packs the gradients into a few buckets, so that
+the norm, the scaling and the sums over parts are a few launches; the optimizer has one or more for
+each parameter. `CompiledUpdates` has one for all parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
+from mindspore import dtype as mstype
+
+from src.kernels import update
+from src.training.buckets import Buckets, begins, pack, unpack
+from src.training.optimizer import SGD, AdamW
+
+ROW = 1024  # elements that are summed at once: a sum of millions in float32 loses digits
+
+_times = ops.MulNoNan()  # 0 where a factor is 0, whatever the other is
+_square_sum = ops.MultitypeFuncGraph("square_sum")
+_scale = ops.MultitypeFuncGraph("scale")
+_average = ops.MultitypeFuncGraph("average")
+_assign = ops.MultitypeFuncGraph("assign")
+_accumulate = ops.MultitypeFuncGraph("accumulate")
+
+
+@_square_sum.register("Tensor")
+def _square_sum_bucket(bucket):
+    return ops.square(bucket).reshape((-1, ROW)).sum(1).sum()
+
+
+@_scale.register("Tensor", "Tensor")
+def _scale_tensor(factor, gradient):
+    return _times(gradient, factor)
+
+
+@_average.register("Tensor", "Tensor", "Tensor")
+def _average_tensor(decay, average, weight):
+    ops.assign(average, average * decay + weight * (1.0 - decay))
+    return True
+
+
+@_assign.register("Tensor", "Tensor")
+def _assign_tensor(parameter, value):
+    ops.assign(parameter, value)
+    return True
+
+
+@_accumulate.register("Tensor", "Tensor", "Tensor")
+def _accumulate_tensor(keep, total, gradient):
+    ops.assign(total, _times(total, keep) + gradient)  # the last step's total may be NaN
+    return True
+
+
+class PlainUpdates(nn.Cell):
+    """In MindSpore's operators, on any device.
+
+    Args:
+        optimizer: over the trainable parameters.
+        statistics: BatchNorm's running ones.
+        pairs: parameters with their moving averages.
+    """
+
+    def __init__(
+        self,
+        optimizer: AdamW | SGD,
+        statistics: ParameterTuple,
+        pairs: Sequence[tuple[Parameter, Parameter]],
+    ) -> None:
+        super().__init__(auto_prefix=False)
+        self.optimizer = optimizer
+        self.statistics = statistics
+        self.statistic_begins = begins([int(p.size) for p in statistics])
+        self.weights = ParameterTuple([weight for weight, _ in pairs])
+        self.averages = ParameterTuple([average for _, average in pairs])
+        self.buckets = Buckets(optimizer.parameters, ROW)
+        self.packed_shapes = self.buckets.shapes
+        self.map = ops.HyperMap()  # compiles faster than a Python loop
+
+    def pack_gradients(self, gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Gradients, one for each parameter -> what the other methods take as `packed`."""
+        return self.buckets.pack_gradients(gradients)
+
+    def all_reduce(self, packed: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Sum over all devices."""
+        return self.buckets.all_reduce(packed)
+
+    def accumulate(self, keep: Tensor, sums: ParameterTuple, packed: tuple[Tensor, ...]) -> bool:
+        """Add to `sums`, which count as zeros if `keep`, a float32 scalar, is 0."""
+        return self.map(ops.partial(_accumulate, keep), sums, packed)
+
+    def gradient_norm(self, packed: tuple[Tensor, ...]) -> Tensor:
+        """Global L2 norm, a float32 scalar; not finite where a gradient is not."""
+        return ops.sqrt(ops.addn(self.map(_square_sum, packed)))
+
+    def optimize(
+        self, packed: tuple[Tensor, ...], factor: Tensor, lr: Tensor, step: Tensor, active: Tensor
+    ) -> bool:
+        """Update the parameters from gradients times `factor`; see the optimizer."""
+        factor = ops.where(active, factor, Tensor(0.0, mstype.float32))
+        packed = self.map(ops.partial(_scale, factor), packed)
+        gradients = self.buckets.unpack_gradients(packed, self.optimizer.parameters)
+        return self.optimizer(gradients, lr, step, active)
+
+    def average(self, decay: Tensor) -> bool:
+        """Move the averages; decay is 1 where they are to stay."""
+        return self.map(ops.partial(_average, decay), self.averages, self.weights)
+
+    def copy_statistics(self) -> Tensor:
+        """All running statistics, float32 [n]."""
+        return pack(self.statistics)
+
+    def settle_statistics(self, finite: Tensor, before: Tensor, after: Tensor) -> bool:
+        """Set them to `after`, but to `before` where that, or the step, is not finite."""
+        # A variance may overflow where loss and gradients do not, and would stay infinite for ever.
+        usable = ops.logical_and(finite, ops.isfinite(after))
+        settled = ops.where(usable, after, before)
+        settled = unpack(settled, self.statistic_begins, self.statistics)
+        return self.map(_assign, self.statistics, settled)
+
+
+class CompiledUpdates(nn.Cell):
+    """In compiled operators, in float32 on a CPU; arguments and methods as `PlainUpdates`.
+
+    Args:
+        library: the compiled operators.
+        shared: whether gradients are reduced over several processes, and so packed in buckets.
+    """
+
+    def __init__(
+        self,
+        library: Path,
+        optimizer: AdamW | SGD,
+        statistics: ParameterTuple,
+        pairs: Sequence[tuple[Parameter, Parameter]],
+        shared: bool,
+    ) -> None:
+        super().__init__(auto_prefix=False)
+        self.optimizer = optimizer
+        self.statistics = statistics
+        self.weights = ParameterTuple([weight for weight, _ in pairs])
+        self.averages = ParameterTuple([average for _, average in pairs])
+        self.shared = shared
+        self.buckets = Buckets(optimizer.parameters)
+        self.packed_shapes = (
+            self.buckets.shapes if shared else [tuple(p.shape) for p in optimizer.parameters]
+        )
+        number = len(self.packed_shapes)
+        self.norm = update.GradientNorm(library)
+        self.update = optimizer.compiled(library, number)
+        self.add = update.AddGradients(library, number)
+        self.average_all = update.MovingAverage(library, len(pairs))
+        self.all_statistics = update.Statistics(library, len(statistics))
+
+    def pack_gradients(self, gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """See `PlainUpdates`."""
+        return self.buckets.pack_gradients(gradients) if self.shared else gradients
+
+    def all_reduce(self, packed: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """See `PlainUpdates`."""
+        return self.buckets.all_reduce(packed)
+
+    def accumulate(self, keep: Tensor, sums: ParameterTuple, packed: tuple[Tensor, ...]) -> Tensor:
+        """See `PlainUpdates`."""
+        return self.add(keep, sums, packed)
+
+    def gradient_norm(self, packed: tuple[Tensor, ...]) -> Tensor:
+        """See `PlainUpdates`."""
+        return self.norm(packed)
+
+    def optimize(
+        self, packed: tuple[Tensor, ...], factor: Tensor, lr: Tensor, step: Tensor, active: Tensor
+    ) -> Tensor:
+        """See `PlainUpdates`."""
+        states = self.optimizer.states
+        scalars = (active.astype(mstype.float32), factor, *self.optimizer.scalars(lr, step))
+        return self.update(scalars, states, packed)
+
+    def average(self, decay: Tensor) -> Tensor:
+        """See `PlainUpdates`."""
+        return self.average_all(decay, self.averages, self.weights)
+
+    def copy_statistics(self) -> Tensor:
+        """See `PlainUpdates`."""
+        return self.all_statistics(self.statistics)
+
+    def settle_statistics(self, finite: Tensor, before: Tensor, after: Tensor) -> Tensor:
+        """See `PlainUpdates`."""
+        return self.all_statistics.settle(
+            finite.astype(mstype.float32), before, after, self.statistics
+        )
