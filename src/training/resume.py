@@ -82,6 +82,7 @@ def restore(
         workers=current.workers,
         compiled=current.compiled,
         device_noise=current.device_noise,
+        packed=current.packed,
     )
     best = progress.best_top1
     last_row = progress.rows[-1:] if not progress.position else []
@@ -188,6 +189,11 @@ def check_compatible(saved: Progress, current: Progress, output: Path, accept: b
         logger.warning(
             "an earlier version drew the noise of erased boxes differently: from here on it "
             "differs from an uninterrupted run (augment.erasing_prob)"
+        )
+    if saved.packed != current.packed:
+        logger.warning(
+            "an earlier version summed the gradient norm in another order: from here on results "
+            "equal an uninterrupted run except for rounding"
         )
     if saved.compiled != current.compiled:
         logger.warning(

@@ -46,6 +46,7 @@ class Progress:
         workers: threads that prepare images.
         compiled: whether the network uses compiled operators.
         device_noise: whether the device draws the noise of erased boxes.
+        packed: whether the gradient norm is summed over all gradients at once.
     """
 
     epoch: int = 0
@@ -60,6 +61,7 @@ class Progress:
     workers: int = 1
     compiled: bool = False
     device_noise: bool = False
+    packed: bool = False
 
 
 def has_state(checkpoints: Path) -> bool:

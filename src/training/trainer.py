@@ -80,6 +80,7 @@ class Trainer:
             workers=choose_workers(config.data.workers),
             compiled=uses_compiled(config.runtime),
             device_noise=True,
+            packed=True,
         )
         self.stop_signal = StopSignal(ranks)
         self.skipped = 0  # consecutive steps

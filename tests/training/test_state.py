@@ -242,6 +242,8 @@ def test_a_signal_is_noted_behind_the_first_step_and_handlers_come_back():
         (Progress(compiled=True), Progress(compiled=True), ""),
         (Progress(**ERASING), Progress(**ERASING, device_noise=True), "noise of erased boxes"),
         (Progress(**PLAIN), Progress(**PLAIN, device_noise=True), ""),
+        (Progress(), Progress(packed=True), "summed the gradient norm in another order"),
+        (Progress(packed=True), Progress(packed=True), ""),
     ],
 )
 def test_what_makes_a_resumed_run_differ_is_said(before, now, words, tmp_path, caplog):

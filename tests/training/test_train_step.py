@@ -72,8 +72,9 @@ def restore(step, values):
 def test_twenty_steps_follow_the_official_trajectory(operators, request):
     """Loss and gradient norm of each step; norms of weights and running statistics at the end."""
     net = official.model(TRAJECTORY)
-    if operators == "compiled":
-        use_compiled(net, request.getfixturevalue("built"))
+    library = request.getfixturevalue("built") if operators == "compiled" else None
+    if library is not None:
+        use_compiled(net, library)
     net.set_train(True)
     optimizer = AdamW(
         net.trainable_params(),
@@ -83,7 +84,7 @@ def test_twenty_steps_follow_the_official_trajectory(operators, request):
     )
     rates = np.full(20, TRAJECTORY["lr"], np.float32)
     loss = LabelSmoothingCrossEntropy(TRAJECTORY["label_smoothing"])
-    step = TrainStep(net, loss, optimizer, rates).set_train(True)
+    step = TrainStep(net, loss, optimizer, rates, library=library).set_train(True)
     found = [[float(x.asnumpy()) for x in step(*batch)] for batch in batches(20)]
     for kind, column in (("loss", 0), ("grad_norm", 1)):
         expected = official.REFERENCE[f"{TRAJECTORY['tag']}/{kind}"]
@@ -176,8 +177,9 @@ def test_the_learning_rate_is_that_of_the_step(pynative_mode):
     assert int(step.step.asnumpy()) == 3
 
 
+@pytest.mark.parametrize("operators", ["plain", "compiled"])
 @pytest.mark.parametrize("kind", [AdamW, SGD])
-def test_a_step_that_is_not_finite_leaves_no_trace(kind):
+def test_a_step_that_is_not_finite_leaves_no_trace(kind, operators, request):
     """Not in weights, moments, running statistics or average; the scale halves, and it counts."""
     net, ema_net = (create_model("cvt_nano", **TINY) for _ in range(2))
     copy_into(ema_net, weights(net)).update_parameters_name("ema.")
@@ -186,6 +188,7 @@ def test_a_step_that_is_not_finite_leaves_no_trace(kind):
     step = TrainStep(
         net, loss, optimizer, rates,
         clip_norm=1.0, loss_scale=None, ema_net=ema_net.set_train(False), ema_decay=0.9,
+        library=request.getfixturevalue("built") if operators == "compiled" else None,
     ).set_train(True)  # fmt: skip
     start = everything(step)
     first, bad, last = batches(3, image=32)
@@ -268,14 +271,16 @@ def test_the_dynamic_scale_grows_after_a_steady_time(pynative_mode):
     assert float(step.loss_scale.asnumpy()) == 2**17 and int(step.steady.asnumpy()) == 1
 
 
-def test_accumulated_parts_equal_the_large_batch():
+@pytest.mark.parametrize("operators", ["plain", "compiled"])
+def test_accumulated_parts_equal_the_large_batch(operators, request):
     """Drop path and clipping on; BatchNorm, whose statistics are each part's, in inference."""
     options = {**TINY, "drop_path_rate": 0.5}
     start = weights(create_model("cvt_nano", **options))
+    library = request.getfixturevalue("built") if operators == "compiled" else None
     found = {}
     for parts in (1, 3):
         net = copy_into(create_model("cvt_nano", **options), start)
-        step = tiny_step(net, accumulate=parts, clip_norm=0.5, seed=3)
+        step = tiny_step(net, accumulate=parts, clip_norm=0.5, seed=3, library=library)
         for _, cell in net.cells_and_names():
             if isinstance(cell, ms.nn.BatchNorm2d):
                 cell.set_train(False)
@@ -329,7 +334,8 @@ def test_mixed_images_and_their_loss_equal_numpy(pynative_mode):
     not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2,
     reason="two CPU ranks need two cores",
 )
-def test_ranks_stay_equal_where_their_reductions_differ(tmp_path):
+@pytest.mark.parametrize("operators", ["plain", "compiled"])
+def test_ranks_stay_equal_where_their_reductions_differ(operators, tmp_path):
     """A last bit in the norm, other on each rank, would reach the weights by the clipping."""
     with socket.socket() as probe:
         probe.bind(("", 0))
@@ -337,7 +343,7 @@ def test_ranks_stay_equal_where_their_reductions_differ(tmp_path):
     command = [
         sys.executable, "-m", "mindspore.parallel.cluster.run", "--join=True", "--worker_num=2",
         "--local_worker_num=2", f"--master_port={port}", f"--log_dir={tmp_path}",
-        str(ROOT / "tests/training/two_ranks.py"),
+        str(ROOT / "tests/training/two_ranks.py"), operators,
     ]  # fmt: skip
     path = f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}
@@ -363,5 +369,7 @@ def test_weights_and_their_averages_are_paired_by_name(pynative_mode):
     average = Twins("ba")
     average.update_parameters_name("ema.")
     step = tiny_step(Twins("ab"), ema_net=average, ema_decay=0.9)
-    names = [parameter.name.removeprefix("ema.") for parameter in step.averages]
-    assert names == [parameter.name for parameter in step.weights] and names[0] == "a.weight"
+    names = [parameter.name.removeprefix("ema.") for parameter in step.updates.averages]
+    assert (
+        names == [parameter.name for parameter in step.updates.weights] and names[0] == "a.weight"
+    )

@@ -1,11 +1,13 @@
 """Twenty steps of one of two ranks, each of which sees the gradients' norm a little differently.
 
-Prints the checksum of everything that would be saved: `python two_ranks.py`, started by msrun.
+Prints the checksum of everything that would be saved. msrun starts `two_ranks.py plain`, or
+`compiled`.
 """
 
+import sys
 import zlib
 
-from src.device import prepare_environment
+from src.device import cache_folder, prepare_environment
 
 prepare_environment()
 
@@ -13,6 +15,7 @@ import mindspore as ms  # noqa: E402
 import numpy as np  # noqa: E402
 
 from src.distributed import join  # noqa: E402
+from src.kernels.library import library  # noqa: E402
 from src.models import create_model  # noqa: E402
 from src.training.loss import LabelSmoothingCrossEntropy  # noqa: E402
 from src.training.optimizer import AdamW  # noqa: E402
@@ -39,6 +42,7 @@ def main() -> None:
     step = NoisyStep(
         net, LabelSmoothingCrossEntropy(0.1), AdamW(net.trainable_params()),
         np.full(STEPS, 1e-2, np.float32), clip_norm=0.1, rank=ranks.rank, world=ranks.world,
+        library=library(cache_folder()) if sys.argv[1] == "compiled" else None,
     )  # fmt: skip
     step.noise = ms.Tensor(1 + 1.2e-7 * ranks.rank, ms.float32)
     step.set_train(True)
