@@ -1,1 +1,1 @@
-"""Evaluation that counts every image exactly once."""
+"""Evaluate networks: metrics, label protocols and reports."""

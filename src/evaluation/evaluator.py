@@ -1,4 +1,4 @@
-"""Evaluation of a network over a split: every image counts once."""
+"""Evaluate a network on a split; every image counts exactly once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from src.config import Config
 from src.data import Preprocessing, Source, eval_batches
 from src.distributed import SINGLE_PROCESS, Ranks
 from src.errors import UserError
-from src.evaluation.labels import Labelled, open_labelled
+from src.evaluation.labels import LabeledSplit, open_labeled_split
 from src.evaluation.metrics import Metrics, Outcomes
 from src.progress import progress_bar
 from src.weights import load_weights
@@ -26,19 +26,22 @@ logger = logging.getLogger("cvt")
 
 @dataclass
 class Result:
-    """Sums over a split, how fast they were made (without compiling), and what they are sums of.
+    """The result of an evaluation.
 
-    `outcomes` are those of all ranks in the order of the split, where they were asked for.
+    Args:
+        metrics: sums over the split.
+        images_per_second: over all ranks, without compilation.
+        outcomes: per image, in the order of the split; None unless requested.
     """
 
     metrics: Metrics
     images_per_second: float
     outcomes: Outcomes | None = None
 
-    FIGURES: ClassVar = ("top1", "top5", "loss", "images", "images_per_second")
+    METRICS: ClassVar = ("top1", "top5", "loss", "images", "images_per_second")
 
     def to_dict(self) -> dict[str, float]:
-        """The figures that eval.py reports."""
+        """Return the metrics that eval.py prints and writes."""
         return {
             "top1": self.metrics.top1,
             "top5": self.metrics.top5,
@@ -49,10 +52,10 @@ class Result:
 
 
 def inference(net: nn.Cell) -> Callable[[np.ndarray], np.ndarray]:
-    """A network as evaluation runs it; leaves it in evaluation mode.
+    """Set a network to evaluation mode and return a NumPy function that runs it.
 
     Returns:
-        float32 images [B, 3, H, W] -> logits [B, num_classes]; compiled at its first call.
+        float32 images [B, 3, H, W] -> logits [B, num_classes]; compiled by the first call.
     """
     net.set_train(False)
     return lambda images: net(Tensor(images)).asnumpy()
@@ -63,15 +66,15 @@ class Evaluator:
 
     Args:
         source: the split.
-        preprocessing: of each image.
-        batch_size: images a step; the last batch is filled up and the filling not counted.
-        workers: threads that prepare images; 0 takes one per core.
-        ranks: those that share the images; each takes every so many-th.
-        label_lists: the right classes of each image, instead of the split's labels.
-        keep_outcomes: whether the result tells what became of each image.
+        preprocessing: applied to each image.
+        batch_size: images per step on each rank. The last batch is padded; padding is not counted.
+        workers: threads that prepare images; 0 means one per core.
+        ranks: the ranks that divide the split; rank r evaluates images r, r + world, ...
+        label_lists: the correct classes of each image; they replace the split's labels.
+        keep_outcomes: return the outcome of each image, too.
 
     Raises:
-        UserError: a split without images.
+        UserError: the split has no images.
     """
 
     def __init__(
@@ -85,7 +88,7 @@ class Evaluator:
         keep_outcomes: bool = False,
     ) -> None:
         if not len(source):
-            raise UserError(f"{source.title}: no image to evaluate on; add some")
+            raise UserError(f"{source.title}: no images to evaluate; add some")
         self.compiled = False
         self._image_size = preprocessing.image_size
         self.batch_size = min(batch_size, len(source))
@@ -103,60 +106,59 @@ class Evaluator:
         )
 
     def compile(self, net: nn.Cell) -> None:
-        """Compile the network for the batches to come; leaves it in evaluation mode."""
+        """Compile the network for this evaluator's batch shape and set it to evaluation mode."""
         inference(net)(np.zeros((self.batch_size, 3, *self._image_size), np.float32))
         self.compiled = True
 
     def run(self, net: nn.Cell, stop: Callable[[], bool] = lambda: False) -> Result | None:
-        """Evaluate; leaves the network in evaluation mode. Every rank returns the whole result.
+        """Evaluate a network and leave it in evaluation mode.
 
         Args:
             net: images -> logits.
-            stop: asked behind every batch; True gives the evaluation up, with None on every rank.
+            stop: called after every batch; True stops the evaluation.
+
+        Returns:
+            The result of all ranks, on every rank; None if any rank stopped early.
 
         Raises:
-            UserError: an image that can't be read, or an output that is not finite.
+            UserError: an image cannot be read, or a logit is not finite.
         """
         run, metrics, outcomes = inference(net), Metrics(), []
-        if not self.compiled:  # before the clock starts
+        if not self.compiled:  # compilation is not part of the measured time
             self.compile(net)
         start = time.perf_counter()
         bar = progress_bar(len(self.batches.indices), "evaluate")
         for images, labels in self.batches.iterate(output_numpy=True):
-            logits = run(self._filled(images))
-            done = metrics.update(
-                logits[: len(labels)], self._right_classes(metrics.images, labels)
-            )
+            logits = run(self._pad(images))[: len(labels)]
+            batch = metrics.update(logits, self._targets(metrics.images, labels))
             if self._keep_outcomes:
-                outcomes.append(np.stack(done))
+                outcomes.append(np.stack(batch))
             bar.update(len(labels))
             if stop():
                 break
         bar.close()
-        metrics = Metrics.of(self.ranks.gather(metrics.sums))
+        metrics = Metrics.from_sums(self.ranks.gather(metrics.sums))
         if metrics.images < self.images:
             return None
         speed = metrics.images / (time.perf_counter() - start)
         return Result(metrics, speed, self._gather(outcomes) if self._keep_outcomes else None)
 
-    def _right_classes(
-        self, start: int, labels: np.ndarray
-    ) -> np.ndarray | Sequence[Sequence[int]]:
-        """Of this rank's images from `start` on, whose labels in the split are `labels`."""
+    def _targets(self, start: int, labels: np.ndarray) -> np.ndarray | Sequence[Sequence[int]]:
+        """Return the correct classes of a batch that begins at this rank's image `start`."""
         if self._label_lists is None:
             return labels
         return [self._label_lists[k] for k in self.batches.indices[start : start + len(labels)]]
 
     def _gather(self, outcomes: list[np.ndarray]) -> Outcomes:
-        """All ranks' outcomes in the split's order; rank r has every `world`-th from r on."""
+        """Gather the outcomes of all ranks and interleave them into the order of the split."""
         world, fields = self.ranks.world, len(Outcomes._fields)
-        share = np.zeros((fields, -(-self.images // world)))  # ranks may differ by an image
-        mine = np.concatenate([np.zeros((fields, 0)), *outcomes], axis=1)
-        share[:, : mine.shape[1]] = mine
-        parts = self.ranks.gather(share).reshape(world, *share.shape)
+        local = np.concatenate([np.zeros((fields, 0)), *outcomes], axis=1)
+        padded = np.zeros((fields, -(-self.images // world)))  # ranks may differ by one image
+        padded[:, : local.shape[1]] = local
+        parts = self.ranks.gather(padded).reshape(world, *padded.shape)
         return Outcomes(*parts.transpose(1, 2, 0).reshape(fields, -1)[:, : self.images])
 
-    def _filled(self, images: np.ndarray) -> np.ndarray:
+    def _pad(self, images: np.ndarray) -> np.ndarray:
         missing = self.batch_size - len(images)
         return np.pad(images, ((0, missing), (0, 0), (0, 0), (0, 0))) if missing else images
 
@@ -167,26 +169,26 @@ def evaluate_checkpoint(
     ranks: Ranks = SINGLE_PROCESS,
     keep_outcomes: bool = False,
     keep_index: bool = False,
-) -> tuple[Result, Labelled]:
-    """Evaluate a weight file on the held-out images of a configuration, over all ranks.
+) -> tuple[Result, LabeledSplit]:
+    """Evaluate a weight file on a configuration's validation split, on all ranks.
 
     Args:
         config: the recipe.
         checkpoint: the weight file.
-        ranks: those that share the images.
-        keep_outcomes: whether the result has each image's outcome.
-        keep_index: whether to write the index of images that `data.index` names.
+        ranks: the ranks that divide the split.
+        keep_outcomes: return the outcome of each image, too.
+        keep_index: write the image index that `data.index` names.
 
     Returns:
-        The result, and the images with their labels.
+        The result, and the split with its labels.
 
     Raises:
-        UserError: weights that don't fit, or data or labels that can't be used.
+        UserError: the weights do not fit, or the data or labels are invalid.
     """
     preprocessing = build_preprocessing(config)
-    # Before the images are read, where the configuration knows the number of classes.
+    # If the number of classes is known, load the weights first: misfits fail before data is read.
     net = _load(config, checkpoint) if config.model.num_classes else None
-    images = open_labelled(config, checkpoint, ranks, keep_index)
+    images = open_labeled_split(config, checkpoint, ranks, keep_index)
     config = resolve_classes(config, images.source)
     if net is None:
         net = _load(config, checkpoint)

@@ -1,4 +1,4 @@
-"""The images to evaluate on, with the labels that `data.labels` asks for."""
+"""Open the validation split with the labels that `data.labels` selects."""
 
 from __future__ import annotations
 
@@ -21,36 +21,36 @@ from src.distributed import SINGLE_PROCESS, Ranks
 from src.errors import UserError
 
 
-class Labelled(NamedTuple):
-    """A split and, under ReaL, the right classes of each of its images."""
+class LabeledSplit(NamedTuple):
+    """A split and, with ReaL labels, the correct classes of each image."""
 
     source: Source
     label_lists: list[list[int]] | None = None
 
 
-def open_labelled(
+def open_labeled_split(
     config: Config, checkpoint: str, ranks: Ranks = SINGLE_PROCESS, keep_index: bool = False
-) -> Labelled:
-    """The held-out images of a configuration, checked, under its protocol of labels.
+) -> LabeledSplit:
+    """Open and check a configuration's validation split under its label protocol.
 
     Args:
         config: the recipe.
-        checkpoint: its run knows images already.
-        ranks: those that open the split.
-        keep_index: whether to write the index of images.
+        checkpoint: the weight file; its run folder may hold an image index.
+        ranks: the ranks that open the split.
+        keep_index: write the image index that `data.index` names.
 
     Raises:
-        UserError: images, classes or labels that can't be used.
+        UserError: the images, classes or labels are invalid.
     """
     data = config.data
     if data.labels_file and data.labels != "real":
         raise UserError(
-            f"data.labels_file {data.labels_file}: is ReaL's; add --data.labels real, or leave it "
-            "out"
+            f"data.labels_file {data.labels_file}: only ReaL labels use a file; "
+            "add --data.labels real, or remove data.labels_file"
         )
     real = load_real(data.labels_file) if data.labels == "real" else None
     if data.labels != "val":
-        _check_keys(config)
+        _require_imagenet_classes(config)
     if data.labels == "v2":
         config = dataclasses.replace(
             config, data=dataclasses.replace(data, class_names=list(V2_FOLDERS))
@@ -61,24 +61,30 @@ def open_labelled(
     check_class_order(source, given, data.labels, config.model.num_classes)
     if real is not None:
         ranks.require_agreement("labels of ReaL", real)
-        return Labelled(*with_real(source, real))
-    return Labelled(with_v2(source) if data.labels == "v2" else source)
+        return LabeledSplit(*with_real(source, real))
+    return LabeledSplit(with_v2(source) if data.labels == "v2" else source)
 
 
-def _check_keys(config: Config) -> None:
-    """Refuse classes under which ImageNet's labels would mean others."""
+def _require_imagenet_classes(config: Config) -> None:
+    """Check that class numbers mean ImageNet-1k's classes.
+
+    Raises:
+        UserError: another data source, a subset of the classes, or another order.
+    """
     data = config.data
     if data.source not in ("imagefolder", "mindrecord"):
         raise UserError(
-            f"data.labels {data.labels}: is of ImageNet, data.source is {data.source}; leave it out"
+            f"data.labels {data.labels}: needs ImageNet, but data.source is {data.source}; "
+            "remove data.labels"
         )
     if data.classes:
         raise UserError(
-            f"data.classes: ImageNet's labels {data.labels} are of all classes; leave it out"
+            f"data.classes: data.labels {data.labels} covers all of ImageNet's classes; "
+            "remove data.classes"
         )
     fault = class_order_fault(data.class_names) if data.class_names else None
     if fault:
         raise UserError(
             f"data.labels {data.labels}: the model's classes are not ImageNet-1k's in their order: "
-            f"{fault}; evaluate it with data.labels val"
+            f"{fault}; use --data.labels val"
         )

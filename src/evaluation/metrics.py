@@ -1,4 +1,4 @@
-"""Accuracy and loss as sums over images, so that batches of any size add up exactly."""
+"""Compute accuracy and loss as sums over images, exact for any batch sizes."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from src.errors import UserError
 
 
 class Outcomes(NamedTuple):
-    """What became of each image; arrays [N] of float64, so that ranks can gather them.
+    """Per-image results; arrays [N], float64 because ranks gather them as one array.
 
     Args:
-        prediction: the best class.
+        prediction: the top-1 class.
         confidence: its probability.
-        correct1: 1 where it is right, else 0.
-        correct5: 1 where one of the five best classes is right.
-        loss: -log of the right class's probability; of the right ones' sum, if there are several.
+        correct1: 1 if the top-1 class is correct, else 0.
+        correct5: 1 if any of the top-5 classes is correct, else 0.
+        loss: -log of the summed probability of the correct class or classes.
     """
 
     prediction: np.ndarray
@@ -29,18 +29,21 @@ class Outcomes(NamedTuple):
     loss: np.ndarray
 
 
-def judge(logits: np.ndarray, labels: np.ndarray | Sequence[Sequence[int]]) -> Outcomes:
-    """Compare a batch with its labels.
+def score_batch(logits: np.ndarray, labels: np.ndarray | Sequence[Sequence[int]]) -> Outcomes:
+    """Compare a batch of logits with its labels.
 
     Args:
         logits: float [N, C].
-        labels: int [N], or a list of right classes for each image, as ReaL has them.
+        labels: int [N], or a list of correct classes per image (ReaL).
 
     Raises:
-        UserError: a logit is not finite, so no accuracy of it means anything.
+        UserError: a logit is not finite.
     """
     if not np.isfinite(logits).all():
-        raise UserError("the network's output is not finite: the weights are damaged or diverged")
+        raise UserError(
+            "the network's output is not finite: the weights are damaged or diverged; "
+            "use other weights, or train with a lower optimizer.lr"
+        )
     logits = logits.astype(np.float64)
     rows = np.arange(len(logits))
     ranked = np.argsort(-logits, axis=1, kind="stable")[:, :5]
@@ -48,16 +51,18 @@ def judge(logits: np.ndarray, labels: np.ndarray | Sequence[Sequence[int]]) -> O
     log_sum = peak[:, 0] + np.log(np.exp(logits - peak).sum(axis=1))
     if isinstance(labels, np.ndarray):
         hits = ranked == labels[:, None]  # [N, 5]
-        right = logits[rows, labels]
+        target = logits[rows, labels]
     else:
-        hits = np.array([np.isin(best, right) for best, right in zip(ranked, labels)])
-        right = np.array([np.logaddexp.reduce(row[sorted({*k})]) for row, k in zip(logits, labels)])
+        hits = np.array([np.isin(top5, classes) for top5, classes in zip(ranked, labels)])
+        target = np.array(
+            [np.logaddexp.reduce(row[sorted({*classes})]) for row, classes in zip(logits, labels)]
+        )
     return Outcomes(
         ranked[:, 0].astype(np.float64),
         np.exp(peak[:, 0] - log_sum),
         hits[:, 0].astype(np.float64),
         hits.any(axis=1).astype(np.float64),
-        log_sum - right,
+        log_sum - target,
     )
 
 
@@ -71,8 +76,8 @@ class Metrics:
     loss_sum: float = 0.0
 
     def update(self, logits: np.ndarray, labels: np.ndarray | Sequence[Sequence[int]]) -> Outcomes:
-        """Add a batch, as `judge` takes it, and return what became of its images."""
-        outcomes = judge(logits, labels)
+        """Add a batch and return the outcomes of its images; see `score_batch`."""
+        outcomes = score_batch(logits, labels)
         self.images += len(labels)
         self.correct1 += int(outcomes.correct1.sum())
         self.correct5 += int(outcomes.correct5.sum())
@@ -81,23 +86,23 @@ class Metrics:
 
     @property
     def sums(self) -> np.ndarray:
-        """The sums as float64 [4], for `of`."""
+        """The sums as float64 [4], as `from_sums` expects them."""
         return np.array([self.images, self.correct1, self.correct5, self.loss_sum])
 
     @classmethod
-    def of(cls, sums: np.ndarray) -> Metrics:
-        """From the sums of several parts, float64 [parts, 4]."""
+    def from_sums(cls, sums: np.ndarray) -> Metrics:
+        """Add up the sums of several ranks, float64 [ranks, 4]."""
         images, correct1, correct5, loss_sum = sums.sum(axis=0)
         return cls(int(images), int(correct1), int(correct5), float(loss_sum))
 
     @property
     def top1(self) -> float:
-        """Per cent of the images whose best class is right."""
+        """Top-1 accuracy in per cent."""
         return 100 * self.correct1 / self.images
 
     @property
     def top5(self) -> float:
-        """Per cent of the images with a right class among the five best."""
+        """Top-5 accuracy in per cent."""
         return 100 * self.correct5 / self.images
 
     @property

@@ -1,4 +1,4 @@
-"""What a person asks behind the accuracy: which classes, which images, and how sure it was."""
+"""Write a report: accuracy per class, confusion matrix, calibration and the worst images."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import numpy as np
 
 from src.errors import UserError
 from src.evaluation.evaluator import Result
-from src.evaluation.labels import Labelled
+from src.evaluation.labels import LabeledSplit
 from src.evaluation.metrics import Outcomes
 from src.files import is_csv, is_json, require_replaceable, write_csv, write_json
 
-PICTURE, FIGURES = "confusion_matrix.png", "figures.json"
-# The tables of a report, and their first columns.
+PLOT_FILE, METRICS_FILE = "confusion_matrix.png", "figures.json"
+# The first columns of each table.
 TABLES = {
     "calibration.csv": ("above", "up_to", "images", "accuracy", "confidence"),
     "per_class.csv": ("class", "images", "correct", "accuracy_percent"),
@@ -25,16 +25,16 @@ TABLES = {
         "image", "label", "prediction", "probability_of_label", "probability_of_prediction",
     ),
 }  # fmt: skip
-BINS = 15  # of the confidence, as in Guo et al.
-WORST = 50
+BINS = 15  # as Guo et al. use
+WORST = 50  # rows of worst_images.csv
 
 
 class Calibration(NamedTuple):
-    """Confidence against accuracy, by bins of the confidence: arrays [bins].
+    """Accuracy and confidence by confidence bin; arrays [bins].
 
     Args:
-        images: in the bin.
-        accuracy, confidence: means in the bin, 0..1; 0 where it is empty.
+        images: the number of images in the bin.
+        accuracy, confidence: means over the bin, 0..1; 0 for an empty bin.
     """
 
     images: np.ndarray
@@ -43,15 +43,15 @@ class Calibration(NamedTuple):
 
     @property
     def ece(self) -> float:
-        """Expected calibration error in per cent: the mean gap of the bins, weighed by images."""
+        """Expected calibration error in per cent: the bins' mean gap, weighted by images."""
         gaps = np.abs(self.accuracy - self.confidence)
         return 100 * float((self.images * gaps).sum() / self.images.sum())
 
 
 def calibrate(outcomes: Outcomes, bins: int = BINS) -> Calibration:
-    """Sort images into bins of equal width by confidence (Guo et al., 2017, arXiv 1706.04599).
+    """Bin images by confidence, in bins of equal width (Guo et al., 2017, arXiv 1706.04599).
 
-    Bin m holds confidences in (m / bins, (m + 1) / bins], as in section 2 there.
+    Bin m holds confidences in (m / bins, (m + 1) / bins], as in section 2 of the paper.
     """
     bin_of = np.clip(np.ceil(outcomes.confidence * bins) - 1, 0, bins - 1).astype(int)
     images = np.bincount(bin_of, minlength=bins)
@@ -63,59 +63,59 @@ def calibrate(outcomes: Outcomes, bins: int = BINS) -> Calibration:
 
 
 def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, classes: int) -> np.ndarray:
-    """Images by label (rows) and prediction (columns), int [classes, classes]."""
+    """Count images by label (rows) and prediction (columns), int [classes, classes]."""
     cells = labels.astype(np.int64) * classes + predictions.astype(np.int64)
     return np.bincount(cells, minlength=classes**2).reshape(classes, classes)
 
 
 def require_report(path: str, force: bool) -> Path:
-    """Check that a report can be written to a folder, before the evaluation.
+    """Check before the evaluation that a report can be written to a folder.
 
     Args:
-        path: the folder; it may be missing.
-        force: replace files that are no earlier report's.
+        path: the folder; it need not exist.
+        force: replace files that are not from an earlier report.
 
     Raises:
-        UserError: it can't be written to, or a file in it would be lost.
+        UserError: the folder is not writable, or holds other files of the same names.
     """
     from src.plots.image_files import is_picture_of_ours
 
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"--report {path}: is no folder; give another one")
+        raise UserError(f"--report {path}: not a folder; give another one")
     for name, head in TABLES.items():
         require_replaceable(folder / name, "--report", partial(is_csv, head=head), force)
-    require_replaceable(folder / PICTURE, "--report", is_picture_of_ours, force)
-    require_replaceable(folder / FIGURES, "--report", is_result, force)
+    require_replaceable(folder / PLOT_FILE, "--report", is_picture_of_ours, force)
+    require_replaceable(folder / METRICS_FILE, "--report", is_result, force)
     return folder
 
 
 def is_result(path: Path) -> bool:
-    """Whether a JSON file is an earlier result of eval.py."""
-    return is_json(path, lambda content: set(Result.FIGURES) <= content.keys())
+    """Return whether a file is an earlier JSON result of eval.py."""
+    return is_json(path, lambda content: set(Result.METRICS) <= content.keys())
 
 
-def write_report(result: Result, images: Labelled, folder: Path) -> dict[str, float]:
-    """Write what the result tells of classes, images and confidence.
+def write_report(result: Result, images: LabeledSplit, folder: Path) -> dict[str, float]:
+    """Write the tables, the plot and the metrics of an evaluation.
 
     Args:
-        result: with outcomes.
-        images: that it is of.
-        folder: gets per_class.csv, confusion_matrix.csv, confusion_matrix.png, calibration.csv,
-            worst_images.csv and figures.json.
+        result: must have outcomes.
+        images: the evaluated split.
+        folder: receives per_class.csv, confusion_matrix.csv, confusion_matrix.png,
+            calibration.csv, worst_images.csv and figures.json.
 
     Returns:
-        The result's figures and "ece".
+        The metrics of `result.to_dict()` and "ece".
 
     Raises:
-        UserError: a file can't be written.
+        UserError: a file cannot be written.
     """
     from src.plots.confusion_matrix import draw_confusion  # matplotlib takes 0.5 s
 
     source, outcomes = images.source, result.outcomes
     names = source.class_names
     calibration = calibrate(outcomes)
-    figures = {**result.to_dict(), "ece": calibration.ece}
+    metrics = {**result.to_dict(), "ece": calibration.ece}
     matrix = confusion_matrix(source.labels, outcomes.prediction, len(names))
     edges = np.linspace(0, 1, BINS + 1)
     write_csv(
@@ -136,35 +136,35 @@ def write_report(result: Result, images: Labelled, folder: Path) -> dict[str, fl
         ([name, *row] for name, row in zip(names, matrix.tolist())),
         folder / "confusion_matrix.csv",
     )
-    draw_confusion(matrix, names, folder / PICTURE)
+    draw_confusion(matrix, names, folder / PLOT_FILE)
     write_csv(
         TABLES["worst_images.csv"],
         _worst(images, outcomes),
         folder / "worst_images.csv",
     )
-    write_json(figures, folder / FIGURES)
-    return figures
+    write_json(metrics, folder / METRICS_FILE)
+    return metrics
 
 
 def _per_class(labels: np.ndarray, correct: np.ndarray, names: Sequence[str]) -> list[list]:
-    """Rows of name, images, correct ones, per cent; no per cent where there is no image."""
+    """Return rows of class, images, correct, per cent (empty for a class without images)."""
     images = np.bincount(labels, minlength=len(names)).tolist()
-    right = np.bincount(labels, correct, len(names)).astype(int).tolist()
+    hits = np.bincount(labels, correct, len(names)).astype(int).tolist()
     return [
-        [name, count, hits, f"{100 * hits / count:.2f}" if count else ""]
-        for name, count, hits in zip(names, images, right)
+        [name, count, right, f"{100 * right / count:.2f}" if count else ""]
+        for name, count, right in zip(names, images, hits)
     ]
 
 
-def _worst(images: Labelled, outcomes: Outcomes) -> list[list]:
-    """Rows of the images with the highest loss; several right classes stand as "a | b"."""
+def _worst(images: LabeledSplit, outcomes: Outcomes) -> list[list]:
+    """Return rows of the images with the highest loss; ReaL's correct classes as "a | b"."""
     source, rows = images.source, []
     for k in np.argsort(-outcomes.loss, kind="stable")[:WORST].tolist():
-        right = [source.labels[k]] if images.label_lists is None else images.label_lists[k]
+        labels = [source.labels[k]] if images.label_lists is None else images.label_lists[k]
         rows.append(
             [
                 source.describe(k),
-                " | ".join(source.class_names[label] for label in right),
+                " | ".join(source.class_names[label] for label in labels),
                 source.class_names[int(outcomes.prediction[k])],
                 f"{np.exp(-outcomes.loss[k]):.3e}",
                 f"{outcomes.confidence[k]:.4f}",

@@ -1,1 +1,1 @@
-"""Starting a job on one host or many: read the plan, start its ranks, end them together."""
+"""Start a training job on one or more hosts: check it, start its ranks, stop them together."""

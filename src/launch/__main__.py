@@ -1,4 +1,4 @@
-"""The program behind scripts/run_distribute_train.sh."""
+"""Start distributed training; scripts/run_distribute_train.sh runs this module."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ USAGE = """\
 usage: bash scripts/run_distribute_train.sh CONFIG DATA [DEVICE_NUM] [--dry_run] [--bind_core]
                                             [--key value ...]
 
-  CONFIG       recipe, as config/imagenet/cvt_13_224.yaml
-  DATA         the data's folder, or - for the recipe's own
-  DEVICE_NUM   devices of this host; default: all that are visible
-  --dry_run    show each rank's command and environment, start nothing
-  --bind_core  let msrun bind each rank to cores near its device; with a value, to the value's:
+  CONFIG       recipe, for example config/imagenet/cvt_13_224.yaml
+  DATA         data folder, or - for the recipe's data.path
+  DEVICE_NUM   devices to use on this host (default: all visible devices)
+  --dry_run    print each rank's command and environment without starting it
+  --bind_core  let msrun bind each rank to cores near its device, or to the cores you give:
                --bind_core='{"device0": ["0-11"], "device1": ["12-23"]}'
-  --key value  for train.py: --output DIR, --resume, --optimizer.lr 1e-3 ...
+  --key value  options of train.py: --output DIR, --resume, --optimizer.lr 1e-3 ...
 
-from the environment:
+environment variables:
   DEVICE_TARGET     Ascend (default), GPU or CPU
-  NODE_NUM          hosts (default 1); start this script on each of them
-  NODE_RANK         number of this host, from 0
+  NODE_NUM          number of hosts (default 1); start this script on each host
+  NODE_RANK         index of this host, from 0 (default 0)
   MASTER_ADDR       address of host 0
-  MASTER_PORT       its port for the ranks to meet (default 8118)
-  PYTHON            the interpreter
-for HCCL, where it is not already set: HCCL_CONNECT_TIMEOUT (1800), HCCL_EXEC_TIMEOUT (7140)
+  MASTER_PORT       port of the scheduler on host 0 (default 8118)
+  PYTHON            Python interpreter
+HCCL timeouts in seconds, unless already set: HCCL_CONNECT_TIMEOUT=1800, HCCL_EXEC_TIMEOUT=7140
 """
 
 
 @executable
 def main(argv: list[str]) -> None:
-    """Start a distributed training, or show how it would be started."""
+    """Start distributed training, or print the commands that would start it."""
     if "--help" in argv or "-h" in argv or not argv:
         print(USAGE)
         sys.exit(0 if argv else 2)
-    plan, only_show = read_plan(argv, os.environ, USAGE)
+    plan, dry_run = read_plan(argv, os.environ, USAGE)
     print(describe(plan), flush=True)
-    if not only_show:
+    if not dry_run:
         sys.exit(run(plan))
 
 

@@ -1,4 +1,9 @@
-"""Starts the ranks of a plan, follows them, and ends them all when one fails."""
+"""Start a plan's ranks with msrun, monitor them, and stop all of them when one fails.
+
+Beyond what msrun does, this returns the failed rank's exit code, prints the last error of each
+rank's log, kills the scheduler after a failure (it needs up to ten minutes to notice), and forwards
+SIGINT and SIGTERM to the ranks.
+"""
 
 from __future__ import annotations
 
@@ -22,20 +27,20 @@ from src.launch.plan import Plan
 POLL_SECONDS = 0.5
 MSRUN = str(Path(__file__).with_name("msrun.py"))
 SET_BY_MSRUN = ("MS_WORKER_NUM", "MS_SCHED_HOST", "MS_SCHED_PORT", "MS_ROLE", "RANK_SIZE")
-REASON = re.compile(r"([\w.]+: )?[\w.]*(error|Error|Interrupt)\b.*: .")
-# What MindSpore's heartbeat says where a rank of another host, or that host, is gone.
-CLUSTER = re.compile(r"state of the cluster is error|meta server|heartbeat", re.IGNORECASE)
-ELSEWHERE = "; a rank of another host ended or can't be reached: its host's log has the reason"
-FAILED = re.compile(r"Worker process (\d+) exit with exception. Error code: (-?\d+)")
+ERROR_LINE = re.compile(r"([\w.]+: )?[\w.]*(error|Error|Interrupt)\b.*: .")
+# MindSpore's messages when a rank of another host has exited or is unreachable.
+CLUSTER_ERROR = re.compile(r"state of the cluster is error|meta server|heartbeat", re.IGNORECASE)
+OTHER_HOST = "; a rank of another host exited or is unreachable: see that host's log"
+# msrun's message when a rank has failed: process id, exit code (negative: signal).
+RANK_FAILED = re.compile(r"Worker process (\d+) exit with exception. Error code: (-?\d+)")
 
 
 def describe(plan: Plan) -> str:
-    """Each rank's environment and command as a shell would take them."""
-    where = f"host {plan.node_rank + 1} of {plan.node_num}, {plan.world} ranks in all"
-    by = shlex.join(["msrun", *_msrun_options(plan)])
-    lines = [f"{where}; started by {by}"]
-    for rank, own in plan.ranks.items():
-        environment = {**plan.environment, **own}
+    """Return msrun's command and each rank's environment and command in shell syntax."""
+    host = f"host {plan.node_rank + 1} of {plan.node_num}, {plan.world} ranks in total"
+    lines = [f"{host}; started by {shlex.join(['msrun', *_msrun_options(plan)])}"]
+    for rank, variables in plan.ranks.items():
+        environment = {**plan.environment, **variables}
         words = [f"{name}={shlex.quote(value)}" for name, value in environment.items()]
         words += [_interpreter(), *map(shlex.quote, plan.command)]
         lines += [f"rank {rank}, log {_log(plan, rank)}:", "  " + " ".join(words)]
@@ -43,120 +48,124 @@ def describe(plan: Plan) -> str:
 
 
 def run(plan: Plan) -> int:
-    """Start the plan's ranks on this host and wait for their end.
+    """Start the plan's ranks on this host and wait until all have exited.
 
     Returns:
-        0 where every rank ended well; else the code of the first that did not (128 + the signal
-        where one ended it), after every other rank has been ended too.
+        0 if every rank succeeded; else the exit code of the first that failed (128 + the signal
+        if a signal killed it). The other ranks have been killed.
+
+    Raises:
+        UserError: the log folder cannot be created.
     """
     try:
         plan.logs.mkdir(parents=True)
     except OSError as error:
         raise UserError(f"{plan.logs}: {error.strerror}; give another --output") from None
     job = _Job(plan)
-    signals = {
-        number: signal.signal(number, job.stop) for number in (signal.SIGINT, signal.SIGTERM)
+    handlers = {
+        number: signal.signal(number, job.forward_signal)
+        for number in (signal.SIGINT, signal.SIGTERM)
     }
-    console = _Console(_log(plan, min(plan.ranks)))
+    log = _LogFollower(_log(plan, min(plan.ranks)))
     try:
         while job.is_running():
-            console.show()
+            log.print_new()
             time.sleep(POLL_SECONDS)
     finally:
-        job.end()
-        console.show()
-        for number, handler in signals.items():
+        job.kill()
+        log.print_new()
+        for number, handler in handlers.items():
             signal.signal(number, handler)
-    if job.code:
-        _explain(plan, job)
-    return job.code
+    if job.exit_code:
+        _report_failure(plan, job)
+    return job.exit_code
 
 
-class _Console:
-    """Copies what the first rank of this host prints."""
+class _LogFollower:
+    """Prints what is appended to a log file."""
 
-    def __init__(self, log: Path) -> None:
-        self.log = log
-        self.place = 0
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.offset = 0
 
-    def show(self) -> None:
-        if self.log.exists():
-            with open(self.log, "rb") as file:
-                file.seek(self.place)
+    def print_new(self) -> None:
+        if self.path.exists():
+            with open(self.path, "rb") as file:
+                file.seek(self.offset)
                 text = file.read()
-            self.place += len(text)
+            self.offset += len(text)
             sys.stdout.write(text.decode("utf-8", "replace"))
             sys.stdout.flush()
 
 
 class _Job:
-    """msrun with its ranks and, on the first host, the scheduler."""
+    """msrun, its ranks and, on the first host, its scheduler."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.ranks: dict[int, int] = {}  # process id -> rank
-        self.scheduler: int | None = None
-        self.code = 0
-        self.failed: str | None = None  # what ended first, and how
-        self.stops = 0
+        self.scheduler: int | None = None  # process id
+        self.exit_code = 0
+        self.failure: str | None = None  # the first rank that failed, and how
+        self.stop_requests = 0
         with open(plan.logs / "msrun.log", "wb") as log:
             log.write((shlex.join(["msrun", *_msrun_options(plan)]) + "\n").encode())
         self.process = subprocess.Popen(
             [sys.executable, MSRUN, *_msrun_options(plan)],
             env=_environment(plan),
-            stdin=subprocess.PIPE,  # msrun.py sees by it that this process is gone
+            stdin=subprocess.PIPE,  # its end tells msrun.py that this process has exited
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C reaches the ranks through `stop`, once
+            start_new_session=True,  # Ctrl-C reaches the ranks once, through forward_signal
         )
-        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader = threading.Thread(target=self._read_output, daemon=True)
         self.reader.start()
 
-    def stop(self, number: int, frame: object) -> None:
-        """Hand a signal on to every rank; at the second one, end them at once."""
-        self.stops += 1
+    def forward_signal(self, number: int, frame: object) -> None:
+        """Send SIGTERM to every rank; on the second request, SIGKILL."""
+        self.stop_requests += 1
         for pid in self.ranks:
-            _send(pid, signal.SIGTERM if self.stops == 1 else signal.SIGKILL)
+            _send(pid, signal.SIGTERM if self.stop_requests == 1 else signal.SIGKILL)
 
     def is_running(self) -> bool:
-        """Whether msrun is still there."""
+        """Return whether msrun is running."""
         self._find_processes()
         return self.process.poll() is None
 
-    def end(self) -> None:
-        """Leave no process of the job."""
+    def kill(self) -> None:
+        """Kill every process of the job that is still running."""
         for pid in (*self.ranks, self.scheduler, self.process.pid):
             if pid is not None:
                 _send(pid, signal.SIGKILL)
         self.reader.join(5)
-        if self.process.wait() != 0 and self.code == 0:
-            self.code, self.failed = 1, f"msrun failed ({self.plan.logs / 'msrun.log'})"
+        if self.process.wait() != 0 and self.exit_code == 0:
+            self.exit_code, self.failure = 1, f"msrun failed ({self.plan.logs / 'msrun.log'})"
 
-    def _read(self) -> None:
-        """Keep msrun's words, and act when it says that a rank failed.
+    def _read_output(self) -> None:
+        """Log msrun's output, and kill the scheduler when a rank has failed.
 
-        It ends the other ranks itself, but then waits for the scheduler, which takes half a minute
-        to notice, and ten where the ranks failed before they had met.
+        msrun kills the other ranks itself, but then waits for the scheduler, which needs 30 s to
+        notice, and 10 minutes if the ranks failed before they had connected.
         """
         with open(self.plan.logs / "msrun.log", "ab") as log:
             for line in self.process.stdout:
                 log.write(line)
                 log.flush()
-                found = FAILED.search(line.decode("utf-8", "replace"))
-                if found:
+                match = RANK_FAILED.search(line.decode("utf-8", "replace"))
+                if match:
                     self._find_processes()
-                    self._note_failure(int(found[1]), int(found[2]))
+                    self._record_failure(int(match[1]), int(match[2]))
                     if self.scheduler is not None:
                         _send(self.scheduler, signal.SIGKILL)
 
-    def _note_failure(self, pid: int, code: int) -> None:
-        """Keep the first rank that did not end well."""
-        if self.failed is None:
+    def _record_failure(self, pid: int, code: int) -> None:
+        """Record the first failure; later ones are its consequences."""
+        if self.failure is None:
             rank = self.ranks.get(pid)
             name = "a rank" if rank is None else f"rank {rank}"
             cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-            self.failed = f"{name} (process {pid}) ended by {cause}"
-            self.code = 128 - code if code < 0 else code
+            self.failure = f"{name} (process {pid}) ended by {cause}"
+            self.exit_code = 128 - code if code < 0 else code
 
     def _find_processes(self) -> None:
         try:
@@ -175,28 +184,28 @@ class _Job:
 
 
 def _environment(plan: Plan) -> dict[str, str]:
-    """Return what msrun, and by it the ranks, get as environment."""
+    """Return the environment of msrun, which its ranks inherit."""
     ours = {k: v for k, v in plan.environment.items() if k not in SET_BY_MSRUN}
     environ = {**os.environ, **ours, "PYTHONUNBUFFERED": "1"}
     environ["PATH"] = f"{Path(_interpreter()).parent}{os.pathsep}{environ.get('PATH', '')}"
-    # msrun tells of a failed rank at level 3, error; the ranks inherit the level.
+    # msrun logs a rank's failure at level 3 (error), which a higher level would hide.
     environ["GLOG_v"] = min(environ.get("GLOG_v", "3"), "3")
     return environ
 
 
-def _explain(plan: Plan, job: _Job) -> None:
-    """Say which rank failed, why where its log tells, and where the logs are."""
-    if job.stops and job.code in (128 + signal.SIGTERM, 128 + signal.SIGINT):
-        print(f"stopped as asked; go on with --resume. Logs: {plan.logs}", file=sys.stderr)
+def _report_failure(plan: Plan, job: _Job) -> None:
+    """Print which rank failed, the last error in each rank's log, and where the logs are."""
+    if job.stop_requests and job.exit_code in (128 + signal.SIGTERM, 128 + signal.SIGINT):
+        print(f"stopped by request; continue with --resume. Logs: {plan.logs}", file=sys.stderr)
         return
-    print(f"error: {job.failed}; the other ranks were ended", file=sys.stderr)
+    print(f"error: {job.failure}; the other ranks were stopped", file=sys.stderr)
     for rank in plan.ranks:
         log = _log(plan, rank)
         lines = log.read_text("utf-8", "replace").splitlines() if log.exists() else []
-        reasons = [line for line in lines if REASON.match(line)]
-        reason = reasons[-1] if reasons else "no error of its own"
-        if plan.node_num > 1 and (not reasons or CLUSTER.search(reason)):
-            reason += ELSEWHERE
+        errors = [line for line in lines if ERROR_LINE.match(line)]
+        reason = errors[-1] if errors else "no error in its log"
+        if plan.node_num > 1 and (not errors or CLUSTER_ERROR.search(reason)):
+            reason += OTHER_HOST
         print(f"  rank {rank}: {reason}; {log}", file=sys.stderr)
 
 
@@ -205,16 +214,23 @@ def _log(plan: Plan, rank: int) -> Path:
 
 
 def _interpreter() -> str:
-    """This interpreter under one of the two names that msrun can start."""
+    """Return this interpreter's path under a name that msrun recognises: python or python3.
+
+    Raises:
+        UserError: its folder has neither.
+    """
     folder = Path(sys.executable).parent
     for name in ("python", "python3"):
         if shutil.which(name, path=str(folder)):
             return str(folder / name)
-    raise UserError(f"{folder}: no python or python3 beside {Path(sys.executable).name}")
+    raise UserError(
+        f"PYTHON={sys.executable}: msrun needs python or python3 in {folder}; use an interpreter "
+        "of a virtual environment"
+    )
 
 
 def _msrun_options(plan: Plan) -> list[str]:
-    """Return msrun's command line; it gives each rank the environment that the plan shows."""
+    """Return msrun's arguments, which give each rank the environment in the plan."""
     options = {
         "worker_num": plan.world,
         "local_worker_num": len(plan.ranks),
@@ -223,7 +239,7 @@ def _msrun_options(plan: Plan) -> list[str]:
         "master_port": plan.master_port,
         "log_dir": plan.logs,
         "join": True,
-        "tail_worker_log": -2,  # the console is ours
+        "tail_worker_log": -2,  # print nothing: _LogFollower does
     }
     if plan.bind_core is not None:
         options["bind_core"] = plan.bind_core

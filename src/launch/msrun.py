@@ -1,6 +1,7 @@
-"""msrun, which ends with all its ranks when the launcher does, be it by SIGKILL.
+"""Run msrun, and kill it and its ranks when the launcher exits for any reason, even SIGKILL.
 
-Run by path: with `python -m` or its console script msrun could import from the user's folder.
+The launcher runs this file by path: `python -m` and msrun's console script would search the
+user's working folder for modules.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import psutil
 from mindspore.parallel.cluster.run import main
 
 
-def _end_with_launcher() -> None:
-    os.read(0, 1)  # returns when the launcher, which holds the other end, is gone
+def _exit_with_launcher() -> None:
+    os.read(0, 1)  # returns when the launcher, which holds the pipe's other end, has exited
     for process in psutil.Process().children(recursive=True):
         try:
             process.kill()
@@ -23,5 +24,5 @@ def _end_with_launcher() -> None:
 
 
 if __name__ == "__main__":
-    threading.Thread(target=_end_with_launcher, daemon=True).start()
+    threading.Thread(target=_exit_with_launcher, daemon=True).start()
     main()

@@ -1,4 +1,4 @@
-"""What `scripts/run_distribute_train.sh` is asked to do, checked before anything starts."""
+"""Parse and check the arguments of scripts/run_distribute_train.sh before anything starts."""
 
 from __future__ import annotations
 
@@ -18,30 +18,28 @@ from src.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 TARGETS = ("Ascend", "GPU", "CPU")
-# Seconds, where the user sets none. HCCL's own 120 and 1836 are too short for what a rank may wait
-# for: the others' compilation before the first collective of a graph, and rank 0 saving a state.
-# Within CANN's bounds (7200 and 17340), and a multiple of 68, to which the 910 rounds down.
+# Seconds, unless the user sets them. HCCL's defaults, 120 and 1836, are too short: a rank waits for
+# the others to compile before a graph's first collective, and for rank 0 to save a state.
+# CANN allows up to 7200 and 17340; the 910 rounds the second down to a multiple of 68.
 HCCL_TIMEOUTS = {"HCCL_CONNECT_TIMEOUT": "1800", "HCCL_EXEC_TIMEOUT": "7140"}
 FIRST_PORT, LAST_PORT = 1024, 65535
 
 
 @dataclass
 class Plan:
-    """A job as this host starts it.
+    """The part of a job that this host starts.
 
     Args:
-        target: Ascend, GPU or CPU.
-        world: ranks on all hosts.
-        ranks: the ranks of this host, each with the environment that makes it that rank.
-        node_num, node_rank: hosts, and this one among them.
-        master_addr, master_port: where the first host's scheduler listens.
-        command: of every rank, after the interpreter.
+        world: number of ranks on all hosts.
+        ranks: this host's ranks, each with the environment variables that identify it.
+        node_num, node_rank: number of hosts, and index of this host.
+        master_addr, master_port: address of the scheduler, on the first host.
+        command: arguments of the Python interpreter, the same for every rank.
         logs: folder of the ranks' logs.
-        environment: set for every rank.
-        bind_core: msrun's option, by which it binds ranks to cores; None leaves it out.
+        environment: environment variables of every rank.
+        bind_core: value of msrun's --bind_core; None omits it.
     """
 
-    target: str
     world: int
     ranks: dict[int, dict[str, str]]
     node_num: int
@@ -55,20 +53,20 @@ class Plan:
 
 
 def read_plan(argv: Sequence[str], environ: Mapping[str, str], usage: str) -> tuple[Plan, bool]:
-    """The plan of a command line and its environment, and whether it is only to be shown.
+    """Return the plan for a command line and its environment, and whether --dry_run is set.
 
     Raises:
-        UserError: an argument, device, port, configuration or data that can't be used.
+        UserError: an argument, device, port, configuration or data path is invalid.
     """
     parser = argparse.ArgumentParser(usage=usage, add_help=False, allow_abbrev=False)
-    parser.error = _refuse
+    parser.error = _raise_usage_error
     parser.add_argument("--dry_run", action="store_true")
     parser.add_argument("--bind_core", nargs="?", const="True")
     parser.add_argument("config")
     parser.add_argument("data")
     parser.add_argument("devices", nargs="?")
-    own, keys = _split(list(argv))
-    arguments = parser.parse_args(own)
+    launch_words, keys = _split_arguments(argv)
+    arguments = parser.parse_args(launch_words)
     _check_bind_core(arguments.bind_core)
     target = environ.get("DEVICE_TARGET", "Ascend")
     if target not in TARGETS:
@@ -77,31 +75,34 @@ def read_plan(argv: Sequence[str], environ: Mapping[str, str], usage: str) -> tu
     logs = Path(command[-1]) / "ranks" / time.strftime("%Y%m%d-%H%M%S")
     if "RANK_TABLE_FILE" in environ:
         raise UserError(
-            "RANK_TABLE_FILE: jobs start by msrun, which needs no rank table; unset it, and give "
-            "NODE_NUM, NODE_RANK and MASTER_ADDR for several hosts"
+            "RANK_TABLE_FILE: msrun starts the ranks without a rank table; unset it, and for "
+            "several hosts set NODE_NUM, NODE_RANK and MASTER_ADDR"
         )
-    plan = _plan(target, arguments.devices, command, logs, environ)
+    plan = _build_plan(target, arguments.devices, command, logs, environ)
     if arguments.bind_core is not None:
         plan.bind_core = arguments.bind_core
-        plan.environment.pop("LOCAL_WORLD_SIZE", None)  # the cores are shared out already
+        # src.device would divide a rank's cores by it, but msrun has divided them already.
+        plan.environment.pop("LOCAL_WORLD_SIZE", None)
     if not arguments.dry_run and plan.node_rank == 0:
         _require_free(plan.master_port)
     return plan, arguments.dry_run
 
 
-def _refuse(message: str) -> None:
-    raise UserError(f"{message}; --help shows how to call it")
+def _raise_usage_error(message: str) -> None:
+    raise UserError(f"{message}; see --help")
 
 
-def _split(argv: list[str]) -> tuple[list[str], list[str]]:
-    """The script's own words, and the keys for train.py behind them."""
-    own, keys = [], []
+def _split_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split the command line into this script's arguments and the options of train.py."""
+    positional, flags, keys = [], [], []
     for word in argv:
-        is_own = word.partition("=")[0] in ("--dry_run", "--bind_core")
-        (own if is_own or not keys and not word.startswith("--") else keys).append(word)
-    return sorted(
-        own, key=lambda word: word.startswith("--")
-    ), keys  # a flag takes no word after it
+        if word.partition("=")[0] in ("--dry_run", "--bind_core"):
+            flags.append(word)
+        elif keys or word.startswith("--"):
+            keys.append(word)
+        else:
+            positional.append(word)
+    return [*positional, *flags], keys  # flags last, or --bind_core would consume a positional
 
 
 def _check_bind_core(value: str | None) -> None:
@@ -113,20 +114,24 @@ def _check_bind_core(value: str | None) -> None:
         cores = None
     if not isinstance(cores, dict) or not all(isinstance(c, list) for c in cores.values()):
         raise UserError(
-            f"--bind_core={value}: leave the value out, or give msrun's form, as "
+            f"--bind_core={value}: omit the value, or give it in msrun's form: "
             """--bind_core='{"device0": ["0-11"], "device1": ["12-23"]}'"""
         )
 
 
 def _train_command(config: str, data: str, target: str, keys: list[str]) -> list[str]:
-    """train.py with its arguments, the run's folder last; everything absolute and checked."""
+    """Return train.py and its checked arguments with absolute paths; --output DIR comes last."""
     file = next((p for p in (Path(config), ROOT / config) if p.is_file()), None)
     if file is None:
-        raise UserError(f"CONFIG {config}: no such file; give a recipe, as config/digits/*.yaml")
+        raise UserError(
+            f"CONFIG {config}: no such file; give a recipe such as config/digits/cvt_nano.yaml"
+        )
     words = ["--config", str(file.resolve())]
     if data != "-":
         if not Path(data).expanduser().exists():
-            raise UserError(f"DATA {data}: no such folder; give the data's, or - for the config's")
+            raise UserError(
+                f"DATA {data}: no such folder; give a data folder, or - for the recipe's data.path"
+            )
         words += ["--data.path", str(Path(data).expanduser().resolve())]
     keys, output = take_option(keys, "--output")
     words += ["--runtime.device", target, *keys]
@@ -136,30 +141,30 @@ def _train_command(config: str, data: str, target: str, keys: list[str]) -> list
         parser.add_argument("--accept_changes", action="store_true")
         parser.add_argument("--finetune", type=str)
 
-    parse(words, "train.py", "", add_arguments)  # finds unknown keys now, and once
+    parse(words, "train.py", "", add_arguments)  # reports an invalid key once, not once per rank
     output = Path(output or default_output(str(file)))
     return [str(ROOT / "train.py"), *words, "--output", str(output.resolve())]
 
 
-def _plan(
+def _build_plan(
     target: str, devices: str | None, command: list[str], logs: Path, environ: Mapping[str, str]
 ) -> Plan:
     node_num = _integer(environ, "NODE_NUM", 1, 1)
     node_rank = _integer(environ, "NODE_RANK", 0, 0)
     if node_rank >= node_num:
-        raise UserError(f"NODE_RANK={node_rank}: hosts count from 0 to NODE_NUM-1={node_num - 1}")
+        raise UserError(f"NODE_RANK={node_rank}: must be from 0 to NODE_NUM-1={node_num - 1}")
     if node_num > 1 and "MASTER_ADDR" not in environ:
-        raise UserError(f"NODE_NUM={node_num}: give the first host's address as MASTER_ADDR")
+        raise UserError(f"NODE_NUM={node_num}: set MASTER_ADDR to the first host's address")
     port = _integer(environ, "MASTER_PORT", 8118, FIRST_PORT)
     if port > LAST_PORT:
-        raise UserError(f"MASTER_PORT={port}: ports end at {LAST_PORT}")
-    visible = visible_devices(target, environ)
-    local = len(visible) if devices is None else _count(devices)
-    if local > len(visible) or local < 1:
-        what = "cores" if target == "CPU" else f"{target} devices"
+        raise UserError(f"MASTER_PORT={port}: must be at most {LAST_PORT}")
+    visible = len(visible_devices(target, environ))
+    local = visible if devices is None else _count(devices)
+    if not 1 <= local <= visible:
+        kind = "cores" if target == "CPU" else f"{target} devices"
         raise UserError(
-            f"DEVICE_NUM {local}: {len(visible)} {what} are visible on this host; ask for fewer, "
-            "or choose another DEVICE_TARGET (Ascend, GPU, CPU)"
+            f"DEVICE_NUM {local}: this host has {visible} visible {kind}; give a number that it "
+            "has, or set another DEVICE_TARGET (Ascend, GPU, CPU)"
         )
     first = node_rank * local
     ranks = {
@@ -178,15 +183,13 @@ def _plan(
     if target == "Ascend":
         environment.update({k: environ.get(k, v) for k, v in HCCL_TIMEOUTS.items()})
     if target == "CPU":
-        environment["LOCAL_WORLD_SIZE"] = str(local)  # src.device shares the cores out by it
-    return Plan(
-        target, world, ranks, node_num, node_rank, address, port, command, logs, environment
-    )
+        environment["LOCAL_WORLD_SIZE"] = str(local)  # src.device divides the cores by it
+    return Plan(world, ranks, node_num, node_rank, address, port, command, logs, environment)
 
 
 def _count(devices: str) -> int:
     if not devices.isdigit():
-        raise UserError(f"DEVICE_NUM {devices}: must be a number of devices on this host")
+        raise UserError(f"DEVICE_NUM {devices}: must be a whole number")
     return int(devices)
 
 
@@ -198,7 +201,7 @@ def _integer(environ: Mapping[str, str], name: str, default: int, least: int) ->
 
 
 def visible_devices(target: str, environ: Mapping[str, str]) -> list[int]:
-    """Numbers of the devices on this host; of cores on a CPU."""
+    """Return the indices of this host's devices that a job may use; on CPUs, of its cores."""
     if target == "CPU":
         affinity = getattr(os, "sched_getaffinity", None)
         return sorted(affinity(0)) if affinity else list(range(os.cpu_count() or 1))
@@ -217,5 +220,5 @@ def _require_free(port: int) -> None:
             probe.bind(("", port))
         except OSError as error:
             raise UserError(
-                f"MASTER_PORT={port}: {error.strerror}; another job runs here, or choose another"
+                f"MASTER_PORT={port}: {error.strerror}; another job may be using it: set another"
             ) from None

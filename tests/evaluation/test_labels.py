@@ -15,7 +15,7 @@ from src.data import eval_batches
 from src.data.imagenet_labels import synsets
 from src.errors import UserError
 from src.evaluation.evaluator import evaluate_checkpoint
-from src.evaluation.labels import open_labelled
+from src.evaluation.labels import open_labeled_split
 from src.training.run import train
 from src.weights import save_weights
 from tests.conftest import TINY
@@ -77,7 +77,7 @@ def test_real_equals_a_count_of_single_images(imagenet, weights, tmp_path):
 
 
 def test_grey_and_cmyk_files_are_counted_as_pillow_sees_them(imagenet):
-    source = open_labelled(config_of(imagenet), "none.ckpt").source
+    source = open_labeled_split(config_of(imagenet), "none.ckpt").source
     prepare = build_preprocessing(config_of(imagenet))
     batches = eval_batches(source, prepare.operations(source.encoded), 300, workers=1)
     prepared = np.concatenate([images for images, _ in batches.iterate(output_numpy=True)])
@@ -99,18 +99,18 @@ def test_v2_folders_are_classes_as_integers(named, tmp_path):
         Image.new("RGB", (2, 2)).save(tmp_path / str(k) / "x.png")
     names = list(synsets()) if named else None
     keys = {"val_folder": ".", "class_names": names}
-    source = open_labelled(config_of(tmp_path, labels="v2", **keys), "none.ckpt").source
+    source = open_labeled_split(config_of(tmp_path, labels="v2", **keys), "none.ckpt").source
     assert source.labels.tolist() == list(range(1000))
     assert all(source.describe(k).endswith(f"/{k}/x.png") for k in range(1000))
     assert source.class_names == synsets()
     (tmp_path / "1000").mkdir()
     with pytest.raises(UserError, match="'1000' is none of the 1000 known classes"):
-        open_labelled(config_of(tmp_path, labels="v2", **keys), "none.ckpt")
+        open_labeled_split(config_of(tmp_path, labels="v2", **keys), "none.ckpt")
 
 
 def refused(config, match):
     with pytest.raises(UserError, match=match) as caught:
-        open_labelled(config, "none.ckpt")
+        open_labeled_split(config, "none.ckpt")
     assert "\n" not in str(caught.value)
 
 
@@ -118,12 +118,12 @@ def test_a_class_of_another_set_is_named(imagenet, tmp_path, caplog):
     (tmp_path / "val").mkdir()
     for folder in (imagenet / "val").iterdir():
         (tmp_path / "val" / folder.name).symlink_to(folder)
-    open_labelled(config_of(tmp_path), "none.ckpt")
+    open_labeled_split(config_of(tmp_path), "none.ckpt")
     (tmp_path / "val" / synsets()[7]).rename(tmp_path / "val" / "n99999999")
     refused(config_of(tmp_path), f"class 7 is {synsets()[8]}, which is its 8, ImageNet's is")
     names = sorted(p.name for p in (tmp_path / "val").iterdir())
     with caplog.at_level(logging.WARNING):
-        open_labelled(config_of(tmp_path, class_names=names), "none.ckpt")
+        open_labeled_split(config_of(tmp_path, class_names=names), "none.ckpt")
     assert "right only for weights that were trained in that order" in caplog.text
     (tmp_path / "val" / "n99999999").rename(tmp_path / "away")
     refused(config_of(tmp_path), f"999 classes, not 1000: no {synsets()[7]}")
@@ -133,7 +133,7 @@ def test_a_permuted_class_order_is_noticed(imagenet, tmp_path, caplog):
     names = list(synsets())
     names[0], names[9] = names[9], names[0]
     with caplog.at_level(logging.WARNING):
-        open_labelled(config_of(imagenet, class_names=names), "none.ckpt")
+        open_labeled_split(config_of(imagenet, class_names=names), "none.ckpt")
     assert f"class 0 is {synsets()[9]}, which is its 9" in caplog.text
     real = write_real(tmp_path / "real.json", [])
     for keys in ({"labels": "real", "labels_file": real}, {"labels": "v2"}):
@@ -143,9 +143,9 @@ def test_a_permuted_class_order_is_noticed(imagenet, tmp_path, caplog):
 
 def test_keys_that_do_not_go_together_are_refused(imagenet, tmp_path):
     config = config_of(imagenet, labels="v2", classes=["1", "2"])
-    refused(config, "data.classes: ImageNet's labels v2 are of all classes")
+    refused(config, "data.classes: data.labels v2 covers all of ImageNet's classes")
     digits = dataclasses.replace(config.data, source="digits", classes=None)
-    refused(dataclasses.replace(config, data=digits), "data.source is digits; leave it out")
+    refused(dataclasses.replace(config, data=digits), "data.source is digits; remove data.labels")
     refused(config_of(imagenet, labels="real"), "--data.labels_file FILE")
     refused(config_of(imagenet, labels_file="real.json"), "add --data.labels real")
     with pytest.raises(UserError, match="give them to eval.py"):

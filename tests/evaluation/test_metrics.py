@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from src.errors import UserError
-from src.evaluation.metrics import Metrics, judge
+from src.evaluation.metrics import Metrics, score_batch
 
 
 def test_batches_add_up_to_the_whole():
@@ -45,7 +45,7 @@ def test_several_right_classes():
     rng = np.random.default_rng(0)
     logits = rng.standard_normal((60, 12))
     lists = [rng.choice(12, rng.integers(1, 4), replace=False).tolist() for _ in range(60)]
-    outcomes = judge(logits, lists)
+    outcomes = score_batch(logits, lists)
     probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     for k, (row, right) in enumerate(zip(probabilities, lists)):
         best = sorted(range(12), key=lambda label: -row[label])[:5]
@@ -54,7 +54,9 @@ def test_several_right_classes():
         assert outcomes.confidence[k] == pytest.approx(row.max())
         assert outcomes.loss[k] == pytest.approx(-np.log(row[right].sum()))
     labels = rng.integers(0, 12, 60)
-    for several, one in zip(judge(logits, labels[:, None].tolist()), judge(logits, labels)):
+    for several, one in zip(
+        score_batch(logits, labels[:, None].tolist()), score_batch(logits, labels)
+    ):
         np.testing.assert_allclose(several, one, rtol=1e-12)
-    doubled = judge(logits, [[*right, right[0]] for right in lists])
+    doubled = score_batch(logits, [[*right, right[0]] for right in lists])
     np.testing.assert_array_equal(doubled.loss, outcomes.loss)

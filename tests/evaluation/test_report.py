@@ -10,8 +10,8 @@ from PIL import Image
 from src.data.base import FileSource
 from src.errors import UserError
 from src.evaluation.evaluator import Result
-from src.evaluation.labels import Labelled
-from src.evaluation.metrics import Metrics, Outcomes, judge
+from src.evaluation.labels import LabeledSplit
+from src.evaluation.metrics import Metrics, Outcomes, score_batch
 from src.evaluation.report import calibrate, confusion_matrix, require_report, write_report
 from src.plots.confusion_matrix import draw_confusion
 from tests.conftest import run_command
@@ -67,7 +67,7 @@ def test_the_files_of_a_report(tmp_path):
     logits = np.log([[7, 1, 1, 1], [2, 6, 1, 1], [1, 8, 1, 0.1], [1, 1, 1, 97], [3, 3, 4, 1]])
     metrics = Metrics()
     outcomes = metrics.update(logits, labels)
-    images = Labelled(FileSource(files, labels, NAMES, "made up"))
+    images = LabeledSplit(FileSource(files, labels, NAMES, "made up"))
     folder = require_report(str(tmp_path / "new" / "report"), force=False)
     figures = write_report(Result(metrics, 12.0, outcomes), images, folder)
     assert figures["top1"] == 60 and figures["images"] == 5
@@ -100,9 +100,9 @@ def test_real_counts_by_its_lists(tmp_path):
     """Classes stay the folders', what is right is the lists'; the worst are worst by the lists."""
     labels, lists = np.array([0, 1], np.int32), [[1, 2], [3]]
     logits = np.log([[1, 6, 2, 1.0], [1, 6, 2, 1]])
-    outcomes = judge(logits, lists)
-    metrics = Metrics.of(np.array([[2, 1, 2, outcomes.loss.sum()]]))
-    images = Labelled(FileSource(["a.png", "b.png"], labels, NAMES, "made up"), lists)
+    outcomes = score_batch(logits, lists)
+    metrics = Metrics.from_sums(np.array([[2, 1, 2, outcomes.loss.sum()]]))
+    images = LabeledSplit(FileSource(["a.png", "b.png"], labels, NAMES, "made up"), lists)
     write_report(Result(metrics, 1.0, outcomes), images, tmp_path)
     assert table(tmp_path / "per_class.csv")[1:3] == [
         ["ant", "1", "1", "100.00"],
@@ -117,10 +117,10 @@ def test_real_counts_by_its_lists(tmp_path):
 def test_at_most_fifty_worst_images(tmp_path):
     labels = np.arange(80, dtype=np.int32) % 4
     logits = np.random.default_rng(0).standard_normal((80, 4))
-    outcomes = judge(logits, labels)
-    metrics = Metrics.of(np.array([[80, 1, 2, 3.0]]))
+    outcomes = score_batch(logits, labels)
+    metrics = Metrics.from_sums(np.array([[80, 1, 2, 3.0]]))
     files = [f"{k}.png" for k in range(80)]
-    images = Labelled(FileSource(files, labels, NAMES, "made up"))
+    images = LabeledSplit(FileSource(files, labels, NAMES, "made up"))
     write_report(Result(metrics, 1.0, outcomes), images, tmp_path)
     worst = [int(row[0][:-4]) for row in table(tmp_path / "worst_images.csv")[1:]]
     assert worst == sorted(range(80), key=lambda k: -outcomes.loss[k])[:50]
@@ -154,9 +154,9 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     "name", ["per_class.csv", "confusion_matrix.csv", "confusion_matrix.png", "figures.json"]
 )
 def test_a_report_replaces_an_earlier_one_and_nothing_of_the_users(tmp_path, name):
-    outcomes = judge(np.eye(4), np.arange(4))
-    images = Labelled(FileSource(["a.png"] * 4, np.arange(4), NAMES, "made up"))
-    result = Result(Metrics.of(np.array([[4, 4, 4, 1.0]])), 1.0, outcomes)
+    outcomes = score_batch(np.eye(4), np.arange(4))
+    images = LabeledSplit(FileSource(["a.png"] * 4, np.arange(4), NAMES, "made up"))
+    result = Result(Metrics.from_sums(np.array([[4, 4, 4, 1.0]])), 1.0, outcomes)
     write_report(result, images, require_report(str(tmp_path), force=False))
     require_report(str(tmp_path), force=False)
     (tmp_path / name).write_text("mine")

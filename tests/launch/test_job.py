@@ -110,7 +110,7 @@ def test_a_stopped_job_saves_at_one_step_and_ends_with_143(tmp_path, free_port):
         time.sleep(0.2)
     job.terminate()
     assert job.wait(timeout=60) == 128 + 15
-    assert "stopped as asked; go on with --resume" in (tmp_path / "out").read_text()
+    assert "stopped by request; continue with --resume" in (tmp_path / "out").read_text()
     (logs,) = (tmp_path / "run" / "ranks").iterdir()
     stops = []
     for rank in (0, 1):

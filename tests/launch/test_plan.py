@@ -56,21 +56,25 @@ def test_paths_with_spaces_stay_whole(tmp_path):
 @pytest.mark.parametrize(
     "argv, environ, message",
     [
-        ([RECIPE, "-", "3"], {}, "DEVICE_NUM 3: 2 Ascend devices are visible"),
+        ([RECIPE, "-", "3"], {}, "DEVICE_NUM 3: this host has 2 visible Ascend devices"),
         ([RECIPE, "-", "0"], {}, "DEVICE_NUM 0"),
-        ([RECIPE, "-", "two"], {}, "DEVICE_NUM two: must be a number"),
+        ([RECIPE, "-", "two"], {}, "DEVICE_NUM two: must be a whole number"),
         (["config/none.yaml", "-"], {}, "CONFIG config/none.yaml: no such file"),
         ([RECIPE, "/no/data"], {}, "DATA /no/data: no such folder"),
         ([RECIPE], {}, "data"),
         ([RECIPE, "-", "2", "--optimizer.l", "1"], {}, "unknown key optimizer.l: did you mean"),
         ([RECIPE, "-"], {"DEVICE_TARGET": "TPU"}, "DEVICE_TARGET=TPU: choose one of"),
-        ([RECIPE, "-"], {"NODE_NUM": "2", "NODE_RANK": "2"}, "NODE_RANK=2: hosts count from 0"),
+        (
+            [RECIPE, "-"],
+            {"NODE_NUM": "2", "NODE_RANK": "2"},
+            "NODE_RANK=2: must be from 0 to NODE_NUM-1=1",
+        ),
         ([RECIPE, "-"], {"NODE_NUM": "2"}, "MASTER_ADDR"),
         ([RECIPE, "-"], {"MASTER_PORT": "80"}, "MASTER_PORT=80"),
         ([RECIPE, "-"], {"MASTER_PORT": "70000"}, "MASTER_PORT=70000"),
         ([RECIPE, "-"], {"NODE_NUM": "x"}, "NODE_NUM=x: must be a whole number"),
-        ([RECIPE, "-"], {"RANK_TABLE_FILE": "t.json"}, "RANK_TABLE_FILE: jobs start by msrun"),
-        ([RECIPE, "-", "--bind_core=0-3"], {}, "--bind_core=0-3: leave the value out, or give"),
+        ([RECIPE, "-"], {"RANK_TABLE_FILE": "t.json"}, "RANK_TABLE_FILE: msrun starts the ranks"),
+        ([RECIPE, "-", "--bind_core=0-3"], {}, "--bind_core=0-3: omit the value, or give"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_starts(argv, environ, message):
@@ -83,7 +87,7 @@ def test_a_busy_port_is_refused():
         other.bind(("", 0))
         other.listen()
         environ = {**ASCEND, "MASTER_PORT": str(other.getsockname()[1])}
-        with pytest.raises(UserError, match="another job runs here"):
+        with pytest.raises(UserError, match="another job may be using it"):
             read_plan([RECIPE, "-", "2"], environ, "")
 
 
