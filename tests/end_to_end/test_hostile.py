@@ -110,7 +110,7 @@ RESUMES = {
     "no such state": (["--resume", "runs/a/step-1.ckpt"], "--resume runs/a/step-1.ckpt: no such"),
     "a folder that is no run": (["--resume", "."], "--resume .: no run there"),
     "a recipe's output without a run": (
-        ["--config=recipe.yaml", "--output=nowhere", "--resume"], "nowhere: no run there to resume"
+        ["--config=recipe.yaml", "--output=nowhere", "--resume"], "nowhere: no run to resume here"
     ),
     "changes accepted of nothing": (
         ["--config=recipe.yaml", "--output=run", "--accept_changes"], "--accept_changes: is for --r"

@@ -148,5 +148,5 @@ def test_keys_that_do_not_go_together_are_refused(imagenet, tmp_path):
     refused(dataclasses.replace(config, data=digits), "data.source is digits; remove data.labels")
     refused(config_of(imagenet, labels="real"), "--data.labels_file FILE")
     refused(config_of(imagenet, labels_file="real.json"), "add --data.labels real")
-    with pytest.raises(UserError, match="give them to eval.py"):
+    with pytest.raises(UserError, match="give these keys to eval.py"):
         train(config_of(imagenet, labels="v2"), tmp_path / "run")

@@ -143,7 +143,7 @@ def test_a_killed_launcher_takes_its_ranks_along_and_the_job_resumes_at_once(tmp
         [*command, "--resume", "--accept_changes", "--training.epochs=2"],
         cwd=tmp_path, env=environment(free_port), capture_output=True, text=True,
     )  # fmt: skip
-    assert again.returncode == 0 and "resumed behind epoch" in again.stdout, again.stderr
+    assert again.returncode == 0 and "resumed after epoch" in again.stdout, again.stderr
 
 
 def test_a_users_error_in_the_ranks_is_told_once_and_quickly(hostile_folder, free_port):

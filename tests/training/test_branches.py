@@ -132,7 +132,7 @@ def test_a_run_resumed_from_an_older_state_follows_it(trained, few_digits, tmp_p
     config.training.epochs = 2
     with caplog.at_level(logging.WARNING):
         train(config, tmp_path / "run", resume=states / "step-00000002.ckpt", accept_changes=True)
-    assert "set aside" in caplog.text and "abandoned-1-step-00000006.ckpt" in caplog.text
+    assert "are renamed in" in caplog.text and "abandoned-1-step-00000006.ckpt" in caplog.text
     rows = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     assert rows[0] == figures[0] and len(rows) == 2
     assert (tmp_path / "run/curves.png").stat().st_mtime_ns != curves

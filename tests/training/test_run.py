@@ -147,7 +147,7 @@ def test_fine_tuning_to_as_many_other_classes_starts_the_head_anew(trained, few_
     for run, kept in (("other", False), ("same", True)):
         tuned = ms.load_checkpoint(str(tmp_path / run / "checkpoints/best.ckpt"))
         assert np.array_equal(tuned["head.weight"].asnumpy(), source) == kept
-        assert ("the head starts anew" in (tmp_path / run / "log.txt").read_text()) != kept
+        assert ("new head: the weights" in (tmp_path / run / "log.txt").read_text()) != kept
 
 
 def test_sgd_trains(trained, few_digits, tmp_path):
@@ -168,7 +168,7 @@ def test_damaged_figures_are_written_anew_from_the_state(trained, tmp_path, caps
         figures.unlink() if text is None else figures.write_text(text)
         train(load_config(trained / "config.yaml"), tmp_path / "run", resume=True)
         assert figures.read_text() == whole
-        assert "metrics.jsonl: not what the state holds" in capsys.readouterr().out
+        assert "metrics.jsonl: differs from the state" in capsys.readouterr().out
 
 
 def test_a_run_without_a_checkpoint_starts_anew(trained, few_digits, tmp_path):
@@ -235,14 +235,14 @@ def test_more_steps_than_memory_holds_are_refused(trained, tmp_path, keys, words
 @pytest.mark.parametrize("name", ["config.yaml", "log.txt", "metrics.jsonl", "curves.png"])
 def test_files_that_no_run_wrote_are_not_replaced(trained, few_digits, tmp_path, name):
     (tmp_path / name).write_text("optimizer: {lr: 5}")
-    with pytest.raises(UserError, match=f"{name} there is not of a run and would be replaced"):
+    with pytest.raises(UserError, match=f"{name} would be overwritten"):
         train(small(trained), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [name]
     assert (tmp_path / name).read_text() == "optimizer: {lr: 5}"
 
 
 def test_resuming_nothing_leaves_no_folder(trained, tmp_path):
-    with pytest.raises(UserError, match="no run there to resume"):
+    with pytest.raises(UserError, match="no run to resume here"):
         train(small(trained), tmp_path / "a/b/run", resume=True)
     assert not list(tmp_path.iterdir())
 

@@ -66,7 +66,7 @@ def test_a_run_resumed_within_an_epoch_ends_equal(trained, few_digits, tmp_path,
     capsys.readouterr()
     train(config, tmp_path / "damaged", resume=True)
     said = capsys.readouterr().out
-    assert "step-00000006.ckpt" in said and "going back to step-00000005.ckpt" in said
+    assert "step-00000006.ckpt" in said and "resuming from step-00000005.ckpt" in said
     assert_equal_runs(tmp_path / "whole", tmp_path / "damaged")
 
 
@@ -83,7 +83,7 @@ def test_a_state_by_name_is_the_one_that_is_taken(trained, few_digits, tmp_path,
     train(config, tmp_path / "run")
     capsys.readouterr()
     train(config, tmp_path / "run", resume=tmp_path / "run/checkpoints/step-00000002.ckpt")
-    assert "resumed behind epoch 1" in capsys.readouterr().out
+    assert "resumed after epoch 1" in capsys.readouterr().out
     with pytest.raises(UserError, match="best.ckpt: "):
         train(config, tmp_path / "run", resume=tmp_path / "run/checkpoints/best.ckpt")
 
@@ -236,9 +236,9 @@ def test_a_signal_is_noted_behind_the_first_step_and_handlers_come_back():
 @pytest.mark.parametrize(
     ("before", "now", "words"),
     [
-        (Progress(workers=1), Progress(workers=2), "1 data workers until here, 2 from now on"),
-        (Progress(compiled=True), Progress(), "with compiled operators until here, without from"),
-        (Progress(), Progress(compiled=True), "without compiled operators until here, with from"),
+        (Progress(workers=1), Progress(workers=2), "data workers change from 1 to 2"),
+        (Progress(compiled=True), Progress(), "was with compiled operators and continues without"),
+        (Progress(), Progress(compiled=True), "was without compiled operators and continues with"),
         (Progress(compiled=True), Progress(compiled=True), ""),
         (Progress(**ERASING), Progress(**ERASING, device_noise=True), "noise of erased boxes"),
         (Progress(**PLAIN), Progress(**PLAIN, device_noise=True), ""),

@@ -152,7 +152,7 @@ def test_damaged_figures_are_no_result(cells, output, pretender):
 def test_a_second_study_in_the_folder_is_refused(cells, output, pretender, monkeypatch):
     run, second = StudyRun(cells, output), StudyRun(cells, output)
     monkeypatch.setattr(Trainings, "run", lambda *_, **__: second.train())
-    with pytest.raises(UserError, match="another run works in this folder"):
+    with pytest.raises(UserError, match="another run is using this folder"):
         run.train()
 
 

@@ -90,7 +90,7 @@ def killed_rank(setting: Setting) -> Finding:
     if alive:
         faults.append(f"{len(alive)} processes of the killed job still run")
     again = _Job(setting, world, port, "--resume")
-    again.wait_for("^resumed behind epoch")
+    again.wait_for("^resumed after epoch")
     again.wait_for(begun)
     again.process.send_signal(signal.SIGTERM)
     stopped, seconds_to_stop = again.end()
