@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ ENGINES = ("auto", "openvino", "onnxruntime", "mindspore")
 Run = Callable[[np.ndarray], np.ndarray]  # float32 [B, 3, H, W] -> logits [B, num_classes]
 # MindSpore 2.8 crashes where two threads run graphs at once, be they of one network or of two.
 _MINDSPORE = threading.RLock()
+_KERNEL_THREADS = ("ActorThread", "KernelThread")  # names of MindSpore's computing threads
 _first_process: int | None = None  # that MindSpore has run in
 
 
@@ -129,7 +130,7 @@ def mindspore_session(
 
     Args:
         network: a cell in evaluation mode.
-        threads: of MindSpore's CPU kernels and of the compiled operators; for the whole process.
+        threads: cores that a call may use; of the compiled operators, for the whole process.
         compiled: whether to; False runs it in the process's mode.
     """
     import mindspore as ms
@@ -137,19 +138,65 @@ def mindspore_session(
     claim_mindspore()
     _set_mindspore_threads(threads)
     run = ms.jit(network) if compiled else network
-    return Session(lambda images: run(ms.Tensor(images)).asnumpy(), "mindspore", lock=_MINDSPORE)
+    bound = _limit_cores(lambda images: run(ms.Tensor(images)).asnumpy(), threads)
+    return Session(bound, "mindspore", lock=_MINDSPORE)
 
 
 def _set_mindspore_threads(threads: int | None) -> None:
     if threads is None:
         return
-    import mindspore as ms
-
+    if not hasattr(os, "sched_setaffinity"):
+        raise UserError(
+            f"threads {threads}: MindSpore needs Linux to limit its threads; leave it out"
+        )
     from src.kernels.library import set_threads
 
     set_threads(threads)
-    with contextlib.suppress(AttributeError, RuntimeError):  # MindSpore 2.7, or set before
-        ms.device_context.cpu.op_tuning.threads_num(threads)
+
+
+def _limit_cores(run: Run, threads: int | None) -> Run:
+    """Restrict MindSpore's threads to `threads` cores while `run` runs.
+
+    MindSpore 2.8 uses the same two threads whatever `op_tuning.threads_num`,
+    `runtime.dispatch_threads_num` and `runtime_num_threads` say, so their affinity is set instead.
+    """
+    if threads is None:
+        return run
+
+    def bound(images: np.ndarray) -> np.ndarray:
+        cores = os.sched_getaffinity(0)
+        few = sorted(cores)[:threads]
+        if len(few) == len(cores):
+            return run(images)
+        before = {
+            task: name for task, name in _thread_names().items() if name.startswith(_KERNEL_THREADS)
+        }
+        own = threading.get_native_id()
+        try:
+            for task in (own, *before):
+                _set_cores(task, few)
+            return run(images)
+        finally:
+            # Threads started during the call have inherited its cores.
+            for task, name in _thread_names().items():
+                if task == own or name.startswith(_KERNEL_THREADS):
+                    _set_cores(task, cores)
+
+    return bound
+
+
+def _thread_names() -> dict[int, str]:
+    """Return the names of this process's threads by their ids."""
+    found = {}
+    for task in os.listdir("/proc/self/task"):
+        with contextlib.suppress(OSError):  # the thread has ended
+            found[int(task)] = Path(f"/proc/self/task/{task}/comm").read_text()
+    return found
+
+
+def _set_cores(task: int, cores: Iterable[int]) -> None:
+    with contextlib.suppress(OSError):  # it ended
+        os.sched_setaffinity(task, cores)
 
 
 def _open_mindspore(path: Path, threads: int | None) -> Session:
@@ -162,7 +209,8 @@ def _open_mindspore(path: Path, threads: int | None) -> Session:
             graph = ms.nn.GraphCell(ms.load(str(path)))
     except (RuntimeError, ValueError, TypeError) as error:
         raise UserError(f"{path}: damaged, or no MINDIR file ({_reason(error)})") from error
-    return Session(lambda images: graph(ms.Tensor(images)).asnumpy(), "mindspore", path, _MINDSPORE)
+    bound = _limit_cores(lambda images: graph(ms.Tensor(images)).asnumpy(), threads)
+    return Session(bound, "mindspore", path, _MINDSPORE)
 
 
 def _open_onnxruntime(path: Path, threads: int | None) -> Session:

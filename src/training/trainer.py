@@ -167,7 +167,8 @@ class Trainer:
             done = progress.position + len(pending)
             if not self.compiled:
                 result[0].asnumpy()  # waits for the first step, which compiles
-                self.compiled, start, timed = True, time.perf_counter(), 0
+                self.compiled, timed = True, 0
+                start = last_logged = time.perf_counter()
                 self.stop_signal.defer_signals()
             if self.stop_signal.should_stop():
                 self._record_losses(pending)

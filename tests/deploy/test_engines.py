@@ -2,12 +2,13 @@
 
 import os
 import threading
+import time
 from pathlib import Path
 
 import mindspore as ms
 import numpy as np
 import pytest
-from mindspore import Tensor, nn
+from mindspore import Tensor, nn, ops
 
 from src.deploy import contents, engines
 from src.deploy.engines import Session, mindspore_session, open_model
@@ -85,6 +86,55 @@ def test_an_engine_computes_the_product(files, images, weight, engine, threads):
     found = session(images)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, images.reshape(3, -1) @ weight, rtol=1e-4, atol=1e-4)
+
+
+def test_mindspore_threads_are_limited_during_a_call(files, images):
+    """Fails if a MindSpore version renames its threads, which are found by name."""
+    cores = os.sched_getaffinity(0)
+    session = open_with(files, "mindspore")
+    session(images)
+
+    def affinity():
+        computing = [
+            t
+            for t, name in engines._thread_names().items()
+            if name.startswith(engines._KERNEL_THREADS)
+        ]
+        assert computing
+        own = threading.get_native_id()
+        return {frozenset(os.sched_getaffinity(task)) for task in (own, *computing)}
+
+    assert engines._limit_cores(lambda _: affinity(), 1)(images) == {frozenset([min(cores)])}
+    assert affinity() == {frozenset(cores)}
+
+
+class Heavy(nn.Cell):
+    """Enough products to keep every thread of MindSpore busy."""
+
+    def construct(self, images):
+        rows = ops.tile(ops.reshape(images, (1, -1)), (512, 1))
+        for _ in range(20):
+            rows = ops.tanh(ops.matmul(rows, ops.transpose(rows, (1, 0)))[:, :432] * 1e-3)
+        return rows[:1]
+
+
+@pytest.mark.all_cores
+@pytest.mark.parametrize("kind", ["network", "mindir"])
+def test_one_thread_takes_one_core(tmp_path, kind):
+    images = np.random.default_rng(0).standard_normal((1, 3, 12, 12)).astype(np.float32)
+    if kind == "network":
+        session = mindspore_session(Heavy().set_train(False), 1)
+    else:
+        ms.export(
+            Heavy(), ms.Tensor(images), file_name=str(tmp_path / "heavy"), file_format="MINDIR"
+        )
+        session = open_model(tmp_path / "heavy.mindir", "mindspore", threads=1)
+    session(images)
+    processor, wall = time.process_time(), time.perf_counter()
+    while time.perf_counter() - wall < 2:
+        session(images)
+    processor, wall = time.process_time() - processor, time.perf_counter() - wall
+    assert processor < 1.15 * wall
 
 
 @pytest.mark.parametrize("engine", ENGINES)
