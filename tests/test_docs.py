@@ -114,7 +114,8 @@ class Reader:
         self.read(done.stdout)
 
     def program(self, name: str, words: list[str]) -> None:
-        if name == "serve.py":  # tests/test_served.py runs it
+        if name == "examples/segmentation.py":  # takes no arguments; test_segmentation.py runs it
+            assert not words, words
             return
         assert (ROOT / name).is_file(), name
         self.furnish(words, "runs")
@@ -240,12 +241,6 @@ def test_yaml_is_a_recipe(page, tmp_path):
             parse(["--config", str(file)], "-m tools.study", "", lambda _: None, schema=Study)
         else:
             assert load_config(file).model.name in list_models()
-
-
-def test_the_pyramid_example_learns(tmp_path):
-    (code,) = fences(ROOT / "docs/features.md", "python")
-    first, last = re.search(r"loss ([\d.]+) -> ([\d.]+)", run_code(code, tmp_path)).groups()
-    assert float(last) < 0.6 * float(first)
 
 
 def test_the_additions_of_contributing_work(tmp_path):

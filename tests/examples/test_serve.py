@@ -1,8 +1,7 @@
-"""The served example of docs/deploy.md, as it is printed there."""
+"""The HTTP service, run as a program."""
 
 import http.client
 import json
-import re
 import socket
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from PIL import Image
 
 from src.data.samples import write_samples
 from src.deploy import Predictor
-from tests.conftest import ROOT
+from tests.conftest import ROOT, run_command
 
 
 def post(port: int, content: bytes):
@@ -31,14 +30,12 @@ def server(trained, tmp_path_factory):
     pytest.importorskip("fastapi")
     pytest.importorskip("uvicorn")
     folder = tmp_path_factory.mktemp("served")
-    page = (ROOT / "docs/deploy.md").read_text()
-    code = re.search(r"```python\n(import sys\n.*?)```", page, re.S)[1]
-    (folder / "serve.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{code}")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with open(folder / "log.txt", "w") as log:
-        command = [sys.executable, "serve.py", str(trained / "checkpoints/best.ckpt"), str(port)]
+        program, model = ROOT / "examples/serve.py", trained / "checkpoints/best.ckpt"
+        command = [sys.executable, str(program), f"--model={model}", f"--port={port}"]
         process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
     try:
         for _ in range(240):
@@ -68,7 +65,7 @@ def test_an_image_is_classified_over_http(server, trained, digits):
     assert found[0]["probability"] == pytest.approx(expected[0].probability, abs=1e-4)
     with pytest.raises(urllib.error.HTTPError, match="422"):
         post(server, b"no image")
-    assert len(post(server, digit.read_bytes())) == 2, "it goes on after a bad image"
+    assert len(post(server, digit.read_bytes())) == 2, "a bad image must not end the service"
 
 
 def test_eight_clients_at_once(server, digits):
@@ -80,7 +77,7 @@ def test_eight_clients_at_once(server, digits):
 
 
 def test_a_large_body_is_not_read_to_its_end(server, digits):
-    """Told a gigabyte, the server answers 413 after the first ten megabytes."""
+    """A request that declares a gigabyte gets status 413 after the first ten megabytes."""
     connection = http.client.HTTPConnection("127.0.0.1", server, timeout=60)
     connection.putrequest("POST", "/classify")
     connection.putheader("Content-Length", str(10**9))
@@ -103,3 +100,11 @@ def test_an_image_with_too_many_pixels(server, tmp_path):
     with pytest.raises(urllib.error.HTTPError, match="422"):
         post(server, (tmp_path / "big.png").read_bytes())
     assert time.monotonic() - start < 2
+
+
+def test_a_missing_model_is_one_line(tmp_path):
+    pytest.importorskip("fastapi")
+    done = run_command("examples/serve.py", "--model=none.mindir", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "none.mindir: no such file" in done.stderr
+    assert len(done.stderr.splitlines()) == 1

@@ -1,0 +1,78 @@
+"""Classify images over HTTP.
+
+pip install fastapi uvicorn
+python examples/serve.py --model mine.mindir [--port 8000]
+curl --data-binary @photo.jpg http://127.0.0.1:8000/classify?top_k=1
+"""
+
+import sys
+from pathlib import Path
+
+from jsonargparse.typing import PositiveInt
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from src.cli import parse  # noqa: E402
+from src.device import prepare_environment  # noqa: E402
+from src.errors import UserError, executable  # noqa: E402
+
+MAX_BYTES = 10_000_000  # of a request
+MAX_PIXELS = 25_000_000  # of an image
+MAX_CONNECTIONS = 32
+
+
+def build_app(predictor):
+    """Build the application: POST /classify takes a file's content and returns its best classes.
+
+    Args:
+        predictor: a `src.deploy.Predictor`.
+    """
+    from fastapi import Depends, FastAPI, HTTPException, Request
+
+    app = FastAPI()
+
+    async def read_body(request: Request) -> bytes:
+        content = bytearray()
+        async for chunk in request.stream():
+            content += chunk
+            if len(content) > MAX_BYTES:
+                raise HTTPException(413, f"more than {MAX_BYTES} bytes")
+        return bytes(content)
+
+    # A plain function: FastAPI runs it in a thread and serves other requests meanwhile.
+    @app.post("/classify")
+    def classify(content: bytes = Depends(read_body), top_k: int = 5) -> list[dict]:
+        result = next(predictor.stream([content], top_k))
+        if isinstance(result, UserError):
+            raise HTTPException(422, str(result))
+        return [candidate._asdict() for candidate in result]
+
+    return app
+
+
+@executable
+def main(argv: list[str]) -> None:
+    """Serve until Ctrl-C."""
+
+    def add_arguments(parser) -> None:
+        parser.add_argument(
+            "--model", type=str, required=True, help="an exported file, weights or a run's folder"
+        )
+        parser.add_argument("--port", type=PositiveInt, default=8000, help="to listen on")
+
+    description = "Classify images over HTTP."
+    _, arguments = parse(argv, "examples/serve.py", description, add_arguments, schema=None)
+    prepare_environment()
+    try:
+        import fastapi  # noqa: F401
+        import uvicorn
+    except ImportError:
+        raise UserError("examples/serve.py needs FastAPI: pip install fastapi uvicorn") from None
+    from src.deploy import Predictor
+
+    app = build_app(Predictor(arguments.model, batch_size=1, max_pixels=MAX_PIXELS))
+    uvicorn.run(app, host="127.0.0.1", port=arguments.port, limit_concurrency=MAX_CONNECTIONS)
+
+
+if __name__ == "__main__":
+    main()
