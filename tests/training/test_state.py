@@ -26,7 +26,7 @@ ERASING, PLAIN = ({"settings": {"augment.erasing_prob": p}} for p in (0.25, 0.0)
 
 def dying(monkeypatch, calls):
     """Let the training step fail at its call of this number, as a lost machine would."""
-    real, seen = TrainStep.take, []
+    real, seen = TrainStep.run_batch, []
 
     def take(self, *arguments):
         seen.append(1)
@@ -34,7 +34,7 @@ def dying(monkeypatch, calls):
             raise KeyboardInterrupt
         return real(self, *arguments)
 
-    monkeypatch.setattr(TrainStep, "take", take)
+    monkeypatch.setattr(TrainStep, "run_batch", take)
 
 
 def flip(path):
@@ -127,13 +127,13 @@ def test_a_state_that_is_not_finite_is_not_saved(trained, tmp_path):
 
 def test_bad_batches_are_skipped_where_told_so(trained, few_digits, tmp_path, monkeypatch, capsys):
     """The first step's learning rate is harmless; its images are not numbers."""
-    real, seen = TrainStep.take, []
+    real, seen = TrainStep.run_batch, []
 
     def take(self, images, *rest):
         seen.append(1)
         return real(self, images * float("nan") if len(seen) == 2 else images, *rest)
 
-    monkeypatch.setattr(TrainStep, "take", take)
+    monkeypatch.setattr(TrainStep, "run_batch", take)
     config = small(trained, training__batch_size=25, training__epochs=1)
     with pytest.raises(UserError, match=r"step 2: the loss is nan.*image \d+ of.* and 22 more"):
         train(config, tmp_path / "stops")
