@@ -130,7 +130,7 @@ def test_fine_tuning_starts_from_the_weights_with_a_new_head(trained, few_digits
     assert "head" in (tmp_path / "tuned" / "log.txt").read_text()
     resolved = load_config(tmp_path / "tuned" / "config.yaml")
     assert (resolved.model.num_classes, resolved.data.class_names) == (3, ["7", "2", "5"])
-    with pytest.raises(UserError, match="give one"):
+    with pytest.raises(UserError, match="give only one"):
         train(config, tmp_path / "tuned", resume=True, finetune=str(weights))
 
 
