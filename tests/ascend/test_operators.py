@@ -32,7 +32,8 @@ def test_the_graphs_are_whole(graphs):
     assert step["Conv2D"] == step["Conv2DBackpropFilter"] == 3 + 4 * 3
     assert step["BatchNormGrad"] == 4 * 3 and step["SoftmaxBackward"] == 4
     parameters = step["Adam"]
-    assert step["Square"] == parameters == 117 and step["Assign"] > parameters
+    assert parameters == 117 and step["Assign"] > parameters
+    assert step["Square"] == 1  # of the packed gradients
     assert step["BitwiseXor"] and step["ClampScalar"]
     flash = graphs["training-sgd-float16-flash"].primitives
     assert flash["ApplyMomentum"] == parameters and not flash["BatchMatMul"]
