@@ -223,7 +223,10 @@ def test_too_few_images_for_a_batch(trained, tmp_path):
     "keys, words",
     [
         ({"training__epochs": 2**31 - 1}, "training.epochs 2147483647: .* steps, more than"),
-        ({"training__epoch_steps": 2**31 - 1}, "training.epoch_steps 2147483647: an epoch of .* images"),
+        (
+            {"training__epoch_steps": 2**31 - 1},
+            "training.epoch_steps 2147483647: an epoch of .* images",
+        ),
     ],
 )
 def test_more_steps_than_memory_holds_are_refused(trained, tmp_path, keys, words):
