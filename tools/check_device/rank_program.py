@@ -65,7 +65,7 @@ def training(ranks: Any, _: float) -> dict[str, Any]:
     """Twenty steps with drop path, clipping and shared BatchNorm statistics."""
     from mindspore import Tensor
 
-    from src.build import accelerate
+    from src.build import accelerate, compiled_library
     from src.config import RuntimeConfig
     from src.models.sync_batchnorm import synchronise_batchnorm
     from src.training.loss import LabelSmoothingCrossEntropy
@@ -86,6 +86,7 @@ def training(ranks: Any, _: float) -> dict[str, Any]:
         clip_norm=CLIP_NORM,
         rank=ranks.rank,
         world=ranks.world,
+        library=compiled_library(RuntimeConfig()),
     ).set_train(True)
     rng, losses, norms = np.random.default_rng(0), [], []
     for number in range(STEPS):
@@ -100,7 +101,7 @@ def training(ranks: Any, _: float) -> dict[str, Any]:
     checksum = 0
     for parameter in step.get_parameters():
         checksum = zlib.crc32(parameter.asnumpy(), checksum)
-    messages = len(step.reduce_gradients.bounds) + 1 if ranks.world > 1 else 0
+    messages = len(step.updates.buckets.bounds) + 1 if ranks.world > 1 else 0
     milliseconds = (time.perf_counter() - start) / (STEPS - 1) * 1000
     return {
         "losses": losses, "norms": norms, "checksum": checksum, "messages": messages,

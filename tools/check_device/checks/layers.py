@@ -7,6 +7,8 @@ from collections.abc import Iterable
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
+from src.build import compiled_library
+from src.config import RuntimeConfig
 from src.models.attention import ScaledDotProductAttention
 from src.models.depthwise import ShiftedDepthwise
 from src.models.layers import BatchNorm2d, FrontToken, LayerNorm, QuickGELU, conv2d
@@ -211,7 +213,8 @@ def adamw(setting: Setting) -> Finding:
     start = [net.weight.asnumpy().copy(), net.bias.asnumpy().copy()]
     optimizer = AdamW(net.trainable_params(), (0.9, 0.999), ADAMW_EPS, ADAMW_DECAY)
     rates = np.full(ADAMW_STEPS, ADAMW_LR, np.float32)
-    step = TrainStep(net, _Identity(), optimizer, rates).set_train(True)
+    library = compiled_library(RuntimeConfig())
+    step = TrainStep(net, _Identity(), optimizer, rates, library=library).set_train(True)
     sizes = np.where(np.arange(64) % 2, 1e-8, 1.0)
     gradients = [(noise(2, 64, seed=i) * sizes).astype(np.float32) for i in range(ADAMW_STEPS)]
     for gradient in gradients:

@@ -39,7 +39,7 @@ def measure(device: str, profile: Path | None, form: str = "conv") -> dict[str, 
     """Time a step; profile: where to write a profile of it, None takes none."""
     from mindspore import Tensor
 
-    from src.build import accelerate, set_precision
+    from src.build import accelerate, compiled_library, set_precision
     from src.config import IMAGENET_MEAN, IMAGENET_STD, RuntimeConfig
     from src.models import create_model
     from src.training.loss import LabelSmoothingCrossEntropy
@@ -49,7 +49,8 @@ def measure(device: str, profile: Path | None, form: str = "conv") -> dict[str, 
 
     precision = "float32" if device == "CPU" else "float16"
     net = set_precision(create_model("cvt_13", 1000, drop_path_rate=(0, 0, 0.1)), precision)
-    accelerate(net, RuntimeConfig(precision=precision, depthwise=form))
+    runtime = RuntimeConfig(precision=precision, depthwise=form)
+    accelerate(net, runtime)
     step = TrainStep(
         net,
         LabelSmoothingCrossEntropy(0.1),
@@ -57,6 +58,7 @@ def measure(device: str, profile: Path | None, form: str = "conv") -> dict[str, 
         np.full(1000, 1e-4, np.float32),
         loss_scale=1.0 if precision == "float32" else 1024.0,
         preprocess=Preprocess((IMAGE, IMAGE), IMAGENET_MEAN, IMAGENET_STD),
+        library=compiled_library(runtime),
     ).set_train(True)
     batch = BATCHES[device]
     pixels = np.random.default_rng(0).integers(256, size=(batch, IMAGE, IMAGE, 3))

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from mindspore import Tensor
 
-from src.build import accelerate
+from src.build import accelerate, compiled_library
 from src.config import RuntimeConfig
 from src.models import create_model
 from src.training.loss import LabelSmoothingCrossEntropy
@@ -52,6 +52,7 @@ def _step() -> tuple[TrainStep, dict[str, np.ndarray]]:
         clip_norm=1.0,
         ema_net=ema_net,
         ema_decay=0.9,
+        library=compiled_library(RuntimeConfig()),
     ).set_train(True)
     ema_net.set_train(False)
     return step, training.everything(step)

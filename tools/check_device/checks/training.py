@@ -16,7 +16,7 @@ import numpy as np
 from mindspore import Tensor
 
 from src.arithmetic import FIXED_SCALE, overflows_to_infinity
-from src.build import accelerate, set_precision
+from src.build import accelerate, compiled_library, set_precision
 from src.config import RuntimeConfig
 from src.launch.job import REASON
 from src.training.loss import LabelSmoothingCrossEntropy
@@ -48,10 +48,10 @@ def batches(count: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 def make_step(precision: str = "float32", **options) -> TrainStep:
     """The step of the official trajectory."""
+    runtime = RuntimeConfig(precision=precision)
 
     def network():
-        net = set_precision(official.model(TRAJECTORY), precision)
-        return accelerate(net, RuntimeConfig(precision=precision))
+        return accelerate(set_precision(official.model(TRAJECTORY), precision), runtime)
 
     net = network()
     if "ema_decay" in options:
@@ -65,6 +65,7 @@ def make_step(precision: str = "float32", **options) -> TrainStep:
     )
     rates = np.full(2 * STEPS, TRAJECTORY["lr"], np.float32)
     loss = LabelSmoothingCrossEntropy(TRAJECTORY["label_smoothing"])
+    options["library"] = compiled_library(runtime)
     step = TrainStep(net, loss, optimizer, rates, **options).set_train(True)
     if step.ema_net is not None:
         step.ema_net.set_train(False)
