@@ -18,7 +18,7 @@ from mindspore import Tensor
 from src.arithmetic import FIXED_SCALE, overflows_to_infinity
 from src.build import accelerate, compiled_library, set_precision
 from src.config import RuntimeConfig
-from src.launch.job import REASON
+from src.launch.job import ERROR_LINE
 from src.training.loss import LabelSmoothingCrossEntropy
 from src.training.optimizer import AdamW
 from src.training.train_step import FIRST_DYNAMIC_SCALE, TrainStep
@@ -174,7 +174,7 @@ def wait_for_cpu(process: subprocess.Popen) -> None:
 def last_line(text: str) -> str:
     """The last line that names an error; where none does, the last one that is no [INFO]."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    errors = [line for line in lines if REASON.match(line)]
+    errors = [line for line in lines if ERROR_LINE.match(line)]
     words = errors or [line for line in lines if not line.startswith("[INFO]")]
     return words[-1][:300] if words else "no message"
 
