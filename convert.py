@@ -54,7 +54,8 @@ def main(argv: list[str]) -> None:
     prepare_environment()
     log_to()
     from src.deploy.convert import convert
-    from src.weights import sha256_of, weight_files
+    from src.files import sha256_of
+    from src.weights import weight_files
 
     files = weight_files(source)
     if target.resolve() in (file.resolve() for file in files):

@@ -23,6 +23,7 @@ from src.yaml_reader import MOST_BYTES, read_yaml
 
 CONFIG = "config.yaml"  # in a run's folder
 _HEADER = "# Written by train.py"  # first line of a run's config.yaml
+_END = "# End"  # last line; earlier versions end with a checksum, also a comment
 
 _read_yaml = get_loader("yaml")
 
@@ -76,7 +77,7 @@ def _one_line(message: str, known: Sequence[str]) -> str:
     message = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", message).replace("typing.", "")
     union = re.match(r"(\S+) Does not .*Subtypes: \[(.*)\] Errors: .*Given value: (.*)", message)
     names = re.match(r"(\S+) Does not .* Not of type ClassNames: (.*?) - Expected a", message)
-    if names:
+    if names and union:
         message = f"{names[1]} {names[2]}. Got value: {shown(union[3])}"
     elif union:
         message = f"{union[1]} Expected one of {union[2]}. Got value: {shown(union[3])}"
@@ -133,7 +134,7 @@ def save_config(config: Config, path: Path) -> None:
     """Write every key of a resolved configuration as YAML that `load_config` reads back."""
     plain = dataclasses.asdict(config, dict_factory=_plain)
     text = yaml.dump(plain, Dumper=_Quoting, sort_keys=False, allow_unicode=True)
-    write_text(f"{_HEADER}\n{text}", path)
+    write_text(f"{_HEADER}\n{text}{_END}\n", path)
 
 
 def add_keys(parser: ConfigParser, schema: type) -> None:
@@ -197,6 +198,8 @@ def _check_mapping(path: Path, schema: type) -> None:
     except (ValueError, yaml.YAMLError) as error:  # ValueError: also of a date that is none
         reason = shown(" ".join(str(error).split()), 200)
         raise UserError(f"--config {path}: no valid YAML: {reason}") from None
+    if text.startswith(_HEADER) and not text.splitlines()[-1].startswith("# "):
+        raise UserError(f"--config {path}: cut off, its last line is missing; restore the file")
     if not isinstance(content, dict):
         raise UserError(
             f"--config {path}: expected keys and values, found {type(content).__name__}"

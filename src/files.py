@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import hashlib
 import io
 import json
 import os
@@ -166,3 +167,13 @@ def _flush_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def sha256_of(path: str | Path, *more: str | Path) -> str:
+    """Return the SHA-256 in hexadecimal of one file, or of several files concatenated."""
+    digest = hashlib.sha256()
+    for each in (path, *more):
+        with open(each, "rb") as file:
+            for block in iter(lambda file=file: file.read(1 << 20), b""):
+                digest.update(block)
+    return digest.hexdigest()

@@ -48,12 +48,13 @@ def test_a_key_of_a_saved_configuration_can_be_edited(tmp_path):
     file = tmp_path / "config.yaml"
     save_config(Config(), file)
     text = file.read_text()
-    assert "weight_decay: 0.05" in text
-    file.write_text(text.replace("weight_decay: 0.05", "weight_decay: 0.06"))
+    assert '"weight_decay": 0.05' in text
+    file.write_text(text.replace('"weight_decay": 0.05', '"weight_decay": 0.06'))
     assert load_config(file).optimizer.weight_decay == 0.06
-    file.write_text(text[: len(text) // 2])
-    with pytest.raises(UserError, match="config.yaml"):
-        load_config(file)
+    for lines in range(1, text.count("\n")):
+        file.write_text("".join(text.splitlines(keepends=True)[:lines]))
+        with pytest.raises(UserError, match="config.yaml: cut off" if lines > 1 else "config.yaml"):
+            load_config(file)
 
 
 def test_a_saved_configuration_reads_back_equal(tmp_path):

@@ -10,6 +10,7 @@ from typing import Any
 from mindspore.mindrecord import FileWriter
 
 from src.errors import UserError
+from src.files import sha256_of
 
 _AGAIN = "convert it again with tools.records, or copy it again"
 _SCHEMA = {"image": {"type": "bytes"}, "file": {"type": "string"}, "label": {"type": "int32"}}
@@ -92,12 +93,3 @@ def head_of(path: Path) -> str:
     """SHA-256 of the first 64 KiB: MindRecord's header, with our mark in its description."""
     with open(path, "rb") as file:
         return hashlib.sha256(file.read(1 << 16)).hexdigest()
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a whole file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()

@@ -18,8 +18,8 @@ from src.deploy.engines import Run, open_model
 from src.deploy.quantize import quantize, require_quantizer
 from src.deploy.writers import checking_engines, require, write_model
 from src.errors import UserError
-from src.files import replacing, write_json
-from src.weights import load_weights, sha256_of, weight_files
+from src.files import replacing, sha256_of, write_json
+from src.weights import load_weights, weight_files
 
 logger = logging.getLogger("cvt")
 CHECKED_IMAGES = 16

@@ -1,8 +1,7 @@
-"""The compiled operators that read or update many tensors at once, in place.
+"""Compiled operators that read or update many tensors in one launch, in place.
 
-A training step of `cvt_nano` has 141 parameters or more. With operators of their own (square, sum,
-scale, decay, Adam, average) they make a thousand launches, which take as long as a small batch.
-Here each of these is one launch for all of them.
+`cvt_nano` has 141 parameters. Separate operators for each (square, sum, scale, decay, Adam,
+average) make about a thousand launches per step, which take as long as a small batch.
 """
 
 from __future__ import annotations
@@ -22,16 +21,16 @@ READ, WRITE = signature.sig_rw.RW_READ, signature.sig_rw.RW_WRITE
 def _in_place(
     library: Path, name: str, *arguments: tuple, shape: Callable = lambda *_: [1]
 ) -> ops.Custom:
-    """Create an operator that changes some of its arguments where they lie.
+    """Create an operator that changes some of its arguments in place.
 
-    The signature passes parameters by reference. The side effect keeps the operator in order with
-    all others that read or write them, as with MindSpore's own optimizers.
+    The signature passes parameters by reference. The declared side effect orders the operator with
+    all others that read or write them, as in MindSpore's own optimizers.
 
     Args:
         library: the compiled library.
         name: function of the library.
-        arguments: (READ or WRITE, how many) of consecutive arguments.
-        shape: from the shapes of the inputs to that of the output.
+        arguments: (READ or WRITE, count) for each run of consecutive arguments.
+        shape: maps the shapes of the inputs to the shape of the output.
     """
     made = ops.Custom(f"{library}:{name}", shape, lambda *_: mstype.float32, func_type="aot")
     made.add_prim_attr("side_effect_mem", True)
@@ -41,7 +40,7 @@ def _in_place(
 
 
 class GradientNorm(nn.Cell):
-    """Global L2 norm; not finite where a gradient is not."""
+    """Global L2 norm of the gradients; not finite if a gradient is not finite."""
 
     def __init__(self, library: Path) -> None:
         super().__init__(auto_prefix=False)
@@ -94,27 +93,27 @@ class Update(nn.Cell):
 
 
 class MovingAverage(nn.Cell):
-    """averages = decay * averages + (1 - decay) * values, for `number` pairs."""
+    """Compute averages = decay * averages + (1 - decay) * values for `number` pairs."""
 
     def __init__(self, library: Path, number: int) -> None:
         super().__init__(auto_prefix=False)
-        # Values count as written, so that no copy is made of a parameter that a later step changes.
+        # Values are declared as written: otherwise a copy is made of each parameter.
         self.update = _in_place(library, "moving_average", (READ, 1), (WRITE, 2 * number))
 
     def construct(self, decay: Tensor, averages: tuple, values: tuple) -> Tensor:
-        """decay: a float32 scalar, 1 where nothing is to change."""
+        """Update in place; decay is a float32 scalar, 1 to change nothing."""
         return self.update(decay, *values, *averages)
 
 
 class AddGradients(nn.Cell):
-    """sums = keep * sums + gradients, for `number` pairs, whatever the sums are if keep is 0."""
+    """Compute sums = keep * sums + gradients for `number` pairs; keep = 0 discards NaN too."""
 
     def __init__(self, library: Path, number: int) -> None:
         super().__init__(auto_prefix=False)
         self.add = _in_place(library, "add_gradients", (READ, 1 + number), (WRITE, number))
 
     def construct(self, keep: Tensor, sums: tuple, gradients: tuple) -> Tensor:
-        """keep: float32 scalar, 0 or 1."""
+        """Update in place; keep is a float32 scalar, 0 or 1."""
         return self.add(keep, *gradients, *sums)
 
 
@@ -126,18 +125,18 @@ class Statistics(nn.Cell):
         self.read = _in_place(
             library,
             "pack",
-            (WRITE, number),  # by reference: a read would copy each one before it is changed
+            (WRITE, number),  # by reference: READ would copy each one
             shape=lambda *shapes: [sum(math.prod(shape) for shape in shapes)],
         )
         self.write = _in_place(library, "settle", (READ, 3), (WRITE, number))
 
     def construct(self, statistics: tuple) -> Tensor:
-        """A copy of all of them, float32 [n]."""
+        """Return a copy of all statistics, float32 [n]."""
         return self.read(*statistics)
 
     def settle(self, finite: Tensor, before: Tensor, after: Tensor, statistics: tuple) -> Tensor:
-        """Set them to `after` [n], or to `before` [n] where that, or `finite`, is not finite.
+        """Set the statistics to `after` [n], or to `before` [n] where `after` is not finite.
 
-        finite: float32 scalar, 0 or 1.
+        With finite = 0 (a float32 scalar, 0 or 1) all are set to `before`.
         """
         return self.write(finite, before, after, *statistics)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from src.config import Config
 from src.errors import UserError, shown
+from src.files import sha256_of
 from src.training.state import (
     BEST,
     LAST,
@@ -25,7 +26,6 @@ from src.training.state import (
     step_of,
 )
 from src.training.train_step import TrainStep
-from src.weights import sha256_of
 
 logger = logging.getLogger("cvt")
 _ABANDONED = re.compile(r"abandoned-(\d+)-.+")

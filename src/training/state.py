@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 
 from src.errors import UserError
-from src.files import remove_unfinished, replacing
+from src.files import remove_unfinished, replacing, sha256_of
 from src.training.train_step import TrainStep
-from src.weights import load_state, save_checkpoint, sha256_of
+from src.weights import load_state, save_checkpoint
 
 logger = logging.getLogger("cvt")
 LAST, BEST = "last.ckpt", "best.ckpt"

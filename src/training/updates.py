@@ -1,8 +1,8 @@
-"""What a training step does to all parameters alike: in MindSpore's operators, or in compiled ones.
+"""The part of a training step that treats all parameters alike: norm, update, average.
 
-Both classes have the same methods. `PlainUpdates` packs the gradients into a few buckets, so that
-the norm, the scaling and the sums over parts are a few launches; the optimizer has one or more for
-each parameter. `CompiledUpdates` has one for all parameters.
+Two classes have the same methods. `PlainUpdates` uses MindSpore's operators; it packs the gradients
+into a few buckets, so the norm, the scaling and the sums over parts take a few launches, and the
+optimizer takes one or more for each parameter. `CompiledUpdates` takes one launch for all.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from src.kernels import update
 from src.training.buckets import Buckets, begins, pack, unpack
 from src.training.optimizer import SGD, AdamW
 
-ROW = 1024  # elements that are summed at once: a sum of millions in float32 loses digits
+ROW = 1024  # elements per partial sum: summing millions in float32 loses digits
 
-_times = ops.MulNoNan()  # 0 where a factor is 0, whatever the other is
+_times = ops.MulNoNan()  # 0 if a factor is 0, even if the other is NaN
 _square_sum = ops.MultitypeFuncGraph("square_sum")
 _scale = ops.MultitypeFuncGraph("scale")
 _average = ops.MultitypeFuncGraph("average")
@@ -56,12 +56,12 @@ def _accumulate_tensor(keep, total, gradient):
 
 
 class PlainUpdates(nn.Cell):
-    """In MindSpore's operators, on any device.
+    """Updates with MindSpore's operators, on any device.
 
     Args:
-        optimizer: over the trainable parameters.
-        statistics: BatchNorm's running ones.
-        pairs: parameters with their moving averages.
+        optimizer: of the trainable parameters.
+        statistics: BatchNorm's running statistics.
+        pairs: parameters and their moving averages.
     """
 
     def __init__(
@@ -81,41 +81,41 @@ class PlainUpdates(nn.Cell):
         self.map = ops.HyperMap()  # compiles faster than a Python loop
 
     def pack_gradients(self, gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Gradients, one for each parameter -> what the other methods take as `packed`."""
+        """Pack the gradients of all parameters for the other methods."""
         return self.buckets.pack_gradients(gradients)
 
     def all_reduce(self, packed: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Sum over all devices."""
+        """Sum packed gradients over all devices."""
         return self.buckets.all_reduce(packed)
 
     def accumulate(self, keep: Tensor, sums: ParameterTuple, packed: tuple[Tensor, ...]) -> bool:
-        """Add to `sums`, which count as zeros if `keep`, a float32 scalar, is 0."""
+        """Add packed gradients to `sums`; keep = 0, a float32 scalar, resets the sums first."""
         return self.map(ops.partial(_accumulate, keep), sums, packed)
 
     def gradient_norm(self, packed: tuple[Tensor, ...]) -> Tensor:
-        """Global L2 norm, a float32 scalar; not finite where a gradient is not."""
+        """Return the global L2 norm, a float32 scalar; not finite if a gradient is not finite."""
         return ops.sqrt(ops.addn(self.map(_square_sum, packed)))
 
     def optimize(
         self, packed: tuple[Tensor, ...], factor: Tensor, lr: Tensor, step: Tensor, active: Tensor
     ) -> bool:
-        """Update the parameters from gradients times `factor`; see the optimizer."""
+        """Update the parameters with the gradients scaled by `factor`; see the optimizer."""
         factor = ops.where(active, factor, Tensor(0.0, mstype.float32))
         packed = self.map(ops.partial(_scale, factor), packed)
         gradients = self.buckets.unpack_gradients(packed, self.optimizer.parameters)
         return self.optimizer(gradients, lr, step, active)
 
     def average(self, decay: Tensor) -> bool:
-        """Move the averages; decay is 1 where they are to stay."""
+        """Update the moving averages; decay = 1 leaves them unchanged."""
         return self.map(ops.partial(_average, decay), self.averages, self.weights)
 
     def copy_statistics(self) -> Tensor:
-        """All running statistics, float32 [n]."""
+        """Return a copy of all running statistics, float32 [n]."""
         return pack(self.statistics)
 
     def settle_statistics(self, finite: Tensor, before: Tensor, after: Tensor) -> bool:
-        """Set them to `after`, but to `before` where that, or the step, is not finite."""
-        # A variance may overflow where loss and gradients do not, and would stay infinite for ever.
+        """Set the statistics to `after`, or to `before` if `after` or the step is not finite."""
+        # A variance can overflow although loss and gradients are finite; it would stay infinite.
         usable = ops.logical_and(finite, ops.isfinite(after))
         settled = ops.where(usable, after, before)
         settled = unpack(settled, self.statistic_begins, self.statistics)
@@ -123,11 +123,11 @@ class PlainUpdates(nn.Cell):
 
 
 class CompiledUpdates(nn.Cell):
-    """In compiled operators, in float32 on a CPU; arguments and methods as `PlainUpdates`.
+    """Updates with compiled operators, in float32 on CPUs; same interface as `PlainUpdates`.
 
     Args:
         library: the compiled operators.
-        shared: whether gradients are reduced over several processes, and so packed in buckets.
+        shared: whether several processes reduce the gradients, which are then packed.
     """
 
     def __init__(

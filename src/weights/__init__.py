@@ -1,6 +1,6 @@
 """Reading and writing of weight files."""
 
-from src.weights.checkpoint import save_checkpoint, save_weights, sha256_of
+from src.weights.checkpoint import save_checkpoint, save_weights
 from src.weights.files import weight_files
 from src.weights.load import load_state, load_weights
 from src.weights.load_report import LoadReport, WeightsMismatch
@@ -16,6 +16,5 @@ __all__ = [
     "pretrained_folder",
     "save_checkpoint",
     "save_weights",
-    "sha256_of",
     "weight_files",
 ]

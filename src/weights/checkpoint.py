@@ -13,7 +13,6 @@ holds twice the file in memory. Values of one tag are the slices of a tensor of 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -241,13 +240,3 @@ def _checksum(entries: list[tuple[str, dict]]) -> int:
     for name, entry in sorted(entries, key=lambda item: item[0]):
         number = zlib.crc32(entry["data"], zlib.crc32(name.encode(), number))
     return number
-
-
-def sha256_of(path: str | Path, *more: str | Path) -> str:
-    """The hexadecimal digest of the bytes of one file, or of several one after the other."""
-    digest = hashlib.sha256()
-    for each in (path, *more):
-        with open(each, "rb") as file:
-            for block in iter(lambda file=file: file.read(1 << 20), b""):
-                digest.update(block)
-    return digest.hexdigest()

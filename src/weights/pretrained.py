@@ -8,8 +8,8 @@ from pathlib import Path
 from mindspore import nn
 
 from src.errors import UserError
+from src.files import sha256_of
 from src.models import create_model
-from src.weights.checkpoint import sha256_of
 from src.weights.load import load_weights
 
 FOLDER = Path(__file__).resolve().parents[2] / "pretrained"

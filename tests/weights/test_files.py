@@ -13,7 +13,8 @@ from mindspore import Tensor
 from safetensors.numpy import save_file
 
 from src.errors import UserError
-from src.weights import save_weights, sha256_of, weight_files
+from src.files import sha256_of
+from src.weights import save_weights, weight_files
 from src.weights.files import read_content
 from tests.weights.torch_bytes import SOUND, mapping, tensor, write_zip
 

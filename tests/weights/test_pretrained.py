@@ -7,6 +7,7 @@ import pytest
 from src.config_io import load_config
 from src.deploy import Predictor
 from src.errors import UserError
+from src.files import sha256_of
 from src.models import create_model
 from src.weights import (
     create_pretrained,
@@ -14,7 +15,6 @@ from src.weights import (
     pretrained,
     pretrained_folder,
     save_weights,
-    sha256_of,
 )
 from tests.conftest import TINY
 

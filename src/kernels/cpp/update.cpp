@@ -227,20 +227,3 @@ AOT(settle) {
   }
   return 0;
 }
-
-// numbers [3]: momentum and the factors of mean and variance; mean, variance, running mean, running
-// variance, all [C] -> [1]
-AOT(follow) {
-  REQUIRE(params == 6);
-  VECTOR(0, 3);
-  const int64_t n = count(s[1], ndims[1]);
-  for (int i = 2; i < 5; ++i) VECTOR(i, n);
-  const float momentum = in(p, 0)[0];
-  for (int k = 0; k < 2; ++k) {
-    In value = in(p, 1 + k);
-    Out running = out(p, 3 + k);
-    const float factor = in(p, 0)[1 + k];
-    for (int64_t c = 0; c < n; ++c) running[c] += momentum * (value[c] * factor - running[c]);
-  }
-  return 0;
-}
