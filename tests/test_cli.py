@@ -236,7 +236,8 @@ def test_a_recipe_of_a_strangers_does_no_harm(tmp_path, text, words):
     start = time.process_time()
     with pytest.raises(UserError, match=words) as caught:
         read(file)
-    assert time.process_time() - start < 2
+    # Unbounded, these take minutes. Processor time doubles while the other core is busy.
+    assert time.process_time() - start < 5
     assert len(str(caught.value)) < 800 and "\n" not in str(caught.value)
 
 

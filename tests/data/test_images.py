@@ -323,7 +323,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     line, kilobytes = done.stdout.splitlines()
     text, seconds = line.split("|")
     assert_matches(text, words or r"\(9400, 9400, 3\)")
-    assert float(seconds) < 2 and int(kilobytes) < 420_000
+    # 1 s on an idle machine; processor time doubles while the other core is busy.
+    assert float(seconds) < 4 and int(kilobytes) < 420_000
 
 
 def test_a_predictor_takes_fewer_pixels_than_a_data_set():
