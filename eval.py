@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
     prepare_environment()
     log_to()
     from src.evaluation.evaluator import evaluate_checkpoint
-    from src.evaluation.report import is_result, require_report, write_report
+    from src.evaluation.report import check_report, is_result, write_report
 
     if arguments.config is None:
         raise UserError(f"{arguments.ckpt}: no config.yaml of a run beside it; give --config")
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
     report = bool(arguments.report)
     folder = None
     if ranks.is_first and report:
-        folder = require_report(arguments.report, arguments.force)
+        folder = check_report(arguments.report, arguments.force)
     if ranks.is_first and arguments.json:
         require_replaceable(arguments.json, "--json", is_result, arguments.force)
     # Only the user names files to write, not a configuration found beside a checkpoint.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 from jsonargparse.typing import PositiveInt
 
@@ -21,7 +22,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--top_k {arguments.top_k}: must be 1 or more")
     prepare_environment()
     log_to()
-    from src.deploy.attention_image import check_attention, explain_file
+    from src.deploy.attention_image import check_attention, save_attention
     from src.deploy.classify import check_outputs, classify_files
     from src.deploy.predictor import RUNTIME_OF_WEIGHTS, Predictor
 
@@ -40,9 +41,9 @@ def main(argv: list[str]) -> None:
         runtime=runtime,
     )
     if arguments.attention:
-        explain_file(predictor, arguments.input[0], arguments.attention, arguments.force)
-    outputs = arguments.json, arguments.sheet, arguments.force
-    classify_files(predictor, arguments.input, arguments.top_k, *outputs)
+        file = arguments.input[0]
+        save_attention(predictor, predictor.prepare(file), Path(file).name, arguments.attention)
+    classify_files(predictor, arguments.input, arguments.top_k, arguments.json, arguments.sheet)
 
 
 def add_arguments(parser) -> None:

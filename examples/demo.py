@@ -30,13 +30,13 @@ def explain(predictor, image: Image.Image) -> tuple[dict[str, float], Image.Imag
             are recorded by hooks, which a compiled graph does not run.
         image: of any size.
     """
-    from src.deploy.attention_image import explain_image
+    from src.deploy.attention_image import save_attention
 
     inputs = predictor.prepare(image)
     candidates = predictor.classify(inputs[None], top_k=5)[0]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "attention.png"
-        explain_image(predictor, inputs, "image", path)
+        save_attention(predictor, inputs, "image", path)
         with Image.open(path) as picture:
             picture.load()
     return {candidate.name: candidate.probability for candidate in candidates}, picture

@@ -15,19 +15,18 @@ from src.data import (
     Mixing,
     Preprocessing,
     Source,
-    balanced,
+    balanced_subset,
     check_files,
+    create_train_operations,
+    drop_broken,
     hold_out,
-    leave_out,
-    lost_classes,
-    only_classes,
+    missing_classes,
     open_source,
-    train_operations,
+    select_classes,
 )
-from src.data.base import some_names
 from src.device import cache_folder, current_device, mindspore_version
 from src.distributed import SINGLE_PROCESS, Ranks
-from src.errors import UserError
+from src.errors import UserError, join_names
 from src.kernels.library import BuildError, library
 from src.models import create_model
 from src.models.attention import use_flash_attention
@@ -186,7 +185,7 @@ def open_split(config: Config, split: str) -> Source:
     opened = "train" if held_out else split
     source = open_source(data.source, data.path, opened, class_names=names, **folders)
     if data.classes:
-        source = only_classes(source, data.classes, data.class_names)
+        source = select_classes(source, data.classes, data.class_names)
     if split == "train" and len(source.class_names) < 2:
         raise UserError(
             f"{source.title}: only one class ({source.class_names[0]!r}), so there is nothing to "
@@ -195,7 +194,7 @@ def open_split(config: Config, split: str) -> Source:
     if held_out:  # the same images whatever runtime.seed is, so that trials compare
         source = hold_out(source, data.val_from_train, seed=0)[split == "val"]
     if data.train_images and split == "train":
-        source = balanced(source, data.train_images, config.runtime.seed)
+        source = balanced_subset(source, data.train_images, config.runtime.seed)
     return source
 
 
@@ -257,12 +256,12 @@ def open_checked(
     if turned and ranks.is_first:
         logger.info("%s: %d images are turned upright by EXIF", source.title, turned)
     skips = data.broken == "skip" or (data.broken == "auto" and split == "train")
-    share = f"or raise data.broken_share (now {data.broken_share:g})"
-    remedy = share if skips else "or let them be skipped with --data.broken skip"
-    kept = leave_out(source, faults, data.broken_share if skips else 0.0, remedy)
-    lost = lost_classes(source, kept)
+    raise_limit = f"or raise data.broken_share (now {data.broken_share:g})"
+    remedy = raise_limit if skips else "or let them be skipped with --data.broken skip"
+    kept = drop_broken(source, faults, data.broken_share if skips else 0.0, remedy)
+    lost = missing_classes(source, kept)
     if lost:
-        message = f"{source.title}: not one image of {some_names(lost)} can be read"
+        message = f"{source.title}: not one image of {join_names(lost)} can be read"
         if split == "train":
             raise UserError(f"{message}; replace them, or remove the class folder")
         logger.warning(message)
@@ -335,7 +334,7 @@ def build_augmentation(config: Config, encoded: bool) -> list:
     """Operations on a training image; mixing and `augment.repeats` are of the whole epoch."""
     others = (*MIXING_KEYS, "repeats")
     keys = {k: v for k, v in dataclasses.asdict(config.augment).items() if k not in others}
-    return train_operations(
+    return create_train_operations(
         image_size(config.model),
         config.data.mean,
         encoded=encoded,

@@ -22,7 +22,7 @@ PositiveCount = restricted_number_type("PositiveCount", int, [(">=", 1), ("<=", 
 Count = restricted_number_type("Count", int, [(">=", 0), ("<=", MOST)], join="and")
 Positive = restricted_number_type("Positive", float, [(">", 0), ("<", INFINITY)], join="and")
 NonNegative = restricted_number_type("NonNegative", float, [(">=", 0), ("<", INFINITY)], join="and")
-Share = restricted_number_type("Share", float, [(">=", 0), ("<", 1)], join="and")
+Fraction = restricted_number_type("Fraction", float, [(">=", 0), ("<", 1)], join="and")
 
 
 class ClassNames(list):
@@ -152,7 +152,7 @@ class DataConfig:
             read only new and changed images; null keeps it in the run's folder.
         broken: what becomes of images that can't be read: skip leaves them out and counts them,
             stop ends the run; auto skips training images and stops at evaluation images.
-        broken_share: share of broken images beyond which skipping stops as well.
+        broken_share: fraction of broken images beyond which skipping stops as well.
     """
 
     source: Literal["digits", "imagefolder", "mindrecord", "cifar10", "cifar100", "mnist"] = (
@@ -183,8 +183,9 @@ class AugmentConfig:
     """Random changes of training images.
 
     Args:
-        crop: random_resized crops a random share and resizes it; pad shifts by up to `padding`.
-        scale: smallest and largest share of the area that random_resized keeps.
+        crop: random_resized crops a random fraction of the area and resizes it; pad shifts by up to
+            `padding`.
+        scale: smallest and largest fraction of the area that random_resized keeps.
         ratio: narrowest and widest aspect ratio of that crop.
         padding: pixels of zeros around the image for pad.
         hflip: probability of a horizontal flip.
@@ -196,8 +197,8 @@ class AugmentConfig:
         erasing_prob: probability that a rectangle becomes noise (random erasing, pixel mode).
         repeats: how often an image comes in a row, each time augmented anew; an epoch stays as
             long and has the fewer different images (repeated augmentation).
-        mixup: alpha of the Beta distribution of mixup's share; 0 leaves mixup out.
-        cutmix: alpha of the Beta distribution of cutmix's share; 0 leaves cutmix out.
+        mixup: alpha of the Beta distribution of mixup's fraction; 0 turns mixup off.
+        cutmix: alpha of the Beta distribution of cutmix's fraction; 0 turns cutmix off.
         mixup_prob: probability that a batch is mixed.
         mixup_switch_prob: probability of cutmix in a batch that is mixed, where both are on.
     """
@@ -244,9 +245,9 @@ class OptimizerConfig:
     lr: Positive = 1e-3
     lr_batch_size: Optional[PositiveCount] = None
     weight_decay: NonNegative = 0.05
-    betas: tuple[Share, Share] = (0.9, 0.999)
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     eps: Positive = 1e-8
-    momentum: Share = 0.9
+    momentum: Fraction = 0.9
     clip_norm: NonNegative = 0.0
     warmup_epochs: Count = 5
     warmup_lr: NonNegative = 1e-6
@@ -266,7 +267,7 @@ class TrainingConfig:
         batch_size: images that one device takes at once.
         accumulate: batches whose gradients make one step; equal to a batch so many times larger,
             but for BatchNorm, whose statistics are those of each batch.
-        label_smoothing: share of the target spread over all classes.
+        label_smoothing: fraction of the target spread over all classes.
         ema_decay: exponential moving average of the weights, evaluated and kept as best; 0 is off.
         loss_scale: factor on the loss that keeps float16 gradients from underflow; dynamic starts
             at 65,536, halves at an overflow, whose step is skipped, and doubles after 2,000 steps.
@@ -284,8 +285,8 @@ class TrainingConfig:
     epoch_steps: Optional[PositiveCount] = None
     batch_size: PositiveCount = 256
     accumulate: PositiveCount = 1
-    label_smoothing: Share = 0.1
-    ema_decay: Share = 0.0
+    label_smoothing: Fraction = 0.1
+    ema_decay: Fraction = 0.0
     loss_scale: Union[Positive, Literal["dynamic"]] = 1.0
     non_finite: Literal["stop", "skip"] = "stop"
     save_every: Count = 0

@@ -87,9 +87,16 @@ def _keep_to_own_cores() -> None:
     """
     ranks, rank = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), os.environ.get("DEVICE_ID", "0")
     if ranks > 1 and hasattr(os, "sched_setaffinity"):
-        cores = sorted(os.sched_getaffinity(0))
+        cores = usable_cores()
         own = cores[int(rank) * len(cores) // ranks : (int(rank) + 1) * len(cores) // ranks]
         os.sched_setaffinity(0, own or cores)
+
+
+def usable_cores() -> list[int]:
+    """Return the cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
 
 
 def setup(config: RuntimeConfig) -> tuple[str, Ranks]:

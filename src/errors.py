@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 _JOINERS = "\u200c\u200d"  # invisible, but letters of Persian, Indic scripts and emoji
@@ -38,6 +38,12 @@ def shown(value: object, most: int = 120) -> str:
     """A value for a message, shortened where it is long."""
     text = str(value)
     return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def join_names(names: Sequence[object], limit: int = 10) -> str:
+    """Join at most `limit` names for a message: "a, b and 3 more"."""
+    rest = len(names) - limit
+    return ", ".join(map(str, names[:limit])) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _printable(letter: str) -> str:

@@ -1,36 +1,47 @@
 """Images in, batches out.
 
-`sources` are data sets, `transforms` and `augment` the operations, `loader` makes batches.
+`sources` opens data sets, `transforms` and `augment` have the operations, `loader` makes batches.
 """
 
-from src.data.augment import train_operations
+from src.data.augment import create_train_operations
 from src.data.base import ArraySource, FileSource, Source
-from src.data.broken import leave_out, lost_classes
-from src.data.index import check_files
-from src.data.loader import Batches, epoch_indices, eval_batches, find_broken, train_batches
+from src.data.image_index import check_files
+from src.data.loader import (
+    DataLoader,
+    create_eval_loader,
+    create_train_loader,
+    epoch_indices,
+    find_broken_image,
+)
 from src.data.mixing import Mixing
 from src.data.sources import SOURCES, open_source
-from src.data.subset import balanced, hold_out, only_classes
+from src.data.subset import (
+    balanced_subset,
+    drop_broken,
+    hold_out,
+    missing_classes,
+    select_classes,
+)
 from src.data.transforms import Preprocessing
 
 __all__ = [
     "SOURCES",
     "ArraySource",
-    "Batches",
+    "DataLoader",
     "FileSource",
     "Mixing",
     "Preprocessing",
     "Source",
-    "balanced",
+    "balanced_subset",
     "check_files",
+    "create_eval_loader",
+    "create_train_loader",
+    "create_train_operations",
+    "drop_broken",
     "epoch_indices",
-    "eval_batches",
-    "find_broken",
+    "find_broken_image",
     "hold_out",
-    "leave_out",
-    "lost_classes",
-    "only_classes",
+    "missing_classes",
     "open_source",
-    "train_batches",
-    "train_operations",
+    "select_classes",
 ]

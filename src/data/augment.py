@@ -1,4 +1,4 @@
-"""Image operations of training: crop, flip, RandAugment, colour jitter, erasing."""
+"""Operations on training images: crop, flip, RandAugment, colour jitter, random erasing."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import numpy as np
 from mindspore.dataset import vision
 
 from src.data.headers import MAX_ASPECT
-from src.data.keyed import Keyed
+from src.data.per_sample import PerSampleOp
 from src.data.rand_augment import RandAugment
-from src.data.transforms import find_interpolation
+from src.data.transforms import get_interpolation
 from src.errors import UserError
 
 
-def train_operations(
+def create_train_operations(
     image_size: tuple[int, int],
     mean: Sequence[float],
     *,
@@ -30,35 +30,36 @@ def train_operations(
     erasing_prob: float = 0.0,
     interpolation: str = "bicubic",
 ) -> list[Callable]:
-    """Return the operations from one item of a source to an augmented image, uint8 [H, W, 3].
+    """Create the operations from an image of a source to an augmented one, uint8 [H, W, 3].
 
-    Their order is timm's. The `Keyed` among them also take the sample's key. Normalisation is the
-    training step's (`src.training.preprocess`).
+    They follow timm's order. The training step normalises (`src.training.preprocess`).
 
     Args:
         image_size: (H, W) of the network's input.
-        mean: per RGB channel, in units of 0..1; RandAugment fills uncovered corners with it.
-        encoded: the item is the bytes of a file, not pixels.
-        crop: "random_resized": a part of the image of random area (`scale`, as a share) and aspect
-            (`ratio`), resized; "pad": the whole image resized, `padding` black pixels added on each
-            side, and a random crop of `image_size` from that, the habit on CIFAR.
-        hflip: probability of a horizontal flip; 0 leaves the operation out.
-        rand_augment: specification for `RandAugment`.
+        mean: per RGB channel, 0..1; RandAugment fills uncovered corners with it.
+        encoded: whether images are the content of files instead of pixels.
+        crop: "random_resized" resizes a random part of the image; "pad" resizes the whole image,
+            adds `padding` black pixels on each side and crops `image_size` at random (usual for
+            CIFAR).
+        scale, ratio: ranges of the part's area, as a fraction of the image's, and aspect.
+        padding: see `crop`.
+        hflip: probability of a horizontal flip; 0 omits it.
+        rand_augment: specification for `RandAugment`; None omits it.
         color_jitter: brightness, contrast and saturation are multiplied by factors uniform in
-            1 - this to 1 + this; 0 leaves it out.
-        erasing_prob: probability for `Erase`, which comes last; 0 leaves it out.
-        interpolation: as in `Preprocessing`; RandAugment rotates and shears with it too.
+            1 - this to 1 + this; 0 omits it.
+        erasing_prob: probability of `Erase`, the last operation; 0 omits it.
+        interpolation: as in `Preprocessing`, also for RandAugment's rotations and shears.
 
     Raises:
-        UserError: a value makes no sense.
+        UserError: a value is out of range.
     """
-    size, filtering = list(image_size), find_interpolation(interpolation)
+    size, filtering = list(image_size), get_interpolation(interpolation)
     if crop == "pad" and padding >= min(size):
         raise UserError(
-            f"augment.padding {padding}: must be below the image size {size}, else a crop may hold "
-            "nothing of the image"
+            f"augment.padding {padding}: must be below the image size {size}, or a crop may miss "
+            "the image"
         )
-    operations = _crop(size, crop, scale, ratio, padding, filtering, encoded)
+    operations = _crop_operations(size, crop, scale, ratio, padding, filtering, encoded)
     if hflip > 0:
         operations.append(vision.RandomHorizontalFlip(hflip))
     if rand_augment is not None:
@@ -67,7 +68,7 @@ def train_operations(
                 f"augment.rand_augment: MindSpore can't shear images as narrow as {size}; set null"
             )
         fill = [min(255, max(0, round(255 * value))) for value in mean]
-        bicubic = filtering == vision.Inter.PILCUBIC  # which vision.Affine does not have
+        bicubic = filtering == vision.Inter.PILCUBIC  # unknown to vision.Affine
         filtering = vision.Inter.BICUBIC if bicubic else filtering
         operations.append(RandAugment(rand_augment, fill, filtering))
     if color_jitter > 0:
@@ -77,7 +78,7 @@ def train_operations(
     return operations
 
 
-def _crop(
+def _crop_operations(
     size: list[int],
     crop: str,
     scale: tuple[float, float],
@@ -94,24 +95,23 @@ def _crop(
     if ratio[0] < 1 / MAX_ASPECT or ratio[1] > MAX_ASPECT:
         raise UserError(f"augment.ratio {list(ratio)}: must lie in 1/{MAX_ASPECT} to {MAX_ASPECT}")
     if crop == "random_resized":
-        # Decodes only the part of a JPEG that is kept.
+        # Decodes only the cropped part of a JPEG.
         cropping = vision.RandomCropDecodeResize if encoded else vision.RandomResizedCrop
         return [cropping(size, scale, ratio, filtering)]
     if crop == "pad":
-        # Resizing to the size that an image has already costs nothing (measured).
+        # Resizing an image to its own size costs nothing (measured).
         resized = [vision.Resize(size, filtering), vision.RandomCrop(size, padding)]
         return [vision.Decode(), *resized] if encoded else resized
     raise UserError(f"crop {crop!r} is unknown; choose random_resized or pad")
 
 
-class Erase(Keyed):
-    """With some probability, choose a rectangle and put random bytes in its place.
+class Erase(PerSampleOp):
+    """Random erasing (Zhong et al., 2017): fill a random rectangle with random bytes.
 
-    Random erasing (Zhong et al., 2017) as timm/data/random_erasing.py has it, mode "pixel", one
-    rectangle: 2 % to a third of the area, aspect log-uniform in 0.3..1/0.3. The training step makes
-    normal noise of the bytes (`src.training.preprocess`).
-
-    Python, as `vision.RandomErasing` is too, but that draws from Python's global generators.
+    Follows timm/data/random_erasing.py, mode "pixel", one rectangle: 2 % to a third of the area,
+    aspect log-uniform in 0.3..1/0.3. The training step turns the bytes into normal noise
+    (`src.training.preprocess`). `vision.RandomErasing` is Python too, but draws from Python's
+    global generators.
 
     Args:
         probability: of erasing.
@@ -123,12 +123,12 @@ class Erase(Keyed):
     def __init__(self, probability: float):
         self._probability = probability
 
-    def change(self, image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    def apply(self, image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Return the uint8 [H, W, 3] image and its box, int32 [4]: top, bottom, left, right.
 
-        The box is all zeros where nothing is erased.
+        The box is all zeros if nothing is erased.
         """
-        box = self._draw(rng, *image.shape[:2])
+        box = self._random_box(rng, *image.shape[:2])
         top, bottom, left, right = box
         if bottom > top:
             image = image.copy()
@@ -136,10 +136,10 @@ class Erase(Keyed):
             image[top:bottom, left:right] = rng.integers(256, size=shape, dtype=np.uint8)
         return image, np.array(box, np.int32)
 
-    def _draw(self, rng: np.random.Generator, height: int, width: int) -> tuple[int, ...]:
+    def _random_box(self, rng: np.random.Generator, height: int, width: int) -> tuple[int, ...]:
         if rng.random() >= self._probability:
             return 0, 0, 0, 0
-        for _ in range(10):  # rectangles that do not fit are drawn anew, so often at most
+        for _ in range(10):  # attempts to draw a rectangle that fits
             area = rng.uniform(0.02, 1 / 3) * height * width
             aspect = math.exp(rng.uniform(math.log(0.3), math.log(1 / 0.3)))
             tall, wide = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))

@@ -1,7 +1,8 @@
-"""What a data set is to the rest: random access, `source[i]` is one image and its label."""
+"""The data set interface: random access, `source[i]` is one image and its label."""
 
 from __future__ import annotations
 
+import copy
 import unicodedata
 import zlib
 from collections.abc import Sequence
@@ -9,11 +10,15 @@ from collections.abc import Sequence
 import mindspore.dataset as ds
 import numpy as np
 
+from src.data.images import make_decodable
+
 
 class Source:
-    """One split of a data set. `encoded` tells what `source[i]` returns with its np.int32 label:
+    """One split of a data set: `source[i]` is an image and its np.int32 label.
 
-    True: the bytes of an image file, uint8 [bytes]; False: the pixels, uint8 [H, W, 3], RGB.
+    If `encoded`, the image is the content of an image file, uint8 [bytes]; otherwise its pixels,
+    uint8 [H, W, 3], RGB. Subclasses read by `item`, the image's position in the whole split;
+    `subset` chooses and orders items.
     """
 
     encoded: bool
@@ -22,51 +27,77 @@ class Source:
         self.labels = np.ascontiguousarray(labels, np.int32)  # [N]
         self.class_names = tuple(class_names)
         self.title = title
-        # Bytes of each file that reaches MindSpore's decoder as it is, once `prepare` has said so.
-        self.straight = np.full(len(self.labels), -1, np.int64)
+        self.items = np.arange(len(self.labels))  # [N]
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.int32]:
+        return self.read(int(self.items[index])), self.labels[index]
+
+    def subset(
+        self,
+        indices: np.ndarray,
+        labels: np.ndarray | None = None,
+        class_names: Sequence[str] | None = None,
+    ) -> Source:
+        """Return a view of some images, in the order of `indices`.
+
+        Args:
+            indices: int [N]; an index may occur several times.
+            labels: new labels, int [N].
+            class_names: new names, in the order of the labels.
+        """
+        part = copy.copy(self)
+        part.items = self.items[indices]
+        part.labels = np.ascontiguousarray(
+            self.labels[indices] if labels is None else labels, np.int32
+        )
+        part.class_names = self.class_names if class_names is None else tuple(class_names)
+        return part
+
+    def read(self, item: int) -> np.ndarray:
+        """Read an image."""
         raise NotImplementedError
 
-    def image_dataset(self, indices: np.ndarray, workers: int) -> ds.Dataset | None:
-        """These items in this order, as a MindSpore dataset with the one column "image".
+    def read_decodable(self, index: int) -> np.ndarray:
+        """Read an image as `vision.Decode` takes it, if it is encoded."""
+        return self[index][0]
 
-        None where MindSpore has no reader of its own: then `source[i]` is read. `workers` is how
-        many threads it may read with.
+    def image_dataset(self, workers: int) -> ds.Dataset | None:
+        """Return MindSpore's own reader of these images, with the single column "image".
+
+        Args:
+            workers: the maximum number of reading threads.
+
+        Returns:
+            None if MindSpore has no such reader; the pipeline then uses `read_decodable`.
         """
         return None
 
     def describe(self, index: int) -> str:
-        """Where item `index` comes from, for messages to people."""
-        return f"image {index} of {self.title}"
+        """Return where an image comes from, for messages."""
+        return f"image {self.items[index]} of {self.title}"
 
     def file(self, index: int) -> str | None:
-        """The image file that holds item `index` alone, if there is one."""
+        """Return the path of an image that has a file of its own, else None."""
         return None
 
-    def digest(self, *, by_name: bool = False) -> int:
-        """A checksum over every item and label, and the classes, in their order.
-
-        Args:
-            by_name: take the items' descriptions even where that means to read them, as states of
-                MindRecord runs did before shards stood for their items.
-        """
+    def digest(self) -> int:
+        """Return a checksum over all images, labels and class names, in order."""
         number = zlib.crc32(repr(self.class_names).encode(), zlib.crc32(self.labels))
-        return self.digest_items(np.arange(len(self)), number, by_name)
+        return self.digest_items(number)
 
-    def digest_items(self, indices: np.ndarray, number: int, by_name: bool = False) -> int:
-        """Continue a checksum over some items: their descriptions, or what stands for them."""
-        for index in indices:
-            text = self.describe(int(index))
+    def digest_items(self, number: int) -> int:
+        """Continue a checksum over the images, which their descriptions stand for."""
+        for index in range(len(self)):
+            text = self.describe(index)
             number = zlib.crc32(text.encode("utf-8", "surrogateescape"), number)
         return number
 
 
 class ArraySource(Source):
-    """Images in memory: uint8 [N, H, W, 3], or grey [N, H, W], given out as three channels."""
+    """Images in memory: uint8 [N, H, W, 3], or grey [N, H, W], returned with three channels."""
 
     encoded = False
 
@@ -78,15 +109,13 @@ class ArraySource(Source):
             raise ValueError(f"{title}: {images.dtype} {images.shape} for {len(labels)} labels")
         self._images = images
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.int32]:
-        image = self._images[index]
-        if image.ndim == 2:
-            image = np.repeat(image[:, :, None], 3, axis=2)  # [H, W] -> [H, W, 3]
-        return image, self.labels[index]
+    def read(self, item: int) -> np.ndarray:
+        image = self._images[item]
+        return np.repeat(image[:, :, None], 3, axis=2) if image.ndim == 2 else image
 
 
 class FileSource(Source):
-    """Image files, read when asked for."""
+    """Image files, read on access."""
 
     encoded = True
 
@@ -95,31 +124,41 @@ class FileSource(Source):
     ):
         super().__init__(labels, class_names, title)
         self._files = list(files)
+        # The size of each file that `make_decodable` left unchanged.
+        self._decodable_sizes = np.full(len(self._files), -1, np.int64)
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.int32]:
-        return np.fromfile(self._files[index], np.uint8), self.labels[index]
+    def read(self, item: int) -> np.ndarray:
+        return np.fromfile(self._files[item], np.uint8)
+
+    def read_decodable(self, index: int) -> np.ndarray:
+        """Read an image as `vision.Decode` takes it.
+
+        A file is inspected once; while its size stays the same, it counts as unchanged.
+        """
+        item = self.items[index]
+        content = self.read(item)
+        if self._decodable_sizes[item] == len(content):
+            return content
+        decodable = make_decodable(content)
+        if decodable is content:
+            self._decodable_sizes[item] = len(content)
+        return decodable
 
     def describe(self, index: int) -> str:
-        return self._files[index]
+        return self._files[self.items[index]]
 
     def file(self, index: int) -> str:
-        return self._files[index]
+        return self._files[self.items[index]]
 
 
-def some_names(names: Sequence[str], limit: int = 10) -> str:
-    """At most `limit` names, for messages."""
-    rest = len(names) - limit
-    return ", ".join(map(str, names[:limit])) + (f" and {rest} more" if rest > 0 else "")
-
-
-def legible(name: str) -> str:
-    """A folder's name as a class name: bytes that are not UTF-8 become escapes, as `\\xe9`.
+def escape_undecodable(name: str) -> str:
+    """Turn a folder's name into a class name: bytes that are not UTF-8 become `\\xe9`.
 
     Python holds such bytes as lone surrogates, which YAML, ONNX and fonts refuse.
     """
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-def canonical(name: str) -> str:
-    """What names are compared by: "é" is one code point or two, by the system it is from."""
-    return unicodedata.normalize("NFC", legible(name))
+def normalize_name(name: str) -> str:
+    """Normalise a name for comparison: some systems spell "é" in one code point, others in two."""
+    return unicodedata.normalize("NFC", escape_undecodable(name))

@@ -1,9 +1,9 @@
-"""Translate and shear uint8 images as `vision.Affine` with BICUBIC does, to the bit, in numpy.
+"""Translate and shear uint8 images in NumPy, bitwise as `vision.Affine` with BICUBIC does.
 
 `vision.Affine` calls OpenCV's warpAffine, which sums 16 weighted pixels for each output pixel.
-When rows move along themselves, 12 of the weights are 0 and a row shares the other 4. That takes
-less than half of the time. `tests/data/test_bicubic.py` compares the pixels. Shearing along y is
-left to `vision.Affine`: gathering columns in numpy takes as long.
+When rows move along themselves, 12 weights are 0 and the other 4 are the same for the whole row,
+which takes less than half the time. `tests/data/test_bicubic.py` compares the pixels. Shearing
+along y stays with `vision.Affine`: gathering columns in NumPy takes as long.
 
 Sources: OpenCV 4.11, modules/imgproc/src/imgwarp.cpp (`warpAffine`, `initInterTab2D`,
 `remapBicubic`); MindSpore 2.8, `GetAffineMatrix`.
@@ -16,35 +16,35 @@ from collections.abc import Sequence
 
 import numpy as np
 
-_PLACE_BITS = 5  # positions between two pixels: 32 (INTER_BITS)
+_POSITION_BITS = 5  # 32 positions between two pixels (INTER_BITS)
 _COORDINATE_BITS = 10  # fraction bits of a coordinate before it is rounded to 5 (AB_BITS)
 _WEIGHT_BITS = 15  # fraction bits of a weight (INTER_REMAP_COEF_BITS)
 
 
-def translate(image: np.ndarray, share: float, axis: int, fill: Sequence[int]) -> np.ndarray:
-    """Move an image right (axis 1) or down (axis 0) by a share of its size.
+def translate(image: np.ndarray, fraction: float, axis: int, fill: Sequence[int]) -> np.ndarray:
+    """Move an image right (axis 1) or down (axis 0) by a fraction of its size.
 
     Args:
         image: uint8 [H, W, 3].
-        share: of the width or height; negative values move left or up.
+        fraction: of the width or height; negative values move left or up.
         fill: colour of uncovered pixels.
 
     Returns:
         uint8 [H, W, 3].
     """
-    distance = float(np.float32(share) * np.float32(image.shape[axis]))
-    # Rows that move as a whole are the pixels of one long row.
+    distance = float(np.float32(fraction) * np.float32(image.shape[axis]))
+    # Along axis 0, rows move as the pixels of one long row do.
     rows = image if axis == 1 else image.reshape(1, image.shape[0], -1)
     return _slide(rows, _round(np.full(len(rows), -distance)), fill).reshape(image.shape)
 
 
-def shear_x(image: np.ndarray, degrees: float, share: float, fill: Sequence[int]) -> np.ndarray:
+def shear_x(image: np.ndarray, degrees: float, fraction: float, fill: Sequence[int]) -> np.ndarray:
     """Shear an image along x about its centre, then translate it along x.
 
     Args:
         image: uint8 [H, W, 3].
         degrees: rows above the centre move right if positive.
-        share: of the width, as in `translate`.
+        fraction: of the width, as in `translate`.
         fill: colour of uncovered pixels.
 
     Returns:
@@ -54,13 +54,13 @@ def shear_x(image: np.ndarray, degrees: float, share: float, fill: Sequence[int]
     # float32 at each step, as in MindSpore.
     slope = np.tan(np.float32(degrees) * np.float32(math.pi) / np.float32(180))
     centre = np.float32((height - 1) / 2)
-    first = slope * centre + np.float32(share) * np.float32(width)  # distance of row 0
+    first = slope * centre + np.float32(fraction) * np.float32(width)  # distance of row 0
     return _slide(image, _round(np.arange(height) * float(slope) - float(first)), fill)
 
 
 def _round(offsets: np.ndarray) -> np.ndarray:
-    """Offsets in pixels, float64 [N], to whole 32nds of a pixel, as warpAffine rounds them."""
-    bits = _COORDINATE_BITS - _PLACE_BITS
+    """Round offsets in pixels, float64 [N], to 32nds of a pixel as warpAffine does."""
+    bits = _COORDINATE_BITS - _POSITION_BITS
     return (np.rint(offsets * (1 << _COORDINATE_BITS)).astype(np.int64) + (1 << bits - 1)) >> bits
 
 
@@ -77,9 +77,9 @@ def _slide(rows: np.ndarray, offsets: np.ndarray, fill: Sequence[int]) -> np.nda
     """
     count, length, channels = rows.shape
     colour = np.tile(np.array(fill, np.uint8), channels // 3)
-    whole = offsets >> _PLACE_BITS
-    weights = _WEIGHTS[offsets & ((1 << _PLACE_BITS) - 1)]  # [N, 4]
-    # The output columns in which any row has one of its four pixels.
+    whole = offsets >> _POSITION_BITS
+    weights = _WEIGHTS[offsets & ((1 << _POSITION_BITS) - 1)]  # [N, 4]
+    # The output columns to which any row contributes a pixel.
     left = max(0, -2 - int(whole.max()))
     right = min(length, length + 1 - int(whole.min()))
     result = np.empty_like(rows)
@@ -115,9 +115,9 @@ def _slide(rows: np.ndarray, offsets: np.ndarray, fill: Sequence[int]) -> np.nda
 
 
 def _cubic_weights() -> np.ndarray:
-    """Weights of the pixels at -1, 0, 1 and 2 for 32 positions between 0 and 1, int32 [32, 4]."""
+    """Return the weights of the pixels at -1, 0, 1, 2 for 32 positions in 0..1, int32 [32, 4]."""
     a, one = np.float32(-0.75), np.float32(1)
-    x = np.arange(1 << _PLACE_BITS, dtype=np.float32) / np.float32(1 << _PLACE_BITS)
+    x = np.arange(1 << _POSITION_BITS, dtype=np.float32) / np.float32(1 << _POSITION_BITS)
     outer = ((a * (x + one) - 5 * a) * (x + one) + 8 * a) * (x + one) - 4 * a
     left, right = (((a + 2) * d - (a + 3)) * d * d + one for d in (x, one - x))
     weights = np.stack([outer, left, right, one - outer - left - right], axis=1)

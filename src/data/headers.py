@@ -1,4 +1,4 @@
-"""What the bytes of an image file promise, looked at before Pillow's plug-ins see them."""
+"""Check the header of an image file before Pillow opens it."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ from typing import NamedTuple
 
 from src.errors import UserError
 
-FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")
 READ = "JPEG, PNG, BMP, TIFF and WEBP are read"
-MAX_PIXELS = 89_478_485  # of Pillow's warning; as many in a row would be resized into more
-SERVED_PIXELS = 50_000_000  # of a stranger's image; decoding takes 7 bytes a pixel, 367 MB measured
-MAX_ASPECT = 100
-# Each scan of a progressive JPEG costs a pass over all pixels, even if its data are a few bytes.
+MAX_PIXELS = 89_478_485  # beyond it Pillow warns
+SERVED_PIXELS = 50_000_000  # for untrusted images: decoding one took 367 MB, 7 bytes per pixel
+MAX_ASPECT = 100  # a narrower image would be resized to more pixels than MAX_PIXELS
+# Each scan of a progressive JPEG is a pass over all pixels, even if its data are a few bytes.
 _MAX_SCANNED = 12 * MAX_PIXELS
 _USUAL_SCANS = 12
-_WEBP_SHARE = 3  # of the pixels: its decoder holds three pictures of 4 bytes a pixel
-_MAX_CHUNKS = 100_000  # of a PNG; Pillow takes 5 us for each
+_WEBP_COPIES = 3  # pictures of 4 bytes per pixel that its decoder holds
+_MAX_CHUNKS = 100_000  # of a PNG; Pillow needs 5 us for each
 _MAX_METADATA = 1 << 20  # bytes in one of a PNG's chunks
 _PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 _ORIENTING_TEXTS = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")
@@ -43,16 +42,15 @@ _OTHERS = {
     b"v/1\1": "OPENEXR",
     b"DDS ": "DDS",
 }
-_CUT_OFF = "cut off: the end of the JPEG is missing"
 
 
 class Header(NamedTuple):
-    """What is known of a file before it is opened.
+    """The result of `check_header`.
 
     Args:
-        kind: one of `FORMATS`.
-        content: the file, of a PNG without the metadata that Pillow refuses beyond a size.
-        upright: whether it holds nothing by which it could be turned; False where that is unknown.
+        kind: one of JPEG, PNG, BMP, TIFF and WEBP.
+        content: the file; a PNG without the metadata that Pillow refuses beyond a size.
+        upright: True if the file is known to have no orientation.
     """
 
     kind: str
@@ -61,43 +59,40 @@ class Header(NamedTuple):
 
 
 def check_header(content: bytes, max_pixels: int = MAX_PIXELS) -> Header:
-    """Tell the format by the first bytes, and refuse what would cost too much to open.
+    """Recognise the format by the first bytes, and refuse files that would be costly to open.
 
     Raises:
-        UserError: none of the formats, cut off, a PNG's checksum is wrong, a large WEBP, a
-            run-length encoded BMP.
+        UserError: the file is of another format, truncated, a PNG with a wrong checksum, a large
+            WEBP or a run-length encoded BMP.
     """
-    kind = next((name for magic, name in _MAGIC.items() if content.startswith(magic)), None)
-    if kind == "JPEG" and is_cut_off(content):
-        raise UserError(_CUT_OFF)
-    if (
-        kind == "BMP"
-        and content[14:18] > b"\x0c\0\0\0"
-        and content[30:34]
-        in (
-            b"\1\0\0\0",
-            b"\2\0\0\0",
-        )
-    ):
-        # Pillow decodes it in Python: 39 kB of it can take 12 seconds.
+    kind = _find_format(content)
+    if kind is None:
+        raise UserError(describe_unreadable(content))
+    if kind == "JPEG" and is_truncated_jpeg(content):
+        raise UserError("cut off: the end of the JPEG is missing")
+    run_length = (b"\1\0\0\0", b"\2\0\0\0")
+    if kind == "BMP" and content[14:18] > b"\x0c\0\0\0" and content[30:34] in run_length:
+        # Pillow decodes these in Python: 39 kB can take 12 seconds.
         raise UserError("a run-length encoded BMP, which is not read; save it as PNG")
     if kind == "PNG":
-        return _look_through_png(content, max_pixels)
-    if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
-        kind = "WEBP"
-        size = _webp_size(content)
-        if size:
-            check_size(*size, max_pixels // _WEBP_SHARE)
-    if kind is None:
-        raise UserError(strange(content))
+        return _check_png(content, max_pixels)
+    size = _webp_size(content) if kind == "WEBP" else None
+    if size:
+        check_size(*size, max_pixels // _WEBP_COPIES)
     return Header(kind, content)
+
+
+def _find_format(content: bytes) -> str | None:
+    if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
+        return "WEBP"
+    return next((name for magic, name in _MAGIC.items() if content.startswith(magic)), None)
 
 
 def check_size(width: int, height: int, max_pixels: int = MAX_PIXELS) -> None:
     """Refuse an image that is too large or too narrow.
 
     Raises:
-        UserError: says the size and the limits.
+        UserError: names the size and the limits.
     """
     if width * height > max_pixels or max(width, height) > MAX_ASPECT * min(width, height):
         raise UserError(
@@ -107,10 +102,10 @@ def check_size(width: int, height: int, max_pixels: int = MAX_PIXELS) -> None:
 
 
 def check_scans(content: bytes, width: int, height: int) -> None:
-    """Refuse a progressive JPEG with so many passes over so many pixels that it blocks a server.
+    """Refuse a progressive JPEG whose many scans of many pixels would block a server.
 
     Raises:
-        UserError: says how many.
+        UserError: names the number of scans.
     """
     start = _data_start(content)
     end = content.find(b"\xff\xd9", start)
@@ -119,12 +114,12 @@ def check_scans(content: bytes, width: int, height: int) -> None:
         raise UserError(f"a JPEG of {width} x {height} pixels in {scans} scans; save it anew")
 
 
-def is_cut_off(data: bytes) -> bool:
-    """Whether a file is a JPEG without its end.
+def is_truncated_jpeg(data: bytes) -> bool:
+    """Return whether a file is a JPEG without its end.
 
-    On a JPEG cut off in its header or between the scans of a progressive one, MindSpore 2.8 hangs
-    or ends the process with SIGFPE; cut off elsewhere, the missing part may be grey without a word.
-    This check takes 10 us for 50 kB; the other formats fail as they should.
+    MindSpore 2.8 hangs or dies of SIGFPE on a JPEG that is truncated in its header or between the
+    scans of a progressive one; elsewhere it may decode the missing part as grey without an error.
+    The check takes 10 us for 50 kB. Other formats need none.
     """
     if not data.startswith(b"\xff\xd8"):
         return False
@@ -133,13 +128,13 @@ def is_cut_off(data: bytes) -> bool:
 
 
 def _data_start(data: bytes) -> int:
-    """Where a JPEG's first compressed data begin; -1 if its header does not end."""
+    """Return the offset of a JPEG's first compressed data; -1 if its header does not end."""
     position = 2
     while position + 4 <= len(data):
         marker = data[position + 1]
         if data[position] != 0xFF or marker == 0xFF:  # stray or fill bytes: libjpeg skips them too
             position += 1
-        elif marker in (0x00, 0x01) or 0xD0 <= marker <= 0xD8:  # without a length
+        elif marker in (0x00, 0x01) or 0xD0 <= marker <= 0xD8:  # has no length
             position += 2
         else:
             position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
@@ -148,15 +143,13 @@ def _data_start(data: bytes) -> int:
     return -1
 
 
-def strange(content: bytes) -> str:
-    """Why a file is none of the formats."""
+def describe_unreadable(content: bytes) -> str:
+    """Return why a file is not an image of a known format."""
     if not content:
         return "empty, 0 bytes"
-    for magic, name in _MAGIC.items():
-        if content.startswith(magic):
-            return f"damaged at the beginning of its {name}"
-    if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
-        return "damaged at the beginning of its WEBP"
+    kind = _find_format(content)
+    if kind is not None:
+        return f"damaged at the beginning of its {kind}"
     if content[:4] == b"RIFF":
         return f"damaged or no image: RIFF {ascii(content[8:12].decode('latin-1'))}"
     found = next((name for magic, name in _OTHERS.items() if content.startswith(magic)), None)
@@ -167,19 +160,19 @@ def strange(content: bytes) -> str:
     return f"of the format {found}; {READ}"
 
 
-def in_short(error: Exception) -> str:
-    """An exception's text as part of a line."""
+def shorten(error: Exception) -> str:
+    """Return an exception's text as part of one line."""
     return " ".join(str(error).split())[:120] or type(error).__name__
 
 
-def _look_through_png(content: bytes, max_pixels: int) -> Header:
-    """Compare a PNG's checksums, of which Pillow skips those of the pixels, and drop metadata.
+def _check_png(content: bytes, max_pixels: int) -> Header:
+    """Verify a PNG's checksums, as Pillow skips those of the pixels, and drop its metadata.
 
-    Pillow calls a PNG with much text or a large colour profile damaged. Kept is what makes pixels,
-    and what may tell the orientation.
+    Pillow refuses a PNG with much text or a large colour profile as damaged. The chunks of the
+    pixels and of the orientation are kept.
     """
     if not content.startswith(b"\x89PNG\r\n\x1a\n"):
-        raise UserError(strange(content))
+        raise UserError(describe_unreadable(content))
     if content[12:16] == b"IHDR":
         check_size(*struct.unpack(">II", content[16:24].ljust(8, b"\0")), max_pixels)
     view = memoryview(content)
@@ -207,7 +200,7 @@ def _look_through_png(content: bytes, max_pixels: int) -> Header:
 
 
 def _webp_size(content: bytes) -> tuple[int, int] | None:
-    """Width and height of a WEBP by its header; None if that is damaged."""
+    """Return a WEBP's (width, height) from its header; None if that is damaged."""
     kind, data = content[12:16], content[20:30]
     if len(data) < 10:
         return None
@@ -217,8 +210,6 @@ def _webp_size(content: bytes) -> tuple[int, int] | None:
         bits = int.from_bytes(data[1:5], "little")
         return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
     if kind == b"VP8 ":
-        return (
-            int.from_bytes(data[6:8], "little") & 0x3FFF,
-            int.from_bytes(data[8:10], "little") & 0x3FFF,
-        )
+        width, height = struct.unpack("<HH", data[6:10])
+        return width & 0x3FFF, height & 0x3FFF
     return None

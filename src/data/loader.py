@@ -1,4 +1,4 @@
-"""Batches from a source: who gets which image, in which order, and with which random numbers."""
+"""Make batches: which rank gets which image, in which order, with which random numbers."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ import mindspore.dataset as ds
 import numpy as np
 
 from src.data.base import Source
-from src.data.images import decode, prepare
-from src.data.keyed import Keyed
-from src.data.transforms import remove_dumps
+from src.data.images import decode
+from src.data.per_sample import PerSampleOp
+from src.data.transforms import remove_decoder_dumps
+from src.device import usable_cores
 from src.errors import UserError
 
 _log = logging.getLogger("cvt")
@@ -33,16 +34,19 @@ def epoch_indices(
     repeats: int = 1,
     length: int | None = None,
 ) -> np.ndarray:
-    """This rank's share of the epoch's permutation of `range(count)`, int64 [about count / world].
+    """Return this rank's part of the epoch's permutation of `range(count)`, int64 [~count / world].
 
-    The permutation is the same on every rank, so over the ranks each sample comes once an epoch.
-    With `repeats`, each comes so often in a row, dealt out to the ranks one by one, and the epoch
-    ends when it is as long as without: 1 / repeats of the samples are in it (repeated augmentation,
-    Hoffer et al., 2020; DeiT's samplers.py).
+    The permutation is the same on every rank, so over all ranks each sample occurs once per epoch.
 
-    With `length`, epochs are pieces of so many samples of one sequence of permutations, in which
-    each sample comes `repeats` times in a row: whatever the length, and across epochs, no sample
-    comes another time before all have come.
+    Args:
+        count: number of samples.
+        seed, epoch: determine the permutation.
+        rank, world: this rank, and the number of ranks.
+        repeats: occurrences of each sample in a row, dealt to the ranks in turn. The epoch keeps
+            its length and contains 1 / repeats of the samples (repeated augmentation, Hoffer et
+            al., 2020; DeiT's samplers.py).
+        length: samples per epoch. Epochs are then consecutive pieces of one sequence of
+            permutations: no sample recurs, even across epochs, before all others have occurred.
     """
     if length is None:
         order = np.random.default_rng([seed, epoch]).permutation(count)
@@ -53,7 +57,7 @@ def epoch_indices(
     return np.concatenate(passes)[turns - first * count][rank::world]
 
 
-def train_batches(
+def create_train_loader(
     source: Source,
     operations: Sequence[Callable],
     batch_size: int,
@@ -67,26 +71,29 @@ def train_batches(
     repeats: int = 1,
     multiple: int = 1,
     batches: int | None = None,
-) -> Batches:
-    """The batches of one epoch, shuffled, all of `batch_size`, as many on each rank.
+) -> DataLoader:
+    """Create the loader of one epoch: shuffled, full batches only, equally many on each rank.
 
-    They depend on the arguments only, not on what ran before or runs beside. They do depend on the
-    number of workers, because MindSpore gives each worker thread a random generator of its own: to
-    repeat a run on a machine with another number of cores, set `workers` (to no more than it has).
+    The batches depend on the arguments alone. This includes the number of workers, because each of
+    MindSpore's worker threads has its own random generator: to repeat a run on a machine with
+    another number of cores, set `workers` (to no more than the cores of either).
 
     Args:
-        operations: from `train_operations`; random ones must be MindSpore's C++ operations, or
-            `Keyed`, which do not depend on the number of workers.
-        seed, epoch: set the order and, with the rank, the augmentation's random numbers.
-        workers: threads for `operations`; 0 takes one per core, eight at most.
-        skip_batches: leave out the epoch's first batches, to go on after an interruption. The rest
-            is the same to the last bit, because the skipped ones are computed and thrown away.
+        source: the images of all ranks.
+        operations: from `create_train_operations`. Random ones must be C++ operations of MindSpore
+            or `PerSampleOp`, whose numbers do not depend on the number of workers.
+        batch_size: images per batch.
+        seed, epoch: determine the order and, with the rank, the augmentation's random numbers.
+        rank, world: this rank, and the number of ranks.
+        workers: threads that run `operations`; 0 means one per core, at most eight.
+        skip_batches: batches to skip at the start, to resume an epoch. The others are bitwise the
+            same, because the skipped ones are computed and dropped.
         repeats: as in `epoch_indices`.
-        multiple: the number of batches is one of this, for steps of several batches.
-        batches: of the epoch, on each rank; None takes as many as the images fill once.
+        multiple: round the number of batches down to a multiple of this, for accumulation.
+        batches: batches per epoch on each rank; None means one pass over the images.
 
     Raises:
-        UserError: not one batch, or fewer than `skip_batches`.
+        UserError: there is no full batch, or fewer than `skip_batches`.
     """
     length = None if batches is None else batches * batch_size * world
     if batches is None or not len(source):
@@ -99,10 +106,10 @@ def train_batches(
         )
     if skip_batches > batches:
         raise UserError(
-            f"{source.title}: cannot go on after batch {skip_batches} of {batches} an epoch; "
+            f"{source.title}: cannot continue after batch {skip_batches} of {batches} per epoch; "
             "resume with the batch size, devices and data of the interrupted run"
         )
-    share = epoch_indices(
+    order = epoch_indices(
         len(source),
         seed=seed,
         epoch=epoch,
@@ -111,10 +118,9 @@ def train_batches(
         repeats=repeats,
         length=length,
     )
-    return Batches(
-        source,
+    return DataLoader(
+        source.subset(order[: batches * batch_size]),
         operations,
-        share[: batches * batch_size],
         batch_size,
         seed=int(np.random.SeedSequence([seed, epoch, rank]).generate_state(1)[0]),
         skip_batches=skip_batches,
@@ -122,7 +128,7 @@ def train_batches(
     )
 
 
-def eval_batches(
+def create_eval_loader(
     source: Source,
     operations: Sequence[Callable],
     batch_size: int,
@@ -130,32 +136,39 @@ def eval_batches(
     rank: int = 0,
     world: int = 1,
     workers: int = 0,
-) -> Batches:
-    """Every image once, in order, this rank's share `[rank::world]`; the last batch may be smaller.
+) -> DataLoader:
+    """Create a loader of this rank's images `[rank::world]`, in order; the last batch may be short.
 
-    The shares differ by an image where `world` does not divide the number of images, and a rank
-    may have none: add up counts over the ranks, do not average averages.
+    Ranks may differ by one image, and a rank may have none: sum counts over the ranks instead of
+    averaging averages.
     """
     indices = np.arange(len(source))[rank::world]
-    return Batches(source, operations, indices, batch_size, workers=workers)
+    return DataLoader(source.subset(indices), operations, batch_size, workers=workers)
 
 
-class Batches:
-    """A pass over some items of a source; each iteration starts it anew and gives the same batches.
+class DataLoader:
+    """Batches of a source, from its first image to its last; every iteration gives the same ones.
 
-    A class and not a `mindspore.dataset.Dataset`, as MindSpore reads the seed when an *iterator*
-    is made: with a bare dataset, whoever sets another seed in between changes the augmentation.
+    This is no `mindspore.dataset.Dataset`, because MindSpore reads the seed when an *iterator* is
+    created: anyone who sets another seed in between would change a bare dataset's augmentation.
 
     Iterating yields (images, labels): Tensors of what the operations make, uint8 [B, H, W, 3] in
-    training and float32 [B, 3, H, W] in evaluation, and int32 [B]; and, where `Erase` is among the
-    operations, their boxes, int32 [B, 4].
+    training and float32 [B, 3, H, W] in evaluation, and int32 [B]. If `Erase` is among the
+    operations, boxes, int32 [B, 4], follow.
+
+    Args:
+        source: the images in the order of the batches.
+        operations: applied to each image.
+        batch_size: images per batch.
+        seed: of the random operations.
+        skip_batches: batches to skip at the start.
+        workers: threads that run `operations`; 0 means one per core, at most eight.
     """
 
     def __init__(
         self,
         source: Source,
         operations: Sequence[Callable],
-        indices: np.ndarray,
         batch_size: int,
         *,
         seed: int | None = None,
@@ -163,31 +176,31 @@ class Batches:
         workers: int = 0,
     ):
         self.source = source
-        self.indices = indices
         self.batch_size = batch_size
         self._operations = list(operations)
         self._seed = seed
-        self._skip = skip_batches
-        self._workers = choose_workers(workers)
+        self._skip_batches = skip_batches
+        self._workers = resolve_num_workers(workers)
 
     def __len__(self) -> int:
-        """Batches to come, the skipped ones not counted."""
-        return -(-len(self.indices) // self.batch_size) - self._skip
+        """Return the number of batches, without the skipped ones."""
+        return -(-len(self.source) // self.batch_size) - self._skip_batches
 
     def __iter__(self) -> Iterator[tuple]:
         return self.iterate()
 
     def pipeline(self) -> ds.Dataset:
-        """The MindSpore pipeline with columns "image", "label" and, with `Erase`, "box".
+        """Build the MindSpore pipeline with columns "image", "label" and, with `Erase`, "box".
 
-        It knows the seed of `Keyed` operations only, not that of MindSpore's own.
+        It contains the seed of `PerSampleOp` operations; `iterate` sets that of MindSpore's own.
         """
-        keyed = any(isinstance(operation, Keyed) for operation in self._operations)
-        # One reading thread: two are slower, they hand Python's lock to and fro (digits: 770 img/s,
-        # not 17,000; flower photos: 520, not 850). Storage that takes 5 ms a file caps it at 190.
-        images = self.source.image_dataset(self.indices, self._workers)
+        keyed = any(isinstance(operation, PerSampleOp) for operation in self._operations)
+        # One reading thread: two are slower, because they contend for Python's lock (digits: 770
+        # img/s, not 17,000; flower photos: 520, not 850). With storage that takes 5 ms per file,
+        # one thread reads at most 190 img/s.
+        images = self.source.image_dataset(self._workers)
         dataset = ds.GeneratorDataset(
-            _Selection(self.source, self.indices, self._seed if keyed else None, images is None),
+            _Rows(self.source, self._seed if keyed else None, images is None),
             [*["image"] * (images is None), "label", *["key"] * keyed],
             shuffle=False,
             num_parallel_workers=1,
@@ -195,19 +208,19 @@ class Batches:
         )
         if images is not None:
             dataset = ds.zip((images, dataset))
-        made = []
+        outputs = []
         for takes_key, group in itertools.groupby(
-            self._operations, lambda operation: isinstance(operation, Keyed)
+            self._operations, lambda operation: isinstance(operation, PerSampleOp)
         ):
             group = list(group)
-            taken = ["image", "key"] if takes_key else ["image"]
-            made = ["image", group[-1].output] if takes_key else ["image"]
-            dataset = dataset.map(group, taken, made, num_parallel_workers=self._workers)
-        dataset = dataset.project(["image", "label", *["box"] * ("box" in made)])
-        return dataset.batch(self.batch_size).skip(self._skip)
+            inputs = ["image", "key"] if takes_key else ["image"]
+            outputs = ["image", group[-1].output] if takes_key else ["image"]
+            dataset = dataset.map(group, inputs, outputs, num_parallel_workers=self._workers)
+        dataset = dataset.project(["image", "label", *["box"] * ("box" in outputs)])
+        return dataset.batch(self.batch_size).skip(self._skip_batches)
 
     def iterate(self, *, output_numpy: bool = False) -> Iterator[tuple]:
-        """Yield as iterating does, numpy arrays instead of Tensors if asked to.
+        """Yield the batches, as NumPy arrays instead of Tensors if `output_numpy`.
 
         Raises:
             UserError: an image cannot be read; the message names the file. Other failures of the
@@ -224,67 +237,56 @@ class Batches:
             except StopIteration:
                 return
             except RuntimeError as error:
-                remove_dumps(start)
-                broken = find_broken(self.source, self._in_flight(done))
+                remove_decoder_dumps(start)
+                broken = find_broken_image(self.source, self._in_flight(done))
                 if broken is None:
                     raise
                 raise UserError(f"{broken}; remove or replace it") from error
             yield item
 
-    def _in_flight(self, done: int) -> np.ndarray:
-        """Items that the pipeline may have been at when it failed, `done` batches after the start.
+    def _in_flight(self, done: int) -> range:
+        """Return the images that the pipeline may have been reading after `done` batches.
 
-        Its queues hold a few dozen batches; looking through all that follow would keep a user of
-        ImageNet waiting for half an hour when the failure is of another kind.
+        Its queues hold a few dozen batches. Checking all of ImageNet would take half an hour, in
+        vain if the failure is of another kind.
         """
-        first = (self._skip + done) * self.batch_size if done else 0
-        last = (self._skip + done) * self.batch_size + 128 * max(self.batch_size, 32)
-        return self.indices[first:last]
+        next_image = (self._skip_batches + done) * self.batch_size
+        end = next_image + 128 * max(self.batch_size, 32)
+        return range(next_image if done else 0, min(end, len(self.source)))
 
 
-class _Selection:
-    """`source[indices[k]]` for k = 0, 1, ..., the random access that GeneratorDataset wants.
+class _Rows:
+    """The rows of the GeneratorDataset: image, label and key.
 
-    An item is image and label, and with a seed the key for `Keyed` operations, uint64 [2]: seed, k;
-    without the image where MindSpore reads those itself.
+    Args:
+        source: the images in their order.
+        seed: adds the key of `PerSampleOp` operations, uint64 [2]: seed and position; None omits
+            the key.
+        with_images: whether a row has the image; False if MindSpore reads it itself.
     """
 
-    def __init__(self, source: Source, indices: np.ndarray, seed: int | None, with_images: bool):
+    def __init__(self, source: Source, seed: int | None, with_images: bool):
         self._source = source
-        self._indices = indices
         self._seed = seed
         self._with_images = with_images
 
     def __len__(self) -> int:
-        return len(self._indices)
+        return len(self._source)
 
     def __getitem__(self, position: int) -> tuple:
-        index = int(self._indices[position])
-        item = self._source[index] if self._with_images else (self._source.labels[index],)
-        if self._with_images and self._source.encoded:
-            item = self._prepared(item[0], index), item[1]
-        if self._seed is None:
-            return item
-        return (*item, np.array([self._seed, position], np.uint64))
-
-    def _prepared(self, content: np.ndarray, index: int) -> np.ndarray:
-        """Return `prepare(content)`, which from the second epoch on costs nothing for most files.
-
-        A file of the size that it had is taken for the one that was looked at.
-        """
-        if self._source.straight[index] == len(content):
-            return content
-        prepared = prepare(content)
-        if prepared is content:
-            self._source.straight[index] = len(content)
-        return prepared
+        row = (self._source.labels[position],)
+        if self._with_images:
+            row = (self._source.read_decodable(position), *row)
+        if self._seed is not None:
+            row = (*row, np.array([self._seed, position], np.uint64))
+        return row
 
 
 @contextlib.contextmanager
-def _pipeline_seed(seed: int | None):
-    """Set the seed for the pipeline iterator made inside, and leave no trace.
+def _pipeline_seed(seed: int | None) -> Iterator[None]:
+    """Set the seed of a pipeline iterator created inside, and restore all generators.
 
-    `ds.config.set_seed` also seeds the global generators of `random` and numpy.
+    `ds.config.set_seed` also seeds the global generators of `random` and NumPy.
     """
     if seed is None:
         yield
@@ -299,36 +301,36 @@ def _pipeline_seed(seed: int | None):
         np.random.set_state(before[2])
 
 
-@functools.cache  # so that the warning comes once, not every epoch
-def choose_workers(workers: int) -> int:
-    """The number of worker threads; 0 takes one per core at hand, eight at most.
+@functools.cache  # warn once, not every epoch
+def resolve_num_workers(workers: int) -> int:
+    """Return the number of worker threads; 0 means one per usable core, at most eight.
 
-    MindSpore refuses more than the machine has cores, so more are cut down, with a warning.
+    MindSpore accepts no more than the machine has cores; a larger number is reduced to that, with a
+    warning.
     """
     cores = os.cpu_count() or 1
     if workers < 0:
-        raise UserError(f"workers {workers} makes no sense; use 0 for one per core")
+        raise UserError(f"workers {workers}: must be 0 (one per core) or more")
     if workers == 0:
-        at_hand = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
-        return min(at_hand, cores, 8)
+        return min(len(usable_cores()), cores, 8)
     if workers > cores:
         _log.warning(
-            "%d data workers asked for, %d taken: MindSpore allows no more than there are cores. "
-            "The augmentation's random numbers depend on it.",
+            "data.workers %d: MindSpore allows one per core, so %d are used; the augmentation's "
+            "random numbers depend on this number",
             workers, cores,
         )  # fmt: skip
     return min(workers, cores)
 
 
-def find_broken(source: Source, indices: Iterable[int]) -> str | None:
-    """The first of these items that can't be read or decoded: where it is, and what is wrong."""
+def find_broken_image(source: Source, indices: Iterable[int]) -> str | None:
+    """Return the place and fault of the first of these images that can't be decoded, or None."""
     if not source.encoded:
         return None
     for index in indices:
         try:
-            decode(source[int(index)][0])
-        except (OSError, UserError) as error:
-            reason = getattr(error, "strerror", None) or "not a readable image"
-            reason = error if isinstance(error, UserError) else reason
-            return f"{source.describe(int(index))}: {reason}"
+            decode(source[index][0])
+        except UserError as error:
+            return f"{source.describe(index)}: {error}"
+        except OSError as error:
+            return f"{source.describe(index)}: {error.strerror or 'not a readable image'}"
     return None

@@ -1,8 +1,8 @@
-"""MindRecord: a data set in a few large files instead of millions of small ones.
+"""Read a data set from a few MindRecord files instead of millions of small ones.
 
 A split is a folder of shards, `00000.mindrecord` with MindSpore's own index `00000.mindrecord.db`,
-and `index.json`, which `tools.records` writes last. Each record holds the bytes of an image file,
-its path below the source folder and its label, which other readers of MindRecord can use.
+and `index.json`, which `tools.records` writes last. Each record holds the content of an image file,
+its path below the source folder and its label; any MindRecord reader can use them.
 """
 
 from __future__ import annotations
@@ -19,24 +19,27 @@ from typing import Any
 import mindspore.dataset as ds
 import numpy as np
 
-from src.data.base import Source, canonical, some_names
-from src.data.images import prepare
+from src.data.base import Source, normalize_name
+from src.data.images import make_decodable
 from src.data.shards import check_shard, verify_shard
-from src.errors import UserError
+from src.errors import UserError, join_names
 from src.progress import progress_bar
 
 INDEX = "index.json"
-UNFINISHED = "unfinished.json"  # the index of a conversion that is not through
+UNFINISHED = "unfinished.json"  # the index of an unfinished conversion
 FORMAT = 1
+_SHARD_KEYS = ("bytes", "sha256", "index_bytes", "index_sha256", "head", "origin", "skipped")
 
 
 class RecordSource(Source):
     """The images of one split in MindRecord shards; `open_records` checks and opens them.
 
     Args:
-        folder: where the shards lie.
+        folder: the folder of the shards.
         index: the content of index.json.
         labels: int [N], in the order of the records.
+        class_names: names in the order of the labels.
+        title: for messages.
     """
 
     encoded = True
@@ -54,49 +57,48 @@ class RecordSource(Source):
         self._origin = index["source"]
         self._files = [str(folder / shard["name"]) for shard in index["shards"]]
         self._checksums = [shard["sha256"] for shard in index["shards"]]
-        # Records that vision.Decode alone would read wrong, as photographs that EXIF turns.
+        # Whether any record needs `make_decodable`, for example a photograph that EXIF turns.
         self._unready = any(shard.get("unready") for shard in index["shards"])
         self._starts = np.cumsum([0] + [shard["images"] for shard in index["shards"]])
+        # Opened on first use, because it keeps every shard open; shared by all subsets.
+        self._open_single = functools.cache(
+            lambda: ds.MindDataset(
+                self._files, ["image", "file"], num_parallel_workers=1, shuffle=False
+            )
+        )
 
-    @functools.cached_property
-    def _single(self) -> ds.MindDataset:
-        """For one record at a time; made when asked for, as it keeps the shards open."""
-        columns = ["image", "file"]
-        return ds.MindDataset(self._files, columns, num_parallel_workers=1, shuffle=False)
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.int32]:
+    def read(self, item: int) -> np.ndarray:
         try:
-            image = self._single[int(index)][0]
+            image = self._open_single()[item][0]
         except RuntimeError as error:
-            raise OSError(f"{self._folder}: record {index} cannot be read") from error
-        return np.frombuffer(image.tobytes(), np.uint8), self.labels[index]
+            raise OSError(f"{self._folder}: record {item} cannot be read") from error
+        return np.frombuffer(image.tobytes(), np.uint8)
 
     def describe(self, index: int) -> str:
-        """The shard, and the file that the record was made of."""
-        shard = int(np.searchsorted(self._starts, index, "right")) - 1
-        place = f"{self._files[shard]}, record {index - self._starts[shard]}"
+        """Return the original file of a record, and its shard."""
+        item = int(self.items[index])
+        shard = int(np.searchsorted(self._starts, item, "right")) - 1
+        place = f"{self._files[shard]}, record {item - self._starts[shard]}"
         try:
-            origin = os.path.join(self._origin, str(self._single[int(index)][1]))
-        except RuntimeError:  # what a shard damaged beyond reading raises
+            origin = os.path.join(self._origin, str(self._open_single()[item][1]))
+        except RuntimeError:  # the shard is damaged beyond reading
             return place
         return f"{origin} (in {place})"
 
-    def image_dataset(self, indices: np.ndarray, workers: int) -> ds.Dataset:
-        """MindSpore's own reader: its threads read in parallel and keep the order of `indices`."""
-        sampler = ds.SubsetSampler(np.asarray(indices).tolist())
-        readers = _readers(len(self._files), workers)
+    def image_dataset(self, workers: int) -> ds.Dataset:
+        """Return MindSpore's reader, whose threads read in parallel and keep the order."""
+        sampler = ds.SubsetSampler(self.items.tolist())
+        readers = _limit_readers(len(self._files), workers)
         dataset = ds.MindDataset(
             self._files, ["image"], num_parallel_workers=readers, sampler=sampler
         )
         if self._unready:
-            dataset = dataset.map(prepare, ["image"], num_parallel_workers=workers)
+            dataset = dataset.map(make_decodable, ["image"], num_parallel_workers=workers)
         return dataset
 
-    def digest_items(self, indices: np.ndarray, number: int, by_name: bool = False) -> int:
-        """The shards' checksums stand for the items: their names would have to be read."""
-        if by_name:
-            return super().digest_items(indices, number)
-        number = zlib.crc32(np.ascontiguousarray(indices, np.int64), number)
+    def digest_items(self, number: int) -> int:
+        """Continue a checksum by the shards' checksums, because the names are in the records."""
+        number = zlib.crc32(np.ascontiguousarray(self.items, np.int64), number)
         return zlib.crc32("".join(self._checksums).encode(), number)
 
 
@@ -109,45 +111,44 @@ def open_records(
     train_folder: str = "train",
     val_folder: str = "val",
 ) -> RecordSource:
-    """Open one split that tools.records has written, after a quick look at every shard.
+    """Open one split written by tools.records, after a quick check of every shard.
 
     Args:
         root: the folder of the splits' folders.
-        split, class_names, train_folder, val_folder: as in `open_source`; like "imagefolder" it
-            numbers the classes by the names given.
+        split, title, class_names, train_folder, val_folder: as in `open_source`.
 
     Raises:
-        UserError: a shard is missing, of another size or of another set; a class of the images is
-            none of `class_names`; the system allows too few open files.
+        UserError: a shard is missing, of another size or from another set; an image's class is not
+            in `class_names`; the system allows too few open files.
     """
     folder = root / (train_folder if split == "train" else val_folder)
     index = read_index(folder)
     for shard in index["shards"]:
         check_shard(folder, shard)
     names = tuple(index["class_names"] if class_names is None else class_names)
-    new_label = {canonical(name): label for label, name in enumerate(names)}
-    runs = np.array([run for shard in index["shards"] for run in shard["labels"]])  # label, images
+    new_label = {normalize_name(name): label for label, name in enumerate(names)}
+    runs = np.array([run for shard in index["shards"] for run in shard["labels"]])  # label, count
     present = [index["class_names"][label] for label in sorted(set(runs[:, 0].tolist()))]
-    strange = [name for name in present if canonical(name) not in new_label]
-    if strange:
+    unknown = [name for name in present if normalize_name(name) not in new_label]
+    if unknown:
         raise UserError(
-            f"{folder}: {some_names(strange, 5)}: none of the {len(names)} known classes "
-            f"({some_names(names, 5)}); use the data set that the model was trained for"
+            f"{folder}: {join_names(unknown, 5)}: none of the {len(names)} known classes "
+            f"({join_names(names, 5)}); use the data set that the model was trained for"
         )
-    table = np.array([new_label.get(canonical(name), -1) for name in index["class_names"]])
+    table = np.array([new_label.get(normalize_name(name), -1) for name in index["class_names"]])
     labels = np.repeat(table[runs[:, 0]], runs[:, 1])
-    _readers(len(index["shards"]), 1)
+    _limit_readers(len(index["shards"]), 1)
     return RecordSource(folder, index, labels, names, title)
 
 
-def _readers(shards: int, wanted: int) -> int:
-    """How many threads may read at once: MindSpore opens every shard in each, and once more.
+def _limit_readers(shards: int, wanted: int) -> int:
+    """Return how many threads may read: MindSpore opens every shard in each, and once more.
 
-    Raises this process's limit of open files to what that takes, as far as the system lets it; half
-    of it is for a second pipeline, as evaluation within training.
+    Raises this process's limit of open files as far as needed and allowed; half of it is for a
+    second pipeline, such as evaluation during training.
 
     Raises:
-        UserError: not even one.
+        UserError: the limit does not even allow one thread.
     """
     limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = 256 + 2 * shards * (wanted + 1)
@@ -165,10 +166,10 @@ def _readers(shards: int, wanted: int) -> int:
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """The index of a finished split.
+    """Read the index of a finished split.
 
     Raises:
-        UserError: there is none, or it is not one.
+        UserError: the index is missing or damaged, or the conversion is unfinished.
     """
     path = folder / INDEX
     if not path.is_file():
@@ -182,10 +183,10 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def load_index(path: Path) -> dict[str, Any]:
-    """An index file, finished or not, checked for what readers rely on.
+    """Read an index file, finished or not, and check its structure.
 
     Raises:
-        UserError: it is damaged, or of another version.
+        UserError: it is damaged or of another version.
     """
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
@@ -195,15 +196,7 @@ def load_index(path: Path) -> dict[str, Any]:
             if sum(counts) != shard["images"] or len(counts) != len(shard["labels"]):
                 raise ValueError(f"labels and images of {shard['name']} disagree")
             images += shard["images"]
-            for key in (
-                "bytes",
-                "sha256",
-                "index_bytes",
-                "index_sha256",
-                "head",
-                "origin",
-                "skipped",
-            ):
+            for key in _SHARD_KEYS:
                 shard[key]
         if path.name == INDEX and (images != index["images"] or not images):
             raise ValueError(f"{images} images in the shards, {index['images']} in all")
@@ -211,8 +204,8 @@ def load_index(path: Path) -> dict[str, Any]:
             index[key]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path}: damaged or no index of ours ({error!r}); copy it again, or remove it "
-            "and convert again"
+            f"{path}: damaged, or not written by tools.records ({error!r}); copy it again, or "
+            "remove it and convert again"
         ) from error
     if version != FORMAT:
         raise UserError(f"{path}: format {version}, this version reads {FORMAT}; convert again")
@@ -220,13 +213,13 @@ def load_index(path: Path) -> dict[str, Any]:
 
 
 def verify(root: Path) -> dict[Path, int]:
-    """Read every shard of every split at `root` or below it against its checksum.
+    """Verify the checksum of every shard of every split at or below `root`.
 
     Returns:
-        Images by the split's folder.
+        The number of images by split folder.
 
     Raises:
-        UserError: no split there, an unfinished one, or a shard that is not what it was.
+        UserError: there is no split, one is unfinished, or a shard has changed.
     """
     folders = sorted({path.parent for name in (INDEX, UNFINISHED) for path in root.rglob(name)})
     if not folders:

@@ -1,4 +1,4 @@
-"""Held-out digits as image files, to try things on."""
+"""Write held-out digits as image files for examples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One MindRecord shard: the data file, MindSpore's index of it beside, and what identifies them."""
+"""Write and check one MindRecord shard: a data file and MindSpore's index beside it."""
 
 from __future__ import annotations
 
@@ -12,40 +12,41 @@ from mindspore.mindrecord import FileWriter
 from src.errors import UserError
 from src.files import sha256_of
 
-_AGAIN = "convert it again with tools.records, or copy it again"
+_REMEDY = "convert it again with tools.records, or copy it again"
 _SCHEMA = {"image": {"type": "bytes"}, "file": {"type": "string"}, "label": {"type": "int32"}}
 
 
 def open_writer(path: Path, sizes: list[int], description: str) -> FileWriter:
-    """A writer of one shard whose pages hold the largest image.
+    """Create the writer of one shard whose pages hold the largest image.
 
-    MindRecord's default, 32 MiB a page and 16 for the header, would make 48 MiB of every shard.
+    MindRecord's default, 32 MiB per page and 16 for the header, would make every shard 48 MiB.
     """
     largest, total = max(sizes), sum(sizes)
     page = max(_power_of_two(largest + 4096), min(_power_of_two(total), 1 << 25))
     if page > 1 << 28:
-        raise UserError(f"{path.name}: an image of {largest} bytes; MindRecord takes 256 MiB less "
-                        "4 KiB at most")  # fmt: skip
+        raise UserError(
+            f"{path.name}: an image of {largest} bytes; MindRecord takes at most 256 MiB - 4 KiB"
+        )
     writer = FileWriter(str(path), shard_num=1, overwrite=True)
     writer.set_header_size(1 << 20 if total < 1 << 30 else 1 << 24)
     writer.set_page_size(page)
     writer.add_schema(_SCHEMA, description)
-    writer.add_index(["label"])  # else MindSpore indexes the names too, and holds them in memory
+    writer.add_index(["label"])  # else MindSpore also indexes the names and keeps them in memory
     return writer
 
 
 def _power_of_two(size: int) -> int:
-    """The least one that holds `size` bytes, 64 KiB or more."""
+    """Return the smallest power of two of at least `size` bytes and 64 KiB."""
     return max(1 << 16, 1 << (size - 1).bit_length())
 
 
 def seal(path: Path, folder: Path) -> dict[str, Any]:
-    """Move a written shard into place, safe on disk; what identifies it."""
-    entry = {"head": head_of(path)}
+    """Move a written shard into place, flushed to disk; return its sizes and checksums."""
+    entry = {"head": header_sha256(path)}
     for file, prefix in ((database(path), "index_"), (path, "")):
         entry[f"{prefix}bytes"] = file.stat().st_size
         entry[f"{prefix}sha256"] = sha256_of(file)
-        file.chmod(folder.stat().st_mode & 0o666)  # MindSpore leaves it to the owner alone
+        file.chmod(folder.stat().st_mode & 0o666)  # MindSpore lets only the owner read it
         with open(file, "rb") as opened:
             os.fsync(opened.fileno())
         os.replace(file, folder / file.name)
@@ -53,43 +54,43 @@ def seal(path: Path, folder: Path) -> dict[str, Any]:
 
 
 def check_shard(folder: Path, shard: dict[str, Any]) -> None:
-    """Compare a shard's sizes and head with the index: one stat and a short read for each file.
+    """Compare a shard's file sizes and header with the index.
 
     Raises:
-        UserError: they are not what the index says.
+        UserError: they differ, or a file is missing.
     """
     path = folder / shard["name"]
     for file, size in ((path, shard["bytes"]), (database(path), shard["index_bytes"])):
         if not file.is_file():
-            raise UserError(f"{file}: the shard is missing; {_AGAIN}")
+            raise UserError(f"{file}: the shard is missing; {_REMEDY}")
         if file.stat().st_size != size:
             raise UserError(
-                f"{file}: {file.stat().st_size} bytes instead of {size}, cut off or of another "
-                f"set; {_AGAIN}"
+                f"{file}: {file.stat().st_size} bytes instead of {size}, cut off or from "
+                f"another set; {_REMEDY}"
             )
-    if head_of(path) != shard["head"]:
-        raise UserError(f"{path}: of another set than the index beside it; {_AGAIN}")
+    if header_sha256(path) != shard["head"]:
+        raise UserError(f"{path}: from another set than the index beside it; {_REMEDY}")
 
 
 def verify_shard(folder: Path, shard: dict[str, Any]) -> None:
-    """`check_shard`, and every byte against the checksums.
+    """Compare a shard's sizes, header and checksums with the index.
 
     Raises:
-        UserError: as `check_shard`.
+        UserError: they differ, or a file is missing.
     """
     check_shard(folder, shard)
     path = folder / shard["name"]
     for file, digest in ((path, shard["sha256"]), (database(path), shard["index_sha256"])):
         if sha256_of(file) != digest:
-            raise UserError(f"{file}: damaged, its SHA-256 is not the index's; {_AGAIN}")
+            raise UserError(f"{file}: damaged, its SHA-256 is not the index's; {_REMEDY}")
 
 
 def database(path: Path) -> Path:
-    """MindSpore's index of a shard, a SQLite file."""
+    """Return the path of MindSpore's index of a shard, a SQLite file."""
     return path.with_name(f"{path.name}.db")
 
 
-def head_of(path: Path) -> str:
-    """SHA-256 of the first 64 KiB: MindRecord's header, with our mark in its description."""
+def header_sha256(path: Path) -> str:
+    """Return the SHA-256 of the first 64 KiB: MindRecord's header with its description."""
     with open(path, "rb") as file:
         return hashlib.sha256(file.read(1 << 16)).hexdigest()

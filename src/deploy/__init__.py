@@ -1,4 +1,4 @@
-"""From a checkpoint to its use: export and prediction."""
+"""Export trained networks and classify images with them."""
 
 from src.deploy.classify import find_images
 from src.deploy.predictor import Prediction, Predictor

@@ -1,4 +1,4 @@
-"""Settings of AIPP, the preprocessing unit of Ascend's inference chips."""
+"""Configure AIPP, the preprocessing unit of Ascend's inference chips."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ aipp_op {{
 
 
 def aipp_config(model: str | Path) -> str:
-    """The text for ATC's --insert_op_conf that lets the chip normalise uint8 pixels.
+    """Return the text for ATC's --insert_op_conf that lets the chip normalise uint8 pixels.
 
     The converted model then takes uint8 [B, H, W, 3] in RGB, resized and cropped on the host, and
     AIPP computes (pixel - min_chn) * var_reci_chn for each channel (CANN, "Normalization
@@ -29,7 +29,7 @@ def aipp_config(model: str | Path) -> str:
         model: an exported file with its .json beside it.
 
     Raises:
-        UserError: the .json is missing or not what export.py wrote.
+        UserError: the .json is missing or invalid.
     """
     preprocessing = read_description(model)["preprocessing"]
     height, width = preprocessing.image_size

@@ -1,4 +1,4 @@
-"""Conversion of published weights to a file of ours, checked against the network on the way."""
+"""Convert published weights to a checkpoint."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from src.weights.checkpoint import read_checkpoint, read_safetensors, save_weigh
 from src.weights.load import load_tensors, read_weights
 from src.weights.load_report import LoadReport
 
-# (dimension, depth) of each stage; heads and strides can't be seen in the tensors.
+# (dimension, depth) of each stage; the tensors do not tell heads and strides.
 _VARIANTS = {
     ((64, 1), (192, 2), (384, 10)): "cvt_13",
     ((64, 1), (192, 4), (384, 16)): "cvt_21",
@@ -28,7 +28,7 @@ _VARIANTS = {
 
 
 class Conversion(NamedTuple):
-    """What was done: `verified` is how many tensors were compared, None where none was."""
+    """The result of `convert`; `verified` is the number of compared tensors, None without."""
 
     model: str
     report: LoadReport
@@ -44,23 +44,23 @@ def convert(
     entry: str | None = None,
     force: bool = False,
 ) -> Conversion:
-    """Load weights of any kind into their network, strictly, and save that.
+    """Load weights of any kind into their network, strictly, and save it.
 
     Args:
-        source: what `load_weights` reads.
-        target: .ckpt or .safetensors; an earlier result, with the same parameters, is replaced.
-        model: a model's name; None recognises the variant by its sizes.
-        config: a recipe whose model it is, instead of `model`.
-        verify: read the written file again and demand the source's tensors, bit for bit.
-        entry: which weights to take where the source holds several sets.
+        source: a file or folder that `load_weights` reads.
+        target: .ckpt or .safetensors; an earlier result with the same parameters is replaced.
+        model: the model's name; None recognises the variant by its sizes.
+        config: a recipe of the model, instead of `model`.
+        verify: read the written file again and compare its tensors bitwise with the source's.
+        entry: the set of weights to use if the source has several.
         force: replace any existing file.
 
     Raises:
-        UserError: a source that can't be read or doesn't fit, a model that isn't recognised, a
-            target that is another file, or tensors that differ; then `target` is as it was.
+        UserError: the source can't be read or doesn't fit, the model isn't recognised, the target
+            is another file, or tensors differ. `target` is unchanged then.
     """
-    require_replaceable(target, "--dst", lambda path: bool(_names_in(path)), force)
-    known = _parameters(config) if config else ()
+    require_replaceable(target, "--dst", lambda path: bool(_read_names(path)), force)
+    known = _parameter_names(config) if config else ()
     tensors, report = read_weights(source, known, entry)
     if config is None:
         config = Config(model=ModelConfig(name=model or _recognise(source, tensors)))
@@ -69,19 +69,19 @@ def convert(
         config = _with_classes(config, classes)
     net = build_model(without_flash_attention(config)).set_train(False)
     names = {parameter.name for parameter in net.get_parameters()}
-    require_replaceable(target, "--dst", lambda path: _names_in(path) == names, force)
+    require_replaceable(target, "--dst", lambda path: _read_names(path) == names, force)
     load_tensors(net, tensors, report)
     try:
-        with replacing(target) as unproven:
-            save_weights(net, unproven)
-            verified = _verify(tensors, net, unproven) if verify else None
+        with replacing(target) as unfinished:
+            save_weights(net, unfinished)
+            verified = _verify(tensors, net, unfinished) if verify else None
     except OSError as error:
         raise UserError(f"{target}: {error.strerror}; give another --dst") from error
     return Conversion(config.model.name, report, verified)
 
 
-def _names_in(path: Path) -> set[str]:
-    """The names in a file of ours; none in any other file."""
+def _read_names(path: Path) -> set[str]:
+    """Return the tensor names of a .ckpt or .safetensors; none for any other file."""
     read = read_safetensors if path.suffix == ".safetensors" else read_checkpoint
     try:
         return {*read(path).tensors}
@@ -93,8 +93,8 @@ def _with_classes(config: Config, classes: int) -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, num_classes=classes))
 
 
-def _parameters(config: Config) -> set[str]:
-    """The names of a network's parameters; a CvT's are known without building it."""
+def _parameter_names(config: Config) -> set[str]:
+    """Return the names of a network's parameters; none for a CvT, whose names are known."""
     if config.model.name in _VARIANTS.values():
         return set()
     net = build_model(without_flash_attention(_with_classes(config, 1)))
@@ -102,6 +102,7 @@ def _parameters(config: Config) -> set[str]:
 
 
 def _recognise(source: Path, tensors: dict[str, np.ndarray]) -> str:
+    """Return the name of the CvT variant with the sizes of these tensors."""
     sizes = []
     for stage in range(3):
         embedding = tensors.get(f"stage{stage}.patch_embed.proj.weight")
@@ -111,30 +112,28 @@ def _recognise(source: Path, tensors: dict[str, np.ndarray]) -> str:
     if tuple(sizes) not in _VARIANTS:
         dims, depths = zip(*sizes)
         raise UserError(
-            f"{source}: dimensions {list(dims)} and depths {list(depths)} are of none of "
+            f"{source}: dimensions {list(dims)} and depths {list(depths)} match none of "
             f"{', '.join(_VARIANTS.values())}; give --config with the model's keys"
         )
     return _VARIANTS[tuple(sizes)]
 
 
 def _verify(tensors: dict[str, np.ndarray], net: nn.Cell, written: Path) -> int:
-    """Compare the written file with the source; no device computes anything for it.
+    """Compare the written file bitwise with the source, without computing anything.
 
-    Position embeddings that were interpolated are compared with the network's.
+    Interpolated position embeddings are compared with the network's.
 
     Returns:
         The number of tensors.
 
     Raises:
-        UserError: one of them differs in a bit.
+        UserError: a tensor differs.
     """
     found = read_weights(written, {parameter.name for parameter in net.get_parameters()})[0]
     for parameter in net.get_parameters():
-        name, there = parameter.name, parameter.asnumpy()
-        if name in tensors and tensors[name].shape == there.shape:
-            there = tensors[name].astype(there.dtype)
-        if name not in found or found[name].tobytes() != there.tobytes():
-            raise UserError(
-                f"the written {name} differs from the source's: not kept; report this as a fault"
-            )
+        name, expected = parameter.name, parameter.asnumpy()
+        if name in tensors and tensors[name].shape == expected.shape:
+            expected = tensors[name].astype(expected.dtype)
+        if name not in found or found[name].tobytes() != expected.tobytes():
+            raise UserError(f"the written {name} differs from the source's: not kept; report a bug")
     return len(found)

@@ -1,6 +1,6 @@
-"""What export.py writes beside an exported file, read back with every value checked.
+"""Read and validate the description, F.json, that export.py writes beside an exported file F.
 
-The file may come from a stranger: a size in it decides how much memory is taken, a name is shown.
+The file may be untrusted: its sizes determine how much memory is allocated, its names are shown.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from src.errors import UserError
 
 _MAX_BYTES = 16 << 20  # of the .json
 _MAX_EDGE = 4096  # pixels
-_MAX_FLOATS = 1 << 26  # of a batch, 256 MiB: 445 images of 224 px
+_MAX_FLOATS = 1 << 26  # in a batch: 256 MiB, 445 images of 224 px
 _MAX_CLASSES, _MAX_NAME = 100_000, 1_000
 
 
@@ -26,19 +26,19 @@ def read_description(path: str | Path) -> dict[str, Any]:
         path: of the model, not of the .json.
 
     Returns:
-        What export.py wrote, with `preprocessing` as `Preprocessing`, `class_names` as a list that
-        is empty where the names are unknown, and `input_shape` as (batch or None, 3, H, W).
+        The content, with `preprocessing` as `Preprocessing`, `class_names` as a list (empty if
+        unknown) and `input_shape` as (batch or None, 3, H, W).
 
     Raises:
-        UserError: it is missing or not what export.py wrote.
+        UserError: the description is missing or invalid.
     """
     beside = Path(f"{path}.json")
     try:
         if beside.stat().st_size > _MAX_BYTES or not beside.is_file():
-            raise ValueError("too large, or no file")
+            raise ValueError("too large, or not a file")
         description = json.loads(beside.read_text(encoding="utf-8"))
         if not isinstance(description, dict):
-            raise ValueError("no object of keys and values")
+            raise ValueError("not a JSON object")
         description["preprocessing"] = _preprocessing(description["preprocessing"])
         description["class_names"] = _class_names(description["class_names"])
         description["input_shape"] = _input_shape(
@@ -46,7 +46,7 @@ def read_description(path: str | Path) -> dict[str, Any]:
         )
     except OSError:
         raise UserError(
-            f"{beside}: missing; keep it beside the model, export.py wrote it"
+            f"{beside}: missing; keep the .json of export.py beside the model"
         ) from None
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         reason = f"no key {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
@@ -83,7 +83,7 @@ def _class_names(names: Any) -> list[str]:
     if not isinstance(names, list) or len(names) > _MAX_CLASSES:
         raise ValueError(f"class_names must be a list of at most {_MAX_CLASSES} names")
     if not all(isinstance(name, str) and len(name) <= _MAX_NAME for name in names):
-        raise ValueError(f"class_names must be texts of at most {_MAX_NAME} letters")
+        raise ValueError(f"class_names must be strings of at most {_MAX_NAME} characters")
     return names
 
 

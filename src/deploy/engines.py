@@ -1,4 +1,4 @@
-"""Engines that run exported files: OpenVINO and onnxruntime for .onnx, MindSpore for .mindir."""
+"""Run exported files: .onnx in OpenVINO or onnxruntime, .mindir in MindSpore."""
 
 from __future__ import annotations
 
@@ -11,41 +11,42 @@ from typing import Any
 
 import numpy as np
 
-from src.deploy.contents import check_mindir, check_onnx
+from src.deploy.file_checks import check_mindir, check_onnx
 from src.errors import UserError
+from src.kernels.library import set_threads
 
 ENGINES = ("auto", "openvino", "onnxruntime", "mindspore")
 Run = Callable[[np.ndarray], np.ndarray]  # float32 [B, 3, H, W] -> logits [B, num_classes]
-# MindSpore 2.8 crashes where two threads run graphs at once, be they of one network or of two.
-_MINDSPORE = threading.RLock()
+# MindSpore 2.8 crashes if two threads run graphs at once, even of different networks.
+_MINDSPORE_LOCK = threading.RLock()
 _KERNEL_THREADS = ("ActorThread", "KernelThread")  # names of MindSpore's computing threads
-_first_process: int | None = None  # that MindSpore has run in
+_mindspore_process: int | None = None  # the process id in which MindSpore has run
 
 
 def claim_mindspore() -> None:
-    """Note that MindSpore runs in this process; refuse a fork of one, where it hangs.
+    """Record that MindSpore runs in this process, and refuse to run it in a fork, where it hangs.
 
     Raises:
-        UserError: this process is such a fork.
+        UserError: this process was forked from one in which MindSpore had run.
     """
-    global _first_process
-    if _first_process not in (None, os.getpid()):
+    global _mindspore_process
+    if _mindspore_process not in (None, os.getpid()):
         raise UserError(
-            f"MindSpore ran in process {_first_process} and hangs in a fork of it, process "
+            f"MindSpore ran in process {_mindspore_process} and hangs in a fork of it, process "
             f"{os.getpid()}: open no model before the fork (gunicorn: without --preload; "
             'multiprocessing: the start method "spawn")'
         )
-    _first_process = os.getpid()
+    _mindspore_process = os.getpid()
 
 
 class Session:
-    """A model that is open in an engine and can be called from any thread of its process.
+    """A model opened in an engine; may be called from any thread of its process.
 
     Args:
         run: float32 [B, 3, H, W] -> logits [B, num_classes].
         engine: the engine's name.
-        file: that it opened; None for a network of ours, whose errors are our own.
-        lock: held during a call, where the engine takes one call at a time.
+        file: the opened file. None for a network, whose exceptions pass through unchanged.
+        lock: held during a call, for engines that accept one call at a time.
     """
 
     def __init__(self, run: Run, engine: str, file: Path | None = None, lock: Any = None) -> None:
@@ -65,7 +66,7 @@ class Session:
             Logits, float32 [B, num_classes].
 
         Raises:
-            UserError: the engine refuses these images, or this process is a fork of the one that
+            UserError: the engine fails on these images, or this process is a fork of the one that
                 opened the model.
         """
         if os.getpid() != self._process:  # engines' threads do not survive a fork
@@ -77,7 +78,7 @@ class Session:
         with self._lock:
             try:
                 return np.asarray(self._run(images), np.float32)
-            except Exception as error:  # the engines' own, of many kinds
+            except Exception as error:  # engines raise many kinds
                 if self._file is None:
                     raise
                 raise UserError(
@@ -87,16 +88,16 @@ class Session:
 
 
 def open_model(path: str | Path, engine: str = "auto", threads: int | None = None) -> Session:
-    """Open an exported .mindir or .onnx.
+    """Open an exported .mindir or .onnx file.
 
     Args:
         path: the file.
-        engine: one of `ENGINES`; auto takes MindSpore for a .mindir, and for an .onnx OpenVINO
-            where it is installed and the file is not quantized, else onnxruntime.
-        threads: that compute; None leaves it to the engine.
+        engine: one of `ENGINES`. "auto" means MindSpore for a .mindir; for an .onnx OpenVINO if it
+            is installed and the file is not quantized, else onnxruntime.
+        threads: computing threads; None leaves the number to the engine.
 
     Raises:
-        UserError: a damaged or unsafe file, or an engine that is missing or does not take it.
+        UserError: the file is damaged or unsafe, or the engine is missing or can't run it.
     """
     path = Path(path)
     check_engine(path, engine)
@@ -104,16 +105,16 @@ def open_model(path: str | Path, engine: str = "auto", threads: int | None = Non
         check_mindir(path)
         return _open_mindspore(path, threads)
     quantized = check_onnx(path)
-    if engine == "auto":  # OpenVINO 2026.4 refuses the int8 files
+    if engine == "auto":  # OpenVINO 2026.4 rejects int8 files
         engine = "openvino" if not quantized and _import("openvino") else "onnxruntime"
     return _OPENERS[engine](path, threads)
 
 
 def check_engine(path: Path, engine: str) -> None:
-    """Refuse an engine that does not run files of this kind.
+    """Check that an engine runs files of this kind.
 
     Raises:
-        UserError: with the engines that do.
+        UserError: it does not; the message names the engines that do.
     """
     if engine not in ENGINES:
         raise UserError(f"engine {engine}: must be one of {', '.join(ENGINES)}")
@@ -126,12 +127,12 @@ def check_engine(path: Path, engine: str) -> None:
 def mindspore_session(
     network: Callable, threads: int | None = None, *, compiled: bool = True
 ) -> Session:
-    """Compile a network in graph mode, whatever the process's mode is, and leave that as it is.
+    """Open a network, compiled in graph mode without changing the process's mode.
 
     Args:
         network: a cell in evaluation mode.
-        threads: cores that a call may use; of the compiled operators, for the whole process.
-        compiled: whether to; False runs it in the process's mode.
+        threads: cores that a call may use. For compiled operators this holds for the whole process.
+        compiled: False runs the network in the process's mode instead.
     """
     import mindspore as ms
 
@@ -139,7 +140,7 @@ def mindspore_session(
     _set_mindspore_threads(threads)
     run = ms.jit(network) if compiled else network
     bound = _limit_cores(lambda images: run(ms.Tensor(images)).asnumpy(), threads)
-    return Session(bound, "mindspore", lock=_MINDSPORE)
+    return Session(bound, "mindspore", lock=_MINDSPORE_LOCK)
 
 
 def _set_mindspore_threads(threads: int | None) -> None:
@@ -147,18 +148,16 @@ def _set_mindspore_threads(threads: int | None) -> None:
         return
     if not hasattr(os, "sched_setaffinity"):
         raise UserError(
-            f"threads {threads}: MindSpore needs Linux to limit its threads; leave it out"
+            f"threads {threads}: MindSpore's threads can be limited on Linux only; omit it"
         )
-    from src.kernels.library import set_threads
-
     set_threads(threads)
 
 
 def _limit_cores(run: Run, threads: int | None) -> Run:
     """Restrict MindSpore's threads to `threads` cores while `run` runs.
 
-    MindSpore 2.8 uses the same two threads whatever `op_tuning.threads_num`,
-    `runtime.dispatch_threads_num` and `runtime_num_threads` say, so their affinity is set instead.
+    MindSpore 2.8 ignores `op_tuning.threads_num`, `runtime.dispatch_threads_num` and
+    `runtime_num_threads`, so the affinity of its threads is set instead.
     """
     if threads is None:
         return run
@@ -195,7 +194,7 @@ def _thread_names() -> dict[int, str]:
 
 
 def _set_cores(task: int, cores: Iterable[int]) -> None:
-    with contextlib.suppress(OSError):  # it ended
+    with contextlib.suppress(OSError):  # the thread has ended
         os.sched_setaffinity(task, cores)
 
 
@@ -205,31 +204,31 @@ def _open_mindspore(path: Path, threads: int | None) -> Session:
     claim_mindspore()
     _set_mindspore_threads(threads)
     try:
-        with _MINDSPORE:
+        with _MINDSPORE_LOCK:
             graph = ms.nn.GraphCell(ms.load(str(path)))
     except (RuntimeError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: damaged, or no MINDIR file ({_reason(error)})") from error
+        raise UserError(f"{path}: damaged, or not a MINDIR file ({_reason(error)})") from error
     bound = _limit_cores(lambda images: graph(ms.Tensor(images)).asnumpy(), threads)
-    return Session(bound, "mindspore", path, _MINDSPORE)
+    return Session(bound, "mindspore", path, _MINDSPORE_LOCK)
 
 
 def _open_onnxruntime(path: Path, threads: int | None) -> Session:
     runtime = _import("onnxruntime")
     if runtime is None:
         raise UserError(
-            f"{path}: ONNX files are run by OpenVINO or onnxruntime: "
+            f"{path}: ONNX files need OpenVINO or onnxruntime: "
             "pip install openvino, or pip install onnxruntime"
         )
     options = runtime.SessionOptions()
-    options.log_severity_level = 4  # what matters comes as an exception
+    options.log_severity_level = 4  # errors arrive as exceptions
     if threads is not None:
         options.intra_op_num_threads = threads
     try:
         session = runtime.InferenceSession(
             path, options, providers=runtime.get_available_providers()
         )
-    except Exception as error:  # its exceptions have no base of their own
-        raise UserError(f"{path}: onnxruntime refuses it: {_reason(error)}") from error
+    except Exception as error:  # its exceptions have no common base
+        raise UserError(f"{path}: onnxruntime rejects it: {_reason(error)}") from error
     given = session.get_inputs()[0]
     dtype = np.float16 if given.type == "tensor(float16)" else np.float32
 
@@ -243,21 +242,21 @@ def _open_openvino(path: Path, threads: int | None) -> Session:
     openvino = _import("openvino")
     if openvino is None:
         raise UserError(f"{path}: OpenVINO is not installed: pip install openvino")
-    # Without the first it would compute in bfloat16 where the processor can.
+    # Without the first setting, OpenVINO computes in bfloat16 on processors that support it.
     settings = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
     if threads is not None:
         settings["INFERENCE_NUM_THREADS"] = threads
     try:
         compiled = openvino.Core().compile_model(str(path), "CPU", settings)
     except Exception as error:
-        raise UserError(f"{path}: OpenVINO refuses it: {_reason(error)}") from error
+        raise UserError(f"{path}: OpenVINO rejects it: {_reason(error)}") from error
     dtype = compiled.input(0).element_type.to_dtype()
-    own = threading.local()  # a request runs one batch at a time
+    local = threading.local()  # an infer request runs one batch at a time
 
     def run(images: np.ndarray) -> np.ndarray:
-        if not hasattr(own, "request"):
-            own.request = compiled.create_infer_request()
-        return own.request.infer({0: images.astype(dtype, copy=False)})[0].copy()
+        if not hasattr(local, "request"):
+            local.request = compiled.create_infer_request()
+        return local.request.infer({0: images.astype(dtype, copy=False)})[0].copy()
 
     return Session(run, "openvino", path)
 
@@ -266,7 +265,7 @@ _OPENERS = {"openvino": _open_openvino, "onnxruntime": _open_onnxruntime}
 
 
 def _import(name: str) -> Any:
-    """The module of an optional dependency, or None where it is not installed."""
+    """Import an optional dependency; None if it is not installed."""
     try:
         return __import__(name)
     except ImportError:
@@ -274,10 +273,10 @@ def _import(name: str) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    """What an engine's message says beside its own places in C++, in at most 300 characters."""
+    """Return an engine's message without its C++ source locations, at most 300 characters."""
     lines = (" ".join(line.split()) for line in str(error).splitlines())
-    places = ("Exception from", "Check '", "----")
+    locations = ("Exception from", "Check '", "----")
     return (
-        " ".join(line for line in lines if not line.startswith(places)).strip()[:300]
+        " ".join(line for line in lines if not line.startswith(locations)).strip()[:300]
         or type(error).__name__
     )

@@ -1,9 +1,10 @@
-"""Export of a checkpoint to a file for deployment, compared with it before the file counts."""
+"""Export a checkpoint for deployment and compare the file's logits with the checkpoint's."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,30 +14,31 @@ from mindspore import Tensor, nn
 
 from src.build import build_model, build_preprocessing, open_split, resolve_classes
 from src.config import Config
-from src.data import Preprocessing, eval_batches
+from src.data import Preprocessing, create_eval_loader
+from src.data.transforms import pad_batch
 from src.deploy.engines import Run, open_model
-from src.deploy.quantize import quantize, require_quantizer
-from src.deploy.writers import checking_engines, require, write_model
+from src.deploy.quantize import check_quantizer, quantize
+from src.deploy.writers import check_format, installed_engines, write_model
 from src.errors import UserError
 from src.files import replacing, sha256_of, write_json
 from src.weights import load_weights, weight_files
 
 logger = logging.getLogger("cvt")
 CHECKED_IMAGES = 16
-CHECKED_BATCHES = (1, 3, 12)  # of a file that takes any number
+CHECKED_BATCHES = (1, 3, 12)  # batch sizes for a file that takes any
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """How a file is written.
+    """Options of an export.
 
     Args:
         file_format: "mindir", "onnx" or "air".
-        batch_size: images the file takes at once; None lets it take any number.
-        weight_dtype, precision: as `formats.write_model` takes them, whatever the run's were.
-        tolerance: largest difference from the checkpoint's logits, as a share of the largest of
-            these where that exceeds 1; None takes the format's.
-        quantize: whether Linears and convolutions become int8 after that check (onnx, float32).
+        batch_size: images per batch; None lets the file take any number.
+        weight_dtype, precision: as in `writers.write_model`; the run's own do not matter.
+        tolerance: allowed difference from the checkpoint's logits, relative to the largest of them
+            if that exceeds 1; None for the default.
+        quantize: quantize Linears and convolutions to int8 after the comparison (onnx, float32).
     """
 
     file_format: str = "mindir"
@@ -46,8 +48,8 @@ class ExportOptions:
     tolerance: float | None = None
     quantize: bool = False
 
-    def largest_difference(self) -> float:
-        """What the check allows; measured: 4e-6, with float16 3e-3."""
+    def get_tolerance(self) -> float:
+        """Return the tolerance or its default; measured differences: 4e-6, with float16 3e-3."""
         if self.tolerance is not None:
             return self.tolerance
         if "float16" in (self.weight_dtype, self.precision):
@@ -58,25 +60,25 @@ class ExportOptions:
 def export(
     config: Config, checkpoint: Path, output: Path, options: ExportOptions, device: str
 ) -> None:
-    """Write `output` and `output`.json.
+    """Write `output` and `output`.json, or nothing if an error occurs.
 
     Args:
-        config: of the checkpoint's run.
+        config: the configuration of the checkpoint's run.
         checkpoint: the weights.
         output: the file to write.
-        options: how.
-        device: what `runtime.setup` returned.
+        options: of the export.
+        device: the device's kind, from `src.device.setup`.
 
     Raises:
-        UserError: a checkpoint that doesn't fit, a format that can't be written here, or logits
-            that differ from the checkpoint's; then nothing is left behind.
+        UserError: the checkpoint does not fit, the format can't be written here, or the logits
+            differ from the checkpoint's.
     """
-    require(options.file_format, options.batch_size, device)
+    check_format(options.file_format, options.batch_size, device)
     if options.quantize:
-        require_quantizer()
+        check_quantizer()
     if config.model.num_classes is None:
         config = resolve_classes(config, open_split(config, "val"))
-    # What the run computed in says nothing about where the file will run.
+    # The run's precision does not matter for the file.
     runtime = dataclasses.replace(config.runtime, precision="float32", flash_attention=False)
     net = build_model(dataclasses.replace(config, runtime=runtime))
     logger.info("%s", load_weights(net, checkpoint))
@@ -88,20 +90,20 @@ def export(
             write_model(
                 net, shape, partial, options.file_format, options.weight_dtype, options.precision
             )
-            _check_file(net, partial, _images(config, preprocessing), options)
+            _check_file(net, partial, _load_images(config, preprocessing), options)
             quantization = None
             if options.quantize:
                 floating = partial.rename(partial.with_name("float32.onnx"))
                 size = options.batch_size or CHECKED_IMAGES
                 quantization = quantize(floating, partial, config, preprocessing, size)
-            _describe(config, checkpoint, output, options, preprocessing, quantization)
+            _write_description(config, checkpoint, output, options, preprocessing, quantization)
     except OSError as error:
         raise UserError(f"{output}: {error.strerror}; give another --output") from error
     size = output.stat().st_size / 2**20
     logger.info("wrote %s (%.1f MiB) and %s.json", output, size, output.name)
 
 
-def _describe(
+def _write_description(
     config: Config,
     checkpoint: Path,
     output: Path,
@@ -109,7 +111,7 @@ def _describe(
     preprocessing: Preprocessing,
     quantization: dict | None,
 ) -> None:
-    """Write beside an exported file what its user must know; null in a shape is any number."""
+    """Write `output`.json; null in the input shape means any batch size."""
     description = {
         "model": config.model.name,
         "format": options.file_format,
@@ -126,77 +128,63 @@ def _describe(
     if quantization is not None:
         description["quantization"] = quantization
     if options.file_format == "onnx":
-        from src.deploy.onnx_graph import OPSET
+        from src.deploy.onnx_graph import OPSET  # needs onnx
 
         description["opset"] = OPSET
     write_json(description, f"{output}.json")
 
 
-def _images(config: Config, preprocessing: Preprocessing) -> np.ndarray:
-    """Held-out images to compare on; noise where the data is not at hand."""
+def _load_images(config: Config, preprocessing: Preprocessing) -> np.ndarray:
+    """Load held-out images for the comparison; noise if the data is not available."""
     try:
         source = open_split(config, "val")
         operations = preprocessing.operations(source.encoded)
-        batches = eval_batches(source, operations, min(CHECKED_IMAGES, len(source)))
+        batches = create_eval_loader(source, operations, min(CHECKED_IMAGES, len(source)))
         images, _ = next(batches.iterate(output_numpy=True))
     except UserError as error:
-        logger.info("compared on noise, because the data is not at hand (%s)", error)
+        logger.info("compared on noise, because the images are not available (%s)", error)
         shape = (CHECKED_IMAGES, 3, *preprocessing.image_size)
         images = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     return images
 
 
 def _check_file(net: nn.Cell, path: Path, images: np.ndarray, options: ExportOptions) -> None:
-    """Compare a written file's logits with the checkpoint's, in each engine that is installed.
+    """Compare a written file's logits with the checkpoint's in each installed engine.
 
     Raises:
-        UserError: an engine refuses the file, or the logits differ by more than the tolerance.
+        UserError: an engine rejects the file, or the logits differ by more than the tolerance.
     """
-    engines = checking_engines(options.file_format)
+    engines = installed_engines(options.file_format)
     if not engines:
-        logger.info("an AIR file can't be loaded back by MindSpore, so it was not checked")
+        logger.info("MindSpore can't load an AIR file, so it was not checked")
         return
-    expected = _logits(lambda batch: net(Tensor(batch)).asnumpy(), images, 4)
+    count, size = len(images), options.batch_size
+    sizes = CHECKED_BATCHES if size is None else [size] * -(-count // size)
+    expected = _run(lambda batch: net(Tensor(batch)).asnumpy(), images, [4] * -(-count // 4))
+    largest = float(np.abs(expected).max())
+    tolerance = options.get_tolerance() * max(1.0, largest)
     for engine in engines:
-        run = open_model(path, engine)
-        _compare(expected, run, images, options.batch_size, options.largest_difference(), engine)
+        found = _run(open_model(path, engine), images, sizes)
+        difference = float(np.abs(expected - found).max())
+        agreement = 100 * float((expected.argmax(1) == found.argmax(1)).mean())
+        logger.info(
+            "checked in %s on %d images: largest difference of the logits %.1e (they reach %.1f), "
+            "top-1 agrees on %.1f %%",
+            engine, count, difference, largest, agreement,
+        )  # fmt: skip
+        if not difference <= tolerance:
+            raise UserError(
+                f"the exported logits differ by {difference:.1e} from the checkpoint's in {engine},"
+                f" more than {tolerance:.0e}: not kept; raise --tolerance, or report a bug"
+            )
 
 
-def _compare(
-    expected: np.ndarray,
-    run: Run,
-    images: np.ndarray,
-    batch_size: int | None,
-    tolerance: float,
-    engine: str,
-) -> None:
-    """Compare a file's logits with the expected ones; Raises as `_check_file`."""
-    if batch_size is None:
-        first, second = np.cumsum(CHECKED_BATCHES)[:2]
-        parts = np.split(images, [first, second])
-        found = np.concatenate([run(part) for part in parts if len(part)])
-    else:
-        found = _logits(run, images, batch_size)
-    difference, largest = float(np.abs(expected - found).max()), float(np.abs(expected).max())
-    agreement = 100 * float((expected.argmax(1) == found.argmax(1)).mean())
-    logger.info(
-        "checked in %s on %d images: largest difference of the logits %.1e (they reach %.1f), "
-        "top-1 agrees on %.1f %%",
-        engine, len(images), difference, largest, agreement,
-    )  # fmt: skip
-    allowed = tolerance * max(1.0, largest)
-    if not difference <= allowed:
-        raise UserError(
-            f"the exported logits differ by {difference:.1e} from the checkpoint's in {engine}, "
-            f"more than {allowed:.0e}: not kept; allow more with --tolerance, or report a fault"
-        )
-
-
-def _logits(run: Run, images: np.ndarray, size: int) -> np.ndarray:
-    """In batches of one size, the last one filled up."""
-    found = []
-    for start in range(0, len(images), size):
+def _run(run: Run, images: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
+    """Run a model on images in batches of the given sizes, the last of them padded."""
+    logits, start = [], 0
+    for size in sizes:
         batch = images[start : start + size]
-        padded = np.pad(batch, ((0, size - len(batch)), (0, 0), (0, 0), (0, 0)))
-        found.append(run(padded)[: len(batch)])
-    return np.concatenate(found)
+        start += size
+        if len(batch):
+            logits.append(run(pad_batch(batch, size))[: len(batch)])
+    return np.concatenate(logits)

@@ -1,14 +1,14 @@
-"""Exact rewrites of a trained network for inference: fewer operations, the same function.
+"""Rewrite a trained network for inference: fewer operations, the same function.
 
-With w a convolution's kernels, s = gamma / sqrt(variance + eps) and t = beta - mean * s of the
-BatchNorm behind it, W and b a Linear's weight and bias:
+Let w be a convolution's kernels, s = gamma / sqrt(variance + eps) and t = beta - mean * s of the
+BatchNorm after it, W and b a Linear's weight and bias. Then:
 
 - s * conv(x; w) + t = conv(x; s * w) + t removes every BatchNorm.
 - c * (W x + b) = (c W) x + c b puts the attention's scale c into the Linear of q.
-- softmax does not change when all scores of a query get the same term, so k needs no bias. Its
-  weights sum to 1, so v's bias b_v passes through the output's Linear: W (v + b_v) = W v + W b_v.
-- QuickGELU(x) = x * sigmoid(1.702 x) = SiLU(1.702 x) / 1.702: the constant goes into the weights of
-  the two Linears around it.
+- softmax is unchanged by a term common to all scores of a query, so k needs no bias. Its weights
+  sum to 1, so v's bias b_v moves into the output's Linear: W (v + b_v) = W v + W b_v.
+- QuickGELU(x) = x * sigmoid(1.702 x) = SiLU(1.702 x) / 1.702: the constant moves into the weights
+  of the two Linears around it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def fuse(net: nn.Cell) -> nn.Cell:
     """Create a network for inference that computes what `net` computes in evaluation mode.
 
     Args:
-        net: a trained network of the registry; it stays as it is and shares no weight.
+        net: a trained network of the registry; it is copied, not changed.
 
     Returns:
         A cell of the same class and structure: images [B, C, H, W] -> logits [B, num_classes].
@@ -47,10 +47,10 @@ def fuse(net: nn.Cell) -> nn.Cell:
             cell.act = nn.SiLU()
     if isinstance(net, CvT) and net.stage2.has_cls_token:
         last = net.stage2.blocks[-1].attn
-        if last.qkv_projection == "conv":  # its only query is the class token, which bypasses it
+        if last.qkv_projection == "conv":  # its only query, the class token, bypasses it
             last.conv_proj_q = nn.Identity()
     for name, parameter in net.parameters_and_names():
-        parameter.name = name  # new cells do not know where they stand
+        parameter.name = name  # new cells do not have the full name
     return net
 
 
@@ -84,7 +84,7 @@ def _fold_attention(attn: layers.Attention) -> None:
 
 
 def _fold_scale(attend, linear: nn.Dense, rows: int | None = None) -> None:
-    """Move the scale of the scores into the first rows of a Linear, or into all."""
+    """Move the scale of the scores into the first rows of a Linear; None means all."""
     factor = np.ones(linear.out_channels)
     factor[:rows] = attend.scale
     _set(linear, factor[:, None] * _value(linear.weight), factor * _bias(linear))
@@ -101,7 +101,7 @@ def _bias(linear: nn.Dense) -> np.ndarray:
 
 
 def _value(parameter: Tensor) -> np.ndarray:
-    """In float64, so that what is folded is rounded once."""
+    """Return the values in float64, so that folding rounds only once."""
     return parameter.asnumpy().astype(np.float64)
 
 

@@ -1,4 +1,4 @@
-"""Builder of an ONNX graph: nodes with readable names, weights, and casts where types differ."""
+"""Build an ONNX graph: nodes with readable names, weights, and casts between types."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-# MindSpore Lite 2.0, onnxruntime, OpenVINO and ATC take it. LayerNormalization comes with opset 17;
-# Lite does not know it, and in the others it is no faster than the operators in `layer_norm`.
+# Supported by MindSpore Lite 2.0, onnxruntime, OpenVINO and ATC. Opset 17 has LayerNormalization,
+# which Lite lacks and which is no faster in the others than the operators in `layer_norm`.
 OPSET, IR_VERSION = 13, 7
 INPUT, OUTPUT = "images", "logits"
 TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16}
 
 
 class OnnxGraph:
-    """A graph under construction; a value is the name of the tensor that holds it.
+    """A graph under construction. A value is the name of its tensor.
 
     Args:
-        compute: "float32" or "float16", the type that `linear`, `conv` and `matmul` work in.
-        stored: type of their weights in the file; a Cast leads from it to `compute`.
+        compute: "float32" or "float16", the type in which `linear`, `conv` and `matmul` compute.
+        stored: the type of their weights in the file; a Cast converts them to `compute`.
     """
 
     def __init__(self, compute: str = "float32", stored: str = "float32") -> None:
@@ -29,12 +29,12 @@ class OnnxGraph:
         self._nodes: list[onnx.NodeProto] = []
         self._weights: dict[str, np.ndarray] = {}
         self._types = {INPUT: "float32"}
-        self._names = {}  # how often each was asked for
+        self._name_counts = {}  # uses of each name
         self._scopes: list[str] = []
 
     @contextlib.contextmanager
     def scope(self, *names: str) -> Iterator[None]:
-        """Put `names` in front of the names of all nodes inside."""
+        """Prefix the names of all nodes created inside with `names`."""
         self._scopes += names
         yield
         del self._scopes[-len(names) :]
@@ -45,7 +45,7 @@ class OnnxGraph:
         Args:
             op: its name in ONNX.
             inputs: values.
-            dtype: type of the output where it is not the first input's.
+            dtype: type of the output if it differs from the first input's.
             attributes: of the operator.
 
         Returns:
@@ -57,17 +57,17 @@ class OnnxGraph:
         return name
 
     def constant(self, name: str, values: np.ndarray | Sequence[int]) -> str:
-        """Add numbers: floats as float32, integers as int64."""
+        """Add a constant: floats as float32, integers as int64."""
         values = np.asarray(values)
         kind = np.float32 if values.dtype.kind == "f" else np.int64
         return self._store(name, values.astype(kind))
 
     def cast(self, x: str, to: str) -> str:
-        """Convert to "float32" or "float16"; nothing happens to what is of this type."""
+        """Convert to "float32" or "float16", if necessary."""
         return x if self._types[x] == to else self.node("Cast", x, dtype=to, to=TYPES[to])
 
     def weight(self, name: str, values: np.ndarray) -> str:
-        """Add weights of a product, in the stored type, and convert them to the computing one."""
+        """Add weights in the stored type and cast them to the computing type."""
         return self.cast(self._store(name, values.astype(self.stored)), self.compute)
 
     def linear(self, x: str, name: str, weight: np.ndarray, bias: np.ndarray | None) -> str:
@@ -105,13 +105,13 @@ class OnnxGraph:
         return self.node("MatMul", self.cast(x, self.compute), self.cast(y, self.compute))
 
     def add(self, x: str, y: str) -> str:
-        """Add, in float32 where the types differ."""
+        """Add, in float32 if the types differ."""
         if self._types[x] != self._types[y]:
             x, y = self.cast(x, "float32"), self.cast(y, "float32")
         return self.node("Add", x, y)
 
     def reshape(self, x: str, *shape: int) -> str:
-        """Give x a new shape; -1 is the batch, which stays open."""
+        """Reshape x; -1 is the batch, which stays dynamic."""
         return self.node("Reshape", x, self._shared("shape", shape))
 
     def transpose(self, x: str, *order: int) -> str:
@@ -124,7 +124,7 @@ class OnnxGraph:
         return self.node("Slice", x, *bounds)
 
     def concat(self, *tokens: str) -> str:
-        """Join token sequences [B, T_i, C], in float32 where the types differ."""
+        """Concatenate tokens [B, T_i, C], in float32 if the types differ."""
         types = {self._types[x] for x in tokens}
         kind = types.pop() if len(types) == 1 else "float32"
         return self.node("Concat", *(self.cast(x, kind) for x in tokens), axis=1)
@@ -140,9 +140,9 @@ class OnnxGraph:
     ) -> str:
         """x [B, T, C], or [B, C] if single -> float32 of that shape.
 
-        In operators that every engine knows. MindSpore Lite 2.0 fuses Mul and Add into a Scale,
-        which with several threads gives wrong numbers for a few short rows and says nothing; a
-        Reshape in between prevents that where the rows are few, one for each image.
+        Uses operators that every engine has. MindSpore Lite 2.0 fuses Mul and Add into a Scale,
+        which with several threads silently computes wrong numbers for a few short rows. If `single`
+        (one row per image), a Reshape in between prevents the fusion.
         """
         with self.scope(name):
             x = self.cast(x, "float32")
@@ -155,12 +155,12 @@ class OnnxGraph:
             return self.add(x, self.constant("beta", beta))
 
     def model(self, logits: str, shape: Sequence[int | None], classes: int) -> onnx.ModelProto:
-        """Finish the graph, which is empty afterwards.
+        """Create the model and empty the graph.
 
         Args:
-            logits: the value that becomes the output, float32.
-            shape: of the input; None is any number.
-            classes: columns of the output.
+            logits: the value of the output, float32.
+            shape: the input's [B, C, H, W]; None for B means any batch size.
+            classes: the number of logits.
         """
         self._nodes.append(helper.make_node("Identity", [logits], [OUTPUT], OUTPUT))
         batch = "batch" if shape[0] is None else shape[0]
@@ -172,7 +172,7 @@ class OnnxGraph:
         )
         opset = helper.make_opsetid("", OPSET)
         model = helper.make_model(graph, opset_imports=[opset], ir_version=IR_VERSION)
-        while self._weights:  # one by one, because a gigabyte of them should not exist twice
+        while self._weights:  # one by one, to avoid a second copy of a gigabyte
             name = next(iter(self._weights))
             values = self._weights.pop(name)
             model.graph.initializer.append(numpy_helper.from_array(values, name))
@@ -185,14 +185,14 @@ class OnnxGraph:
         return name
 
     def _shared(self, kind: str, values) -> str:
-        """A small constant that all users of these numbers share."""
+        """Add a small constant once for all its uses."""
         values = np.asarray(values, np.float32 if isinstance(values, float) else np.int64)
         name = "_".join([kind, *map(str, values.ravel().tolist())])
         self._weights[name] = values
         return name
 
     def _unique(self, last: str) -> str:
-        """The scopes and `last`, with a number behind the second of a name and the following."""
+        """Return the scopes and `last`, with a number from the second use on."""
         name = "/".join([*self._scopes, last])
-        number = self._names[name] = self._names.get(name, 0) + 1
+        number = self._name_counts[name] = self._name_counts.get(name, 0) + 1
         return name if number == 1 else f"{name}_{number}"

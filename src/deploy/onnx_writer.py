@@ -1,8 +1,8 @@
-"""The inference graph of a network as an ONNX file, written with the onnx package.
+"""Write a network's inference graph as an ONNX file.
 
-Each function follows the `construct` of the network's own cell in evaluation mode; `fuse` has
-folded the weights before. Shapes: B batch, C channels, N tokens of the grid, T = N or 1 + N with a
-class token in front, h heads.
+Each function mirrors the `construct` of a cell in evaluation mode, after `fuse` has folded the
+weights. Shapes: B batch, C channels, N grid tokens, T = N, or 1 + N with a leading class token,
+h heads.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from src.models.layers import KERNEL_SIZE, PADDING, Attention
 from src.models.resnet import ConvBatchNorm, Residual, ResNet
 from src.models.vit import VisionTransformer
 
-LARGEST = 2**31 - 2**20  # bytes of a protobuf message, with room for the nodes
+MAX_BYTES = 2**31 - 2**20  # of a protobuf message, with room for the nodes
 
 
 def write_onnx(
@@ -35,27 +35,27 @@ def write_onnx(
     """Write a trained network for inference.
 
     Args:
-        net: a network of the registry, as it was trained.
-        shape: of the float32 input [B, C, H, W]; None for B lets the file take any batch.
+        net: a trained network of the registry.
+        shape: the float32 input's [B, C, H, W]; None for B lets the file take any batch size.
         path: the file.
         weight_dtype: "float32", or "float16" for the weights of Linears and convolutions.
         precision: "float32", or "float16" for Linears, convolutions and attention products; norms,
             softmax and the residual stream stay float32.
 
     Raises:
-        UserError: a network that there is no graph for, or one too large for a single file.
+        UserError: the network is not supported, or too large for a single file.
     """
     write = next((write for kind, write in _WRITERS.items() if type(net) is kind), None)
     if write is None:
         raise UserError(
-            f"--format onnx: there is no ONNX graph for {type(net).__name__}; take --format mindir"
+            f"--format onnx: {type(net).__name__} is not supported; use --format mindir"
         )
     half = "float16" in (weight_dtype, precision)
     size = sum(p.size for p in net.get_parameters()) * (2 if half else 4)
-    if size > LARGEST:
+    if size > MAX_BYTES:
         raise UserError(
             f"--format onnx: {size / 2**30:.1f} GiB of weights exceed the 2 GiB of an ONNX file; "
-            "halve them with --weight_dtype float16, or take --format mindir"
+            "halve them with --weight_dtype float16, or use --format mindir"
         )
     net = fuse(net)
     classes = net.num_classes or _width(net)
@@ -141,10 +141,10 @@ def _depthwise(graph: OnnxGraph, name: str, conv: nn.Conv2d, x: str, grid: tuple
 
 
 def _pool(graph: OnnxGraph, attn: Attention, x: str, grid: tuple) -> tuple:
-    """The "avg" projection, map [B, C, H, W] -> tokens [B, N', C], N'.
+    """Apply the "avg" projection: map [B, C, H, W] -> tokens [B, N', C], N'.
 
-    It is a depthwise convolution with equal weights, because engines differ in AveragePool's
-    border; `AvgProjection` explains the correction.
+    Engines differ in AveragePool's border, so it is a depthwise convolution with equal weights;
+    `AvgProjection` explains the correction.
     """
     dim = attn.num_heads * attn.head_dim
     with graph.scope("pool_kv"):
@@ -160,7 +160,7 @@ def _pool(graph: OnnxGraph, attn: Attention, x: str, grid: tuple) -> tuple:
 
 
 def _attend(graph: OnnxGraph, attn, q: str, k: str, v: str, queries: int | None, keys: int) -> str:
-    """q [B, T, C], or [B, C] without queries, k and v [B, T', C] -> like q, through `proj`."""
+    """Attend: q [B, T, C], or [B, C] if queries is None, k and v [B, T', C] -> shape of q."""
     heads, dim = attn.num_heads, attn.head_dim
     q = graph.reshape(q, -1, queries or 1, heads, dim)
     q = graph.transpose(q, 0, 2, 1, 3)  # [B, h, T, C / h]
@@ -200,7 +200,7 @@ def _silu(graph: OnnxGraph, x: str) -> str:
 
 
 def _gelu(graph: OnnxGraph, x: str) -> str:
-    """The exact form, x / 2 * (1 + erf(x / sqrt 2))."""
+    """Apply the exact GELU, x / 2 * (1 + erf(x / sqrt 2))."""
     x = graph.cast(x, "float32")
     erf = graph.node("Erf", graph.node("Div", x, graph.constant("sqrt_2", 2**0.5)))
     one = graph.add(erf, graph.constant("one", 1.0))
@@ -264,7 +264,7 @@ def _conv_batch_norm(graph: OnnxGraph, x: str, cell: ConvBatchNorm) -> str:
 
 
 def _with_cls_token(graph: OnnxGraph, x: str, token: Parameter) -> str:
-    """Tokens [B, N, C] -> [B, 1 + N, C]; zeros made of x give the token its batch axis."""
+    """Tokens [B, N, C] -> [B, 1 + N, C]; zeros computed from x broadcast the token to the batch."""
     x = graph.cast(x, "float32")
     zeros = graph.node("Mul", graph.tokens(x, 0, 1), graph.constant("zero", 0.0))
     return graph.concat(graph.add(zeros, graph.constant("cls_token", _value(token))), x)
@@ -297,12 +297,12 @@ def _to_map(graph: OnnxGraph, x: str, grid: Sequence[int], dim: int) -> str:
 
 
 def _windows(edge: int, kernel: int, stride: int, padding: int) -> int:
-    """Positions of a window along an edge."""
+    """Return the number of window positions along an edge."""
     return (edge + 2 * padding - kernel) // stride + 1
 
 
 def _width(net: nn.Cell) -> int:
-    """Channels of the feature in front of the head."""
+    """Return the number of channels before the head."""
     if isinstance(net, CvT):
         return net.stage2.dim
     if isinstance(net, VisionTransformer):

@@ -1,4 +1,4 @@
-"""Classes of images from an exported file or a checkpoint, in five lines of a user's code."""
+"""Classify images with an exported file or a checkpoint."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from src.build import (
 from src.config_io import find_checkpoint, load_config, run_config_of
 from src.data import Preprocessing
 from src.data.headers import SERVED_PIXELS, check_size
-from src.data.images import to_pixels
+from src.data.images import to_rgb
+from src.data.transforms import pad_batch
 from src.deploy.description import read_description
 from src.deploy.engines import (
     Session,
@@ -48,31 +49,49 @@ class Prediction(NamedTuple):
     probability: float
 
 
+class _Model(NamedTuple):
+    """An opened model.
+
+    Args:
+        session: runs it.
+        network: the network of a weight file; None for an exported file.
+        preprocessing: of an image.
+        class_names: empty if unknown.
+        batch_size: the only batch size that the file takes; None for any.
+    """
+
+    session: Session
+    network: nn.Cell | None
+    preprocessing: Preprocessing
+    class_names: list[str]
+    batch_size: int | None
+
+
 class Predictor:
-    """A classifier ready to use, from any thread of its process.
+    """A classifier that may be called from any thread of its process.
 
         Predictor("model.mindir")(["a.jpg", "b.png"])
 
-    An image is a file's path, a file's content as `bytes`, a PIL image, or uint8 [H, W, 3] in RGB.
-    The network is compiled in graph mode whatever the process's mode is, and that stays as it is.
+    An image is a path, the content of a file as `bytes`, a PIL image, or uint8 [H, W, 3] in RGB.
+    The network is compiled in graph mode without changing the process's mode.
 
     Args:
         path: a .mindir or .onnx with its .json beside it, weights (a .ckpt with its run's
-            config.yaml), or a run's folder, whose checkpoints/best.ckpt is taken.
-        config: a recipe for weights that have no config.yaml beside them.
-        batch_size: images at once, where the file leaves it open.
-        engine: "openvino" or "onnxruntime" for an .onnx, "mindspore" for the others; "auto" takes
-            OpenVINO where it is installed.
-        threads: that compute; None takes all cores that the process may use. MindSpore and the
-            compiled operators have one number for the whole process, the last one that was given.
+            config.yaml), or a run's folder, whose checkpoints/best.ckpt is used.
+        config: a recipe, for weights without a config.yaml beside them.
+        batch_size: images per batch, unless the file has a fixed batch size.
+        engine: "openvino" or "onnxruntime" for an .onnx, "mindspore" for other files; "auto"
+            prefers OpenVINO for an .onnx if it is installed.
+        threads: computing threads; None uses all cores of the process. MindSpore and the compiled
+            operators have one setting per process, so the last one applies.
         max_pixels: larger images are refused by their header, before they take memory. Training and
-            evaluation take up to 89,478,485.
-        runtime: keys of the recipe's group `runtime` to change, for weights: any of
+            evaluation accept up to 89,478,485 pixels.
+        runtime: keys of the recipe's group `runtime` to change, for weights only: any of
             `RUNTIME_OF_WEIGHTS`.
 
     Raises:
-        UserError: a file that is missing, damaged or of another kind, an engine that is missing,
-            or a process that was forked from one in which MindSpore had run.
+        UserError: the file is missing, damaged or of another kind, the engine is missing, or
+            MindSpore ran in the process that this one was forked from.
     """
 
     def __init__(
@@ -87,59 +106,60 @@ class Predictor:
         runtime: Mapping[str, Any] | None = None,
     ):
         path = find_checkpoint(Path(path).expanduser())
-        for name, number in (
-            ("batch_size", batch_size),
-            ("threads", threads),
-            ("max_pixels", max_pixels),
-        ):
+        numbers = {"batch_size": batch_size, "threads": threads, "max_pixels": max_pixels}
+        for name, number in numbers.items():
             if number is not None and number < 1:
                 raise UserError(f"{name} {number}: must be 1 or more")
         if not path.exists():
             raise UserError(f"{path}: no such file; give a .mindir, an .onnx or weights")
         check_engine(path, engine)
         if path.suffix in EXPORTED_SUFFIXES:
-            opened = _open_exported(path, config, engine, threads, runtime)
+            model = _open_exported(path, config, engine, threads, runtime)
         else:
-            opened = _open_weights(path, config, threads, runtime or {})
-        self._run, self._network, self.preprocessing, self.class_names, self._fixed = opened
-        self.batch_size = self._fixed or batch_size
+            model = _open_weights(path, config, threads, runtime or {})
+        self._model = model
+        self.preprocessing, self.class_names = model.preprocessing, model.class_names
+        self.batch_size = model.batch_size or batch_size
         self.max_pixels = max_pixels
-        self._sizes: set[int] = set()  # batches that the network was compiled for
+        self._compiled_sizes: set[int] = set()  # batch sizes that the network was compiled for
         self._path = path
 
     @property
     def engine(self) -> str:
         """The engine that runs the model: "openvino", "onnxruntime" or "mindspore"."""
-        return self._run.engine
+        return self._model.session.engine
 
     @property
     def network(self) -> nn.Cell:
         """The network of a weight file.
 
         Raises:
-            UserError: the model is an exported file, which can only be run as a whole.
+            UserError: the model is an exported file.
         """
-        if self._network is None:
+        if self._model.network is None:
             raise UserError(
-                f"{self._path}: an exported file can't be looked into; give the weights, as a .ckpt"
+                f"{self._path}: the layers of an exported file are not accessible; give the "
+                "weights, as a .ckpt"
             )
-        return self._network
+        return self._model.network
 
     def prepare(self, image: ImageLike) -> np.ndarray:
-        """An image -> the network's input float32 [3, H, W], as evaluation makes it.
+        """Preprocess an image as in evaluation, to the network's input float32 [3, H, W].
 
         Raises:
-            UserError: no image that can be read.
+            UserError: the image can't be read.
         """
         name = f"{image}: " if isinstance(image, (str, os.PathLike)) else ""
         try:
             if isinstance(image, Image.Image):
                 check_size(*image.size, self.max_pixels)
-                image = to_pixels(image)
+                image = to_rgb(image)
             elif name:
                 image = Path(image).read_bytes()
             elif not isinstance(image, (bytes, np.ndarray)):
-                raise ValueError(f"an image is a path, bytes, PIL image or array, not {image!r}")
+                raise ValueError(
+                    f"an image must be a path, bytes, PIL image or array, not {image!r}"
+                )
             return self.preprocessing(image, self.max_pixels)
         except OSError as error:
             reason = error.strerror or "not a readable image"
@@ -148,10 +168,10 @@ class Predictor:
             raise UserError(f"{name}{error}") from None
 
     def __call__(self, images: Sequence[ImageLike], top_k: int = 5) -> list[list[Prediction]]:
-        """The `top_k` best classes of each image, best first, in the order of the images.
+        """Return the `top_k` best classes of each image, best first.
 
         Raises:
-            UserError: an image that can't be read, or one image instead of several.
+            UserError: an image can't be read, or `images` is a single image.
         """
         results = list(self.stream(images, top_k))
         for result in results:
@@ -162,37 +182,37 @@ class Predictor:
     def stream(
         self, images: Iterable[ImageLike], top_k: int = 5
     ) -> Iterator[list[Prediction] | UserError]:
-        """As calling, a result at a time, so that any number of images fits into memory.
+        """Yield each image's best classes as calling returns them, for any number of images.
 
-        An image that can't be read has its UserError among the results, beside the good ones.
+        For an image that can't be read, the result is its UserError.
 
         Raises:
-            UserError: one image instead of several.
+            UserError: `images` is a single image.
         """
         if isinstance(images, (str, os.PathLike, bytes, Image.Image)) or (
             isinstance(images, np.ndarray) and images.ndim < 4
         ):
-            raise UserError("a Predictor takes several images: give a list, if need be of one")
+            raise UserError("a Predictor takes several images: give a list, even for one image")
         remaining, largest = iter(images), 0
         while True:
-            batch = [self._try(image) for image in islice(remaining, self.batch_size)]
+            batch = [self._try_prepare(image) for image in islice(remaining, self.batch_size)]
             if not batch:
                 return
             readable = [each for each in batch if isinstance(each, np.ndarray)]
-            logits = self._logits(np.stack(readable), largest) if readable else ()
+            logits = self.logits(np.stack(readable), largest) if readable else ()
             largest = max(largest, len(readable))
             predictions = iter(self._rank(logits, top_k))
             for each in batch:
                 yield next(predictions) if isinstance(each, np.ndarray) else each
 
-    def _try(self, image: ImageLike) -> np.ndarray | UserError:
+    def _try_prepare(self, image: ImageLike) -> np.ndarray | UserError:
         try:
             return self.prepare(image)
         except UserError as error:
             return error
 
     def classify(self, inputs: np.ndarray, top_k: int = 5) -> list[list[Prediction]]:
-        """As calling, for prepared inputs float32 [N, 3, H, W], N at most `batch_size`."""
+        """Return the best classes of prepared images, float32 [N, 3, H, W], N <= `batch_size`."""
         return self._rank(self.logits(inputs), top_k)
 
     def _rank(self, logits: Sequence[np.ndarray], top_k: int) -> list[list[Prediction]]:
@@ -207,50 +227,48 @@ class Predictor:
             for row, ranked in zip(probabilities, best)
         ]
 
-    def logits(self, inputs: np.ndarray) -> np.ndarray:
-        """Prepared inputs float32 [N, 3, H, W], N at most `batch_size` -> float32 [N, classes].
+    def logits(self, inputs: np.ndarray, max_padded: int = 0) -> np.ndarray:
+        """Return the logits of prepared images.
+
+        Args:
+            inputs: float32 [N, 3, H, W], N <= `batch_size`.
+            max_padded: pad to a compiled batch size up to this, however few the images are; set it
+                for the last batch of a stream.
+
+        Returns:
+            float32 [N, num_classes].
 
         Raises:
-            UserError: they are not finite, or N is larger than the file's batch.
+            UserError: the logits are not finite, or N exceeds the file's batch size.
         """
-        return self._logits(inputs)
-
-    def _logits(self, inputs: np.ndarray, at_hand: int = 0) -> np.ndarray:
         count = len(inputs)
-        size = self._batch_for(count, at_hand)
+        size = self._padded_size(count, max_padded)
         if size < count:
             raise UserError(f"{self._path}: takes {size} images at once, not {count}")
-        if size > count:
-            inputs = np.pad(inputs, ((0, size - count), (0, 0), (0, 0), (0, 0)))
-        logits = self._run(inputs)[:count]
+        logits = self._model.session(pad_batch(inputs, size))[:count]
         if not np.isfinite(logits).all():
             raise UserError(f"{self._path}: its output is not finite: the weights are damaged")
         if self.class_names and logits.shape[1:] != (len(self.class_names),):
             raise UserError(
                 f"{self._path}: has {logits.shape[1:]} outputs and {len(self.class_names)} class "
-                "names: its .json or config.yaml is another model's"
+                "names: its .json or config.yaml belongs to another model"
             )
         return logits
 
-    def _batch_for(self, count: int, at_hand: int) -> int:
-        """The batch to fill up to: a compiled one where that saves a compilation.
+    def _padded_size(self, count: int, max_padded: int) -> int:
+        """Return the batch size to pad to: a compiled one if that avoids a compilation.
 
-        Args:
-            count: of images.
-            at_hand: a batch of the same stream, whose last one may be smaller.
+        At most doubles the batch, or enlarges it to `max_padded`.
         """
-        if self._fixed or self._network is None:
-            return self._fixed or count
-        fitting = [size for size in self._sizes if count <= size <= max(2 * count, at_hand)]
-        size = min(fitting, default=count)
-        self._sizes.add(size)
+        if self._model.batch_size or self._model.network is None:
+            return self._model.batch_size or count
+        limit = max(2 * count, max_padded)
+        size = min((s for s in self._compiled_sizes if count <= s <= limit), default=count)
+        self._compiled_sizes.add(size)
         return size
 
     def _name(self, label: int) -> str:
         return self.class_names[label] if label < len(self.class_names) else str(label)
-
-
-_Opened = tuple[Session, Union[nn.Cell, None], Preprocessing, list[str], Union[int, None]]
 
 
 def _open_exported(
@@ -259,21 +277,21 @@ def _open_exported(
     engine: str,
     threads: int | None,
     runtime: Mapping[str, Any] | None,
-) -> _Opened:
+) -> _Model:
     if config is not None:
-        raise UserError(f"--config {config}: is for weights only; {path}.json has all that counts")
+        raise UserError(f"--config {config}: is for weights only; {path} has its {path.name}.json")
     for key in runtime or ():
-        raise UserError(f"runtime.{key}: is for weights only; export.py settled it for {path}")
+        raise UserError(f"runtime.{key}: is for weights only; {path} was exported without it")
     description = read_description(path)
     session = open_model(path, engine, threads)
-    names, fixed = description["class_names"], description["input_shape"][0]
-    return session, None, description["preprocessing"], names, fixed
+    names, batch_size = description["class_names"], description["input_shape"][0]
+    return _Model(session, None, description["preprocessing"], names, batch_size)
 
 
 def _open_weights(
     path: Path, config: str | Path | None, threads: int | None, runtime: Mapping[str, Any]
-) -> _Opened:
-    weight_files(path)  # says what any other file is
+) -> _Model:
+    weight_files(path)  # raises UserError for files of any other kind
     config = config or run_config_of(path)
     if config is None:
         raise UserError(f"{path}: no config.yaml of a run beside it; give --config")
@@ -292,4 +310,6 @@ def _open_weights(
     accelerate(net, settings.runtime).set_train(False)
     compiled = runtime.get("mode") != "pynative"
     session = mindspore_session(net, threads, compiled=compiled)
-    return session, net, build_preprocessing(settings), settings.data.class_names or [], None
+    return _Model(
+        session, net, build_preprocessing(settings), settings.data.class_names or [], None
+    )

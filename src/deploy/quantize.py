@@ -1,4 +1,4 @@
-"""int8 for CPUs: an ONNX file's Linears and convolutions on 8-bit integers, by onnxruntime."""
+"""Quantize the Linears and convolutions of an ONNX file to int8 for CPUs with onnxruntime."""
 
 from __future__ import annotations
 
@@ -11,60 +11,56 @@ import numpy as np
 
 from src.build import open_split
 from src.config import Config
-from src.data import Preprocessing, Source, eval_batches
-from src.data.subset import Subset
+from src.data import Preprocessing, Source, create_eval_loader
+from src.data.transforms import pad_batch
 from src.deploy.engines import open_model
 from src.errors import UserError
 
 logger = logging.getLogger("cvt")
 CALIBRATION_IMAGES = 256
-EVALUATED_IMAGES = 1000
-LARGEST_LOSS = 1.5  # points of top-1, beyond which a warning says so
+EVALUATION_IMAGES = 1000
+MAX_DROP = 1.5  # points of top-1; a larger loss is warned of
 
 
-def require_quantizer() -> None:
-    """Check that onnxruntime is installed.
-
-    Raises:
-        UserError: it is not.
-    """
+def check_quantizer() -> None:
+    """Raise UserError if onnxruntime is not installed."""
     if importlib.util.find_spec("onnxruntime") is None:
-        raise UserError("--quantize int8: is done by onnxruntime: pip install onnxruntime")
+        raise UserError("--quantize int8: needs onnxruntime: pip install onnxruntime")
 
 
 def quantize(
     path: Path, quantized: Path, config: Config, preprocessing: Preprocessing, batch_size: int
 ) -> dict[str, float | int | str]:
-    """Write a float32 ONNX file's int8 twin, and compare the accuracy of both.
+    """Quantize a float32 ONNX file to int8 and compare the accuracy of both.
 
-    Static, in QDQ form: activations as uint8 by the least and greatest value seen on training
-    images, weights as int8 for each output channel. Products of two activations, softmax, norms and
-    the residual stream stay float32.
+    Static quantization in QDQ form: uint8 activations by their range on training images, int8
+    weights per output channel. Products of two activations, softmax, norms and the residual stream
+    stay float32.
 
     Args:
         path: the float32 file.
         quantized: the file to write.
-        config: of the run, whose images calibrate and compare.
+        config: the run's configuration; its images are used.
         preprocessing: of an image.
-        batch_size: images that the file takes at once.
+        batch_size: images per batch.
 
     Returns:
-        For the description: type, calibration_images, images, and in percent top1_float32 and
-        top1_int8.
+        For the description: type, calibration_images, images, and top1_float32 and top1_int8 in
+        per cent.
 
     Raises:
-        UserError: the data is not at hand.
+        UserError: the images are not available.
     """
     from onnxruntime import quantization as ort
 
     splits = {}
-    for split, count in (("train", CALIBRATION_IMAGES), ("val", EVALUATED_IMAGES)):
+    for split, count in (("train", CALIBRATION_IMAGES), ("val", EVALUATION_IMAGES)):
         try:
-            splits[split] = _spread(open_split(config, split), count)
+            splits[split] = _sample_evenly(open_split(config, split), count)
         except UserError as error:
             raise UserError(
-                f"--quantize int8: calibrates on training images and compares on held-out ones, "
-                f"which are not at hand: {error}"
+                f"--quantize int8: needs the training images for calibration and the held-out "
+                f"ones for comparison: {error}"
             ) from error
 
     class Reader(ort.CalibrationDataReader):
@@ -76,7 +72,7 @@ def quantize(
             return None if images is None else {"images": images}
 
     handlers = list(logging.root.handlers)
-    logging.disable(logging.WARNING)  # advice on preparing a file that needs none
+    logging.disable(logging.WARNING)  # hides advice to preprocess the file, which it does not need
     try:
         ort.quantize_static(
             str(path),
@@ -86,11 +82,11 @@ def quantize(
             activation_type=ort.QuantType.QUInt8,
             weight_type=ort.QuantType.QInt8,
             per_channel=True,
-            nodes_to_quantize=_layers(path),
+            nodes_to_quantize=_weighted_nodes(path),
         )
     finally:
         logging.disable(logging.NOTSET)
-        logging.root.handlers[:] = handlers  # it adds one, which would print our lines twice
+        logging.root.handlers[:] = handlers  # onnxruntime adds one, which would repeat our lines
     before, after = (_top1(file, splits["val"], preprocessing, batch_size)
                      for file in (path, quantized))  # fmt: skip
     logger.info(
@@ -98,8 +94,8 @@ def quantize(
         "%.2f %% in int8",
         len(splits["train"]), len(splits["val"]), before, after,
     )  # fmt: skip
-    if before - after > LARGEST_LOSS:
-        logger.warning("int8 loses %.2f points of top-1: think twice", before - after)
+    if before - after > MAX_DROP:
+        logger.warning("int8 loses %.2f points of top-1", before - after)
     return {
         "type": "int8",
         "calibration_images": len(splits["train"]),
@@ -109,8 +105,8 @@ def quantize(
     }
 
 
-def _layers(path: Path) -> list[str]:
-    """Names of the nodes that multiply by weights: Linears and convolutions."""
+def _weighted_nodes(path: Path) -> list[str]:
+    """Return the names of the nodes with weights: Linears and convolutions."""
     import onnx
 
     graph = onnx.load(path).graph
@@ -122,27 +118,25 @@ def _layers(path: Path) -> list[str]:
     ]
 
 
-def _spread(source: Source, count: int) -> Source:
-    """At most `count` images, evenly over the split, which may be sorted by class."""
+def _sample_evenly(source: Source, count: int) -> Source:
+    """Select at most `count` images, evenly over a split that may be sorted by class."""
     if not len(source):
         raise UserError(f"{source.title}: no image in it")
     count = min(count, len(source))
-    indices = np.arange(count) * len(source) // count
-    return Subset(source, indices, source.labels[indices], source.class_names)
+    return source.subset(np.arange(count) * len(source) // count)
 
 
 def _batches(
     source: Source, preprocessing: Preprocessing, size: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
-    """Yield images, labels and their number; the last batch is filled up with zeros."""
-    batches = eval_batches(source, preprocessing.operations(source.encoded), size)
+    """Yield images padded to full batches, labels and the number of labels."""
+    batches = create_eval_loader(source, preprocessing.operations(source.encoded), size)
     for images, labels in batches.iterate(output_numpy=True):
-        missing = size - len(images)
-        yield np.pad(images, ((0, missing), (0, 0), (0, 0), (0, 0))), labels, len(labels)
+        yield pad_batch(images, size), labels, len(labels)
 
 
 def _top1(path: Path, source: Source, preprocessing: Preprocessing, size: int) -> float:
-    """Top-1 accuracy of a file in onnxruntime, in percent."""
+    """Return the top-1 accuracy of a file in onnxruntime, in per cent."""
     run = open_model(path, "onnxruntime")
     right = sum(
         int((run(images)[:number].argmax(1) == labels).sum())

@@ -13,7 +13,8 @@ from mindspore import Tensor, nn
 
 from src.build import accelerate, build_model, build_preprocessing, resolve_classes
 from src.config import Config
-from src.data import Preprocessing, Source, eval_batches
+from src.data import Preprocessing, Source, create_eval_loader
+from src.data.transforms import pad_batch
 from src.distributed import SINGLE_PROCESS, Ranks
 from src.errors import UserError
 from src.evaluation.labels import LabeledSplit, open_labeled_split
@@ -94,9 +95,9 @@ class Evaluator:
         self.batch_size = min(batch_size, len(source))
         self.images = len(source)
         self.ranks = ranks
-        self._label_lists = label_lists
+        self._label_lists = label_lists and label_lists[ranks.rank :: ranks.world]
         self._keep_outcomes = keep_outcomes
-        self.batches = eval_batches(
+        self.batches = create_eval_loader(
             source,
             preprocessing.operations(source.encoded),
             self.batch_size,
@@ -127,9 +128,9 @@ class Evaluator:
         if not self.compiled:  # compilation is not part of the measured time
             self.compile(net)
         start = time.perf_counter()
-        bar = progress_bar(len(self.batches.indices), "evaluate")
+        bar = progress_bar(len(self.batches.source), "evaluate")
         for images, labels in self.batches.iterate(output_numpy=True):
-            logits = run(self._pad(images))[: len(labels)]
+            logits = run(pad_batch(images, self.batch_size))[: len(labels)]
             batch = metrics.update(logits, self._targets(metrics.images, labels))
             if self._keep_outcomes:
                 outcomes.append(np.stack(batch))
@@ -147,7 +148,7 @@ class Evaluator:
         """Return the correct classes of a batch that begins at this rank's image `start`."""
         if self._label_lists is None:
             return labels
-        return [self._label_lists[k] for k in self.batches.indices[start : start + len(labels)]]
+        return self._label_lists[start : start + len(labels)]
 
     def _gather(self, outcomes: list[np.ndarray]) -> Outcomes:
         """Gather the outcomes of all ranks and interleave them into the order of the split."""
@@ -157,10 +158,6 @@ class Evaluator:
         padded[:, : local.shape[1]] = local
         parts = self.ranks.gather(padded).reshape(world, *padded.shape)
         return Outcomes(*parts.transpose(1, 2, 0).reshape(fields, -1)[:, : self.images])
-
-    def _pad(self, images: np.ndarray) -> np.ndarray:
-        missing = self.batch_size - len(images)
-        return np.pad(images, ((0, missing), (0, 0), (0, 0), (0, 0))) if missing else images
 
 
 def evaluate_checkpoint(

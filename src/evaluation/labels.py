@@ -11,11 +11,11 @@ from src.config_io import run_config_of
 from src.data import Source
 from src.data.imagenet_labels import (
     V2_FOLDERS,
+    apply_real_labels,
+    apply_v2_names,
     check_class_order,
-    class_order_fault,
+    find_class_order_fault,
     load_real,
-    with_real,
-    with_v2,
 )
 from src.distributed import SINGLE_PROCESS, Ranks
 from src.errors import UserError
@@ -50,7 +50,7 @@ def open_labeled_split(
         )
     real = load_real(data.labels_file) if data.labels == "real" else None
     if data.labels != "val":
-        _require_imagenet_classes(config)
+        _check_imagenet_classes(config)
     if data.labels == "v2":
         config = dataclasses.replace(
             config, data=dataclasses.replace(data, class_names=list(V2_FOLDERS))
@@ -61,11 +61,11 @@ def open_labeled_split(
     check_class_order(source, given, data.labels, config.model.num_classes)
     if real is not None:
         ranks.require_agreement("labels of ReaL", real)
-        return LabeledSplit(*with_real(source, real))
-    return LabeledSplit(with_v2(source) if data.labels == "v2" else source)
+        return LabeledSplit(*apply_real_labels(source, real))
+    return LabeledSplit(apply_v2_names(source) if data.labels == "v2" else source)
 
 
-def _require_imagenet_classes(config: Config) -> None:
+def _check_imagenet_classes(config: Config) -> None:
     """Check that class numbers mean ImageNet-1k's classes.
 
     Raises:
@@ -82,7 +82,7 @@ def _require_imagenet_classes(config: Config) -> None:
             f"data.classes: data.labels {data.labels} covers all of ImageNet's classes; "
             "remove data.classes"
         )
-    fault = class_order_fault(data.class_names) if data.class_names else None
+    fault = find_class_order_fault(data.class_names) if data.class_names else None
     if fault:
         raise UserError(
             f"data.labels {data.labels}: the model's classes are not ImageNet-1k's in their order: "

@@ -68,7 +68,7 @@ def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, classes: int) 
     return np.bincount(cells, minlength=classes**2).reshape(classes, classes)
 
 
-def require_report(path: str, force: bool) -> Path:
+def check_report(path: str, force: bool) -> Path:
     """Check before the evaluation that a report can be written to a folder.
 
     Args:
@@ -78,14 +78,14 @@ def require_report(path: str, force: bool) -> Path:
     Raises:
         UserError: the folder is not writable, or holds other files of the same names.
     """
-    from src.plots.image_files import is_picture_of_ours
+    from src.plots.image_files import check_picture
 
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--report {path}: not a folder; give another one")
     for name, head in TABLES.items():
         require_replaceable(folder / name, "--report", partial(is_csv, head=head), force)
-    require_replaceable(folder / PLOT_FILE, "--report", is_picture_of_ours, force)
+    check_picture(folder / PLOT_FILE, "--report", [".png"], force)
     require_replaceable(folder / METRICS_FILE, "--report", is_result, force)
     return folder
 

@@ -40,7 +40,7 @@ PATCH_EMBEDS = ("conv", "patch")
 class Stage(nn.Cell):
     """Token embedding, then blocks; drop path ramps linearly from 0 to its rate in the stage."""
 
-    def __init__(self, stage: StageConfig, sites: Iterator[int]) -> None:
+    def __init__(self, stage: StageConfig, rng_slots: Iterator[int]) -> None:
         super().__init__()
         self.patch_embed = ConvEmbed(stage)
         self.dim, self.depth = stage.dim, stage.depth
@@ -50,9 +50,9 @@ class Stage(nn.Cell):
             self.pos_embed = token_parameter(1, math.prod(stage.pos_embed_grid), stage.dim)
         if stage.cls_token:
             self.cls_token = token_parameter(1, 1, stage.dim)
-        self.pos_drop = Dropout(stage.drop_rate, next(sites))
+        self.pos_drop = Dropout(stage.drop_rate, next(rng_slots))
         rates = np.linspace(0, stage.drop_path_rate, stage.depth).tolist()
-        self.blocks = nn.CellList([Block(stage, rate, sites) for rate in rates])
+        self.blocks = nn.CellList([Block(stage, rate, rng_slots) for rate in rates])
 
     def construct(
         self, x: Tensor, height: int, width: int, bits: Tensor | None, only_cls: bool = False
@@ -151,7 +151,7 @@ class CvT(StochasticNet):
         if any(pos_embeds) and image_size is None:
             raise UserError("pos_embed: its size follows from image_size; give that too")
 
-        sites = itertools.count()
+        rng_slots = itertools.count()
 
         def stage(i: int) -> Stage:
             config = StageConfig(
@@ -168,10 +168,10 @@ class CvT(StochasticNet):
                 drop_rate=drop_rate,
                 drop_path_rate=drop_path_rates[i],
             )
-            return Stage(config, sites)
+            return Stage(config, rng_slots)
 
         self.stage0, self.stage1, self.stage2 = stage(0), stage(1), stage(2)
-        self.set_sites(next(sites), (drop_rate, *drop_path_rates))
+        self.set_rng_slots(next(rng_slots), (drop_rate, *drop_path_rates))
         self.in_channels = in_channels
         self.num_classes = num_classes
         dim = embed_dims[-1]

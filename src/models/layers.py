@@ -224,10 +224,10 @@ class AvgProjection(nn.Cell):
 class Attention(nn.Cell):
     """Multi-head attention over convolutional projections (section 3.2).
 
-    `sites` numbers the random sites of the model (see `stochastic`).
+    `rng_slots` numbers the RNG slots of the model (see `stochastic`).
     """
 
-    def __init__(self, stage: StageConfig, sites: Iterator[int]) -> None:
+    def __init__(self, stage: StageConfig, rng_slots: Iterator[int]) -> None:
         super().__init__()
         dim = stage.dim
         self.num_heads = stage.num_heads
@@ -246,7 +246,7 @@ class Attention(nn.Cell):
         self.proj_k = dense(dim, dim)
         self.proj_v = dense(dim, dim)
         self.proj = dense(dim, dim)
-        self.proj_drop = Dropout(stage.drop_rate, next(sites))
+        self.proj_drop = Dropout(stage.drop_rate, next(rng_slots))
         # The official code scales by the whole dimension, not the head's.
         self.attend = ScaledDotProductAttention(stage.num_heads, self.head_dim, scale=dim**-0.5)
 
@@ -293,14 +293,14 @@ class Attention(nn.Cell):
 class Mlp(nn.Cell):
     """Linear, QuickGELU, Linear."""
 
-    def __init__(self, stage: StageConfig, sites: Iterator[int]) -> None:
+    def __init__(self, stage: StageConfig, rng_slots: Iterator[int]) -> None:
         super().__init__()
         hidden_dim = int(stage.dim * stage.mlp_ratio)
         self.fc1 = dense(stage.dim, hidden_dim)
         self.act = QuickGELU()
         self.fc2 = dense(hidden_dim, stage.dim)
-        self.drop1 = Dropout(stage.drop_rate, next(sites))
-        self.drop2 = Dropout(stage.drop_rate, next(sites))
+        self.drop1 = Dropout(stage.drop_rate, next(rng_slots))
+        self.drop2 = Dropout(stage.drop_rate, next(rng_slots))
 
     def construct(self, x: Tensor, bits: Tensor | None) -> Tensor:
         """x [B, T, C] -> [B, T, C]."""
@@ -311,14 +311,14 @@ class Mlp(nn.Cell):
 class Block(nn.Cell):
     """Pre-norm transformer block: x + attention, then x + MLP, each branch under drop path."""
 
-    def __init__(self, stage: StageConfig, drop_path_rate: float, sites: Iterator[int]) -> None:
+    def __init__(self, stage: StageConfig, drop_path_rate: float, rng_slots: Iterator[int]) -> None:
         super().__init__()
         self.norm1 = LayerNorm(stage.dim)
-        self.attn = Attention(stage, sites)
-        self.drop_path1 = DropPath(drop_path_rate, next(sites))
+        self.attn = Attention(stage, rng_slots)
+        self.drop_path1 = DropPath(drop_path_rate, next(rng_slots))
         self.norm2 = LayerNorm(stage.dim)
-        self.mlp = Mlp(stage, sites)
-        self.drop_path2 = DropPath(drop_path_rate, next(sites))
+        self.mlp = Mlp(stage, rng_slots)
+        self.drop_path2 = DropPath(drop_path_rate, next(rng_slots))
         self.take_front = FrontToken()
 
     def construct(

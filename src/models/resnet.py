@@ -56,7 +56,7 @@ class Residual(nn.Cell):
         stride: of the block; where it or the channels change the shape, the shortcut is a 1x1
             convolution.
         block: "basic" or "bottleneck", see `ResNet`.
-        drop_path_rate, site: see `DropPath`.
+        drop_path_rate, rng_slot: see `DropPath`.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Residual(nn.Cell):
         stride: int,
         block: str,
         drop_path_rate: float,
-        site: int,
+        rng_slot: int,
     ) -> None:
         super().__init__()
         channels = EXPANSION[block] * width
@@ -82,7 +82,7 @@ class Residual(nn.Cell):
         self.projects = stride != 1 or in_channels != channels
         if self.projects:
             self.shortcut = ConvBatchNorm(in_channels, channels, 1, stride)
-        self.drop_path = DropPath(drop_path_rate, site)
+        self.drop_path = DropPath(drop_path_rate, rng_slot)
 
     def construct(self, x: Tensor, bits: Tensor | None) -> Tensor:
         """x [B, C_in, H, W] -> [B, C, H', W']."""
@@ -159,7 +159,7 @@ class ResNet(StochasticNet):
             self.pool = nn.MaxPool2d(3, 2)
         else:
             self.stem = ConvBatchNorm(in_channels, width, 3, stride=shrinkage)
-        sites = itertools.count()
+        rng_slots = itertools.count()
         rates = iter(np.linspace(0, drop_path_rate, sum(depths)).tolist())
         channels, stages = width, []
         for i, depth in enumerate(depths):
@@ -167,13 +167,13 @@ class ResNet(StochasticNet):
             for j in range(depth):
                 stride = 2 if i > 0 and j == 0 else 1
                 blocks.append(
-                    Residual(channels, width * 2**i, stride, block, next(rates), next(sites))
+                    Residual(channels, width * 2**i, stride, block, next(rates), next(rng_slots))
                 )
                 channels = EXPANSION[block] * width * 2**i
             stages.append(Stage(blocks))
         self.stages = nn.CellList(stages)
-        self.drop = Dropout(drop_rate, next(sites))
-        self.set_sites(next(sites), (drop_rate, drop_path_rate))
+        self.drop = Dropout(drop_rate, next(rng_slots))
+        self.set_rng_slots(next(rng_slots), (drop_rate, drop_path_rate))
         self.in_channels = in_channels
         self.num_classes = num_classes
         if num_classes:

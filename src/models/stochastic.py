@@ -46,9 +46,9 @@ def sample_keys(key: Tensor, positions: Tensor) -> Tensor:
     return hash_bits(ops.bitwise_xor(_times(positions, _GOLDEN_RATIO), hash_bits(key)))
 
 
-def random_bits(keys: Tensor, sites: int) -> Tensor:
-    """Random bits, int32 [sites, B], from int32 keys [B], one for each image."""
-    counter = _times(ops.arange(sites).astype(mstype.int32), _GOLDEN_RATIO).reshape((-1, 1))
+def random_bits(keys: Tensor, num_slots: int) -> Tensor:
+    """Random bits, int32 [slots, B], from int32 keys [B], one for each image."""
+    counter = _times(ops.arange(num_slots).astype(mstype.int32), _GOLDEN_RATIO).reshape((-1, 1))
     return hash_bits(ops.bitwise_xor(counter, hash_bits(keys).reshape((1, -1))))
 
 
@@ -62,22 +62,24 @@ class DropPath(nn.Cell):
 
     Args:
         rate: the probability of dropping.
-        site: the row of the model's random bits that belongs to this cell.
+        rng_slot: this cell's row of the model's random bits.
     """
 
-    def __init__(self, rate: float, site: int) -> None:
+    def __init__(self, rate: float, rng_slot: int) -> None:
         super().__init__()
         self.rate = rate
-        self.site = site
+        self.rng_slot = rng_slot
 
     def factors(self, bits: Tensor | None) -> Tensor | None:
-        """bits [sites, B] -> float32 [B], 0 or 1 / (1 - rate); None where nothing is dropped."""
+        """bits [slots, B] -> float32 [B], 0 or 1 / (1 - rate); None where nothing is dropped."""
         if self.rate == 0.0 or bits is None or not self.training:
             return None
-        return (uniform(bits[self.site]) >= self.rate).astype(mstype.float32) / (1.0 - self.rate)
+        return (uniform(bits[self.rng_slot]) >= self.rate).astype(mstype.float32) / (
+            1.0 - self.rate
+        )
 
     def construct(self, x: Tensor, bits: Tensor | None) -> Tensor:
-        """x [B, ...], bits [sites, B] -> [B, ...]; kept samples are scaled by 1 / (1 - rate)."""
+        """x [B, ...], bits [slots, B] -> [B, ...]; kept samples are scaled by 1 / (1 - rate)."""
         factors = self.factors(bits)
         if factors is None:
             return x
@@ -89,21 +91,21 @@ class Dropout(nn.Cell):
 
     Args:
         rate: the probability of dropping.
-        site: the row of the model's random bits that belongs to this cell.
+        rng_slot: this cell's row of the model's random bits.
     """
 
-    def __init__(self, rate: float, site: int) -> None:
+    def __init__(self, rate: float, rng_slot: int) -> None:
         super().__init__()
         self.rate = rate
-        self.site = site
+        self.rng_slot = rng_slot
 
     def construct(self, x: Tensor, bits: Tensor | None) -> Tensor:
-        """x [B, N, C], bits [sites, B] -> [B, N, C]; kept elements are scaled by 1 / (1 - rate)."""
+        """x [B, N, C], bits [slots, B] -> [B, N, C]; kept elements are scaled by 1 / (1 - rate)."""
         if self.rate == 0.0 or bits is None or not self.training:
             return x
         counter = ops.arange(x.shape[1] * x.shape[2]).astype(mstype.int32)
         counter = _times(counter, _GOLDEN_RATIO)
-        sample = bits[self.site].reshape((-1, 1))
+        sample = bits[self.rng_slot].reshape((-1, 1))
         element = hash_bits(ops.bitwise_xor(counter.reshape((1, -1)), sample))  # [B, N * C]
         keep = (uniform(element) >= self.rate).astype(x.dtype).reshape(x.shape)
         return x * (keep / (1.0 - self.rate))
@@ -112,17 +114,17 @@ class Dropout(nn.Cell):
 class StochasticNet(nn.Cell):
     """A network whose `DropPath` and `Dropout` cells are keyed by image.
 
-    Its constructor calls `set_sites`; its `construct` hands `random_bits_of` to those cells.
+    Its constructor calls `set_rng_slots`; its `construct` hands `random_bits_of` to those cells.
     """
 
-    def set_sites(self, sites: int, rates: Sequence[float]) -> None:
-        """Tell the number of random sites and the rates at which they drop."""
-        self.num_sites = sites
+    def set_rng_slots(self, num_slots: int, rates: Sequence[float]) -> None:
+        """Set the number of RNG slots and the drop rates of the cells that use them."""
+        self.num_rng_slots = num_slots
         self.stochastic = any(rate > 0 for rate in rates)
         self.draw_key = ops.UniformInt()
 
     def random_bits_of(self, images: Tensor, keys: Tensor | None) -> Tensor | None:
-        """The random bits [sites, B] of this pass, or None where nothing is random.
+        """The random bits [slots, B] of this pass, or None where nothing is random.
 
         keys: int32 [B], one for each image; without them they are drawn from MindSpore's generator.
         """
@@ -131,4 +133,4 @@ class StochasticNet(nn.Cell):
         if keys is None:
             key = self.draw_key((), Tensor(0, mstype.int32), Tensor(2**31 - 1, mstype.int32))
             keys = sample_keys(key, ops.arange(images.shape[0]).astype(mstype.int32))
-        return random_bits(keys, self.num_sites)
+        return random_bits(keys, self.num_rng_slots)

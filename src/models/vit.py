@@ -42,14 +42,14 @@ class PatchEmbed(nn.Cell):
 class Attention(nn.Cell):
     """Multi-head self-attention, q, k and v from one Linear."""
 
-    def __init__(self, dim: int, num_heads: int, drop_rate: float, site: int) -> None:
+    def __init__(self, dim: int, num_heads: int, drop_rate: float, rng_slot: int) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
         self.qkv = dense(dim, 3 * dim)
         self.attend = ScaledDotProductAttention(num_heads, self.head_dim, self.head_dim**-0.5)
         self.proj = dense(dim, dim)
-        self.proj_drop = Dropout(drop_rate, site)
+        self.proj_drop = Dropout(drop_rate, rng_slot)
 
     def construct(self, x: Tensor, bits: Tensor | None) -> Tensor:
         """x [B, T, C] -> [B, T, C]."""
@@ -63,13 +63,15 @@ class Attention(nn.Cell):
 class Mlp(nn.Cell):
     """Linear, GELU in its exact form with erf, Linear."""
 
-    def __init__(self, dim: int, hidden_dim: int, drop_rate: float, sites: Iterator[int]) -> None:
+    def __init__(
+        self, dim: int, hidden_dim: int, drop_rate: float, rng_slots: Iterator[int]
+    ) -> None:
         super().__init__()
         self.fc1 = dense(dim, hidden_dim)
         self.act = nn.GELU(approximate=False)
         self.fc2 = dense(hidden_dim, dim)
-        self.drop1 = Dropout(drop_rate, next(sites))
-        self.drop2 = Dropout(drop_rate, next(sites))
+        self.drop1 = Dropout(drop_rate, next(rng_slots))
+        self.drop2 = Dropout(drop_rate, next(rng_slots))
 
     def construct(self, x: Tensor, bits: Tensor | None) -> Tensor:
         """x [B, T, C] -> [B, T, C]."""
@@ -87,15 +89,15 @@ class Block(nn.Cell):
         hidden_dim: int,
         drop_rate: float,
         drop_path_rate: float,
-        sites: Iterator[int],
+        rng_slots: Iterator[int],
     ) -> None:
         super().__init__()
         self.norm1 = LayerNorm(dim, EPS)
-        self.attn = Attention(dim, num_heads, drop_rate, next(sites))
-        self.drop_path1 = DropPath(drop_path_rate, next(sites))
+        self.attn = Attention(dim, num_heads, drop_rate, next(rng_slots))
+        self.drop_path1 = DropPath(drop_path_rate, next(rng_slots))
         self.norm2 = LayerNorm(dim, EPS)
-        self.mlp = Mlp(dim, hidden_dim, drop_rate, sites)
-        self.drop_path2 = DropPath(drop_path_rate, next(sites))
+        self.mlp = Mlp(dim, hidden_dim, drop_rate, rng_slots)
+        self.drop_path2 = DropPath(drop_path_rate, next(rng_slots))
 
     def construct(self, x: Tensor, bits: Tensor | None) -> Tensor:
         """x [B, T, C] -> [B, T, C]."""
@@ -148,17 +150,17 @@ class VisionTransformer(StochasticNet):
         self.patch_size = patch_size
         rows, columns = self.grid(self.image_size)
 
-        sites = itertools.count()
+        rng_slots = itertools.count()
         self.patch_embed = PatchEmbed(in_channels, embed_dim, patch_size)
         self.cls_token = token_parameter(1, 1, embed_dim)
         self.pos_embed = token_parameter(1, 1 + rows * columns, embed_dim)
-        self.pos_drop = Dropout(drop_rate, next(sites))
+        self.pos_drop = Dropout(drop_rate, next(rng_slots))
         hidden_dim = int(embed_dim * mlp_ratio)
         rates = np.linspace(0, drop_path_rate, depth).tolist()
         self.blocks = nn.CellList(
-            [Block(embed_dim, num_heads, hidden_dim, drop_rate, rate, sites) for rate in rates]
+            [Block(embed_dim, num_heads, hidden_dim, drop_rate, rate, rng_slots) for rate in rates]
         )
-        self.set_sites(next(sites), (drop_rate, drop_path_rate))
+        self.set_rng_slots(next(rng_slots), (drop_rate, drop_path_rate))
         self.norm = LayerNorm(embed_dim, EPS)
         self.in_channels = in_channels
         self.num_classes = num_classes

@@ -1,4 +1,4 @@
-"""The picture of a confusion matrix."""
+"""Draw a confusion matrix."""
 
 from __future__ import annotations
 
@@ -9,47 +9,47 @@ import numpy as np
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
-from src.plots.image_files import literal, save_figure
+from src.plots.image_files import escape_text, save_figure
 
-MOST_NAMES = 50  # classes whose names are legible beside the picture
-_MOST_NUMBERS = 20
-_LONGEST = 20  # letters of a name
+MAX_NAMED = 50  # classes; more names would be illegible
+_MAX_NUMBERED = 20  # classes; more numbers would be illegible
+_MAX_LETTERS = 20  # of a name
 
 
 def draw_confusion(matrix: np.ndarray, names: Sequence[str], path: Path) -> None:
-    """Draw each class's predictions as shares of its images; no names above `MOST_NAMES`.
+    """Draw each class's predictions in per cent of its images.
 
     Args:
         matrix: images by label (rows) and prediction (columns), int [C, C].
-        names: of the classes.
-        path: of the picture.
+        names: class names; more than `MAX_NAMED` are not drawn.
+        path: the file.
 
     Raises:
-        UserError: it can't be written.
+        UserError: the file can't be written.
     """
     classes = len(matrix)
-    shares = 100 * matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    named = classes <= MOST_NAMES
-    # Before any axes, whose ticks keep the fonts that are set when they are made.
+    percent = 100 * matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    named = classes <= MAX_NAMED
+    # Before any axes: ticks keep the fonts that are set when they are created.
     short = [
-        literal(n if len(n) <= _LONGEST else f"{n[: _LONGEST - 1]}…")
-        for n in names[: MOST_NAMES * named]
+        escape_text(n if len(n) <= _MAX_LETTERS else f"{n[: _MAX_LETTERS - 1]}…")
+        for n in names[: MAX_NAMED * named]
     ]
-    size = 4 + 0.3 * classes if named else 13.0  # inches; a pixel or more for each of 1,000
+    size = 4 + 0.3 * classes if named else 13.0  # inches; at least one pixel per class for 1,000
     figure = Figure(figsize=(size + 1, size), layout="constrained")
     axes = figure.subplots()
-    # Off the diagonal of many classes shares are small and cells tiny: the root lifts them.
+    # With many classes, values off the diagonal are small and cells tiny: a square root lifts them.
     scale = PowerNorm(1.0 if named else 0.5, vmin=0, vmax=100)
-    drawn = axes.imshow(shares, cmap="Blues", norm=scale, interpolation="nearest")
+    drawn = axes.imshow(percent, cmap="Blues", norm=scale, interpolation="nearest")
     bar = figure.colorbar(drawn, ax=axes, shrink=0.8)
     bar.set_label("% of the label's images")
     axes.set(xlabel="prediction", ylabel="label")
     if named:
         axes.set_xticks(range(classes), short, rotation=90)
         axes.set_yticks(range(classes), short)
-    if classes <= _MOST_NUMBERS:
+    if classes <= _MAX_NUMBERED:
         for row, column in zip(*np.nonzero(matrix)):
-            colour = "white" if shares[row, column] > 50 else "black"
+            colour = "white" if percent[row, column] > 50 else "black"
             style = {"ha": "center", "va": "center", "fontsize": 7, "color": colour}
             axes.text(column, row, str(matrix[row, column]), **style)
     save_figure(figure, path, dpi=110)

@@ -1,12 +1,12 @@
-"""Write pictures whole, marked as this program's, with the user's texts as they stand.
+"""Write pictures atomically, with a mark in their metadata.
 
-A mark in the file's metadata tells an earlier picture from the user's own, which is not replaced.
+The mark distinguishes earlier pictures, which may be replaced, from the user's own.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,49 +14,46 @@ from typing import TYPE_CHECKING
 from PIL import Image, PngImagePlugin
 
 from src.errors import UserError, printable
-from src.files import replacing
+from src.files import replacing, require_replaceable
 
 if TYPE_CHECKING:  # matplotlib takes 0.5 s, which a prediction without a picture does not need
     from matplotlib.figure import Figure
 
 PRODUCER = "cvt-mindspore"
 _MARKS = (PRODUCER.encode(), PRODUCER.encode("utf-16-be"))  # PDF writers differ
-_ENDS = 1 << 16  # bytes at either end of a file, where formats keep their metadata
+_ENDS = 1 << 16  # bytes at either end of a file, where formats store metadata
 _SOFTWARE = 0x0131  # EXIF's tag
 
 
-def literal(text: str) -> str:
-    """A text that matplotlib draws as it stands, in a font that has its letters.
-
-    Without this, `$...$` is read as mathematics.
-    """
-    from src.plots.fonts import draw_with_font_for
+def escape_text(text: str) -> str:
+    """Escape a text for matplotlib, which reads `$...$` as mathematics, and add a font for it."""
+    from src.plots.fonts import add_fallback_font  # loads matplotlib
 
     text = printable(text)
-    draw_with_font_for(text)
+    add_fallback_font(text)
     return text.replace("$", r"\$")
 
 
 def save_figure(figure: Figure, path: str | Path, dpi: int) -> None:
-    """Write a matplotlib figure; the suffix (.png, .jpg, .jpeg, .pdf or .svg) decides the format.
+    """Write a matplotlib figure as .png, .jpg, .jpeg, .pdf or .svg, according to the suffix.
 
     Raises:
-        UserError: it can't be written.
+        UserError: the file can't be written.
     """
     kind = Path(path).suffix.lower()
     options: dict = {"metadata": {"Software" if kind == ".png" else "Creator": PRODUCER}}
     if kind in (".jpg", ".jpeg"):
         options = {"pil_kwargs": {"exif": _exif()}}
-    with _written(path) as unfinished, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # `find_font` has said it
+    with _replacing(path) as unfinished, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # find_font has warned
         figure.savefig(unfinished, dpi=dpi, **options)
 
 
 def save_image(image: Image.Image, path: str | Path) -> None:
-    """Write a Pillow image; the suffix (.png, .jpg, .jpeg or .pdf) decides the format.
+    """Write a Pillow image as .png, .jpg, .jpeg or .pdf, according to the suffix.
 
     Raises:
-        UserError: it can't be written.
+        UserError: the file can't be written.
     """
     kind = Path(path).suffix.lower()
     options: dict = {"exif": _exif()}
@@ -65,17 +62,36 @@ def save_image(image: Image.Image, path: str | Path) -> None:
         options["pnginfo"].add_text("Software", PRODUCER)
     elif kind == ".pdf":
         options = {"creator": PRODUCER}
-    with _written(path) as unfinished:
+    with _replacing(path) as unfinished:
         image.save(unfinished, **options)
 
 
-def is_picture_of_ours(path: Path) -> bool:
-    """Whether `save_figure` or `save_image` wrote a file."""
+def is_our_picture(path: Path) -> bool:
+    """Return whether `save_figure` or `save_image` wrote a file."""
     with open(path, "rb") as file:
         content = file.read(_ENDS)
         file.seek(max(path.stat().st_size - _ENDS, 0))
         content += file.read()
     return any(mark in content for mark in _MARKS)
+
+
+def check_picture(
+    path: str | Path, option: str, suffixes: Sequence[str], force: bool = False
+) -> None:
+    """Check that a picture can be written, before the work that it shows.
+
+    Args:
+        path: the file; an earlier picture may be replaced.
+        option: the option that names it, such as "--sheet".
+        suffixes: the supported suffixes.
+        force: replace any existing file.
+
+    Raises:
+        UserError: the suffix is another one, or the file can't be written or replaced.
+    """
+    if Path(path).suffix.lower() not in suffixes:
+        raise UserError(f"{option} {path}: must end in one of {' '.join(suffixes)}")
+    require_replaceable(path, option, is_our_picture, force)
 
 
 def _exif() -> Image.Exif:
@@ -85,7 +101,7 @@ def _exif() -> Image.Exif:
 
 
 @contextmanager
-def _written(path: str | Path) -> Iterator[Path]:
+def _replacing(path: str | Path) -> Iterator[Path]:
     try:
         with replacing(path) as unfinished:
             yield unfinished

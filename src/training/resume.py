@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 from src.config import Config
@@ -46,7 +45,6 @@ def restore(
     *,
     keep: int,
     accept_changes: bool,
-    data_by_name: Callable[[], int],
 ) -> Progress:
     """Load a saved state into the step.
 
@@ -59,7 +57,6 @@ def restore(
         state: the state to resume from; None for the newest intact one in the folder.
         keep: number of states to keep.
         accept_changes: continue although settings or images differ, with a warning.
-        data_by_name: returns the data checksum as earlier versions computed it.
 
     Returns:
         The saved progress with this process's settings.
@@ -72,8 +69,6 @@ def restore(
         saved, state = load_newest(step, checkpoints)
     else:
         saved = load_progress(step, state)
-    if saved.data != current.data and saved.data == data_by_name():
-        saved = dataclasses.replace(saved, data=current.data)
     check_compatible(saved, current, output, accept_changes)
     progress = dataclasses.replace(
         saved,

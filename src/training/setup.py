@@ -10,8 +10,8 @@ from mindspore import nn, ops
 from src.build import accelerate, build_model, compiled_library, image_size
 from src.config import Config
 from src.config_io import load_config, run_config_of
-from src.data.base import some_names
 from src.distributed import Ranks
+from src.errors import join_names
 from src.models.sync_batchnorm import synchronise_batchnorm
 from src.training.freeze import freeze
 from src.training.loss import LabelSmoothingCrossEntropy
@@ -152,5 +152,5 @@ def load_pretrained(net: nn.Cell, file: str, config: Config) -> list[str]:
         for parameter in net.get_parameters():
             if parameter.name in fresh:
                 ops.assign(parameter, fresh[parameter.name])
-        notes.append(f"new head: the weights' classes were {some_names(names)}")
+        notes.append(f"new head: the weights' classes were {join_names(names)}")
     return notes

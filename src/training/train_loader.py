@@ -6,9 +6,9 @@ from mindspore import Tensor
 
 from src.build import build_augmentation, build_mixing, image_size
 from src.config import Config
-from src.data import Batches, Source, train_batches
+from src.data import DataLoader, Source, create_train_loader
 from src.distributed import Ranks
-from src.errors import UserError
+from src.errors import UserError, join_names
 
 # The image indices of an epoch and the learning rates of all steps are held in memory.
 MAX_EPOCH_IMAGES, MAX_STEPS = 200_000_000, 20_000_000
@@ -48,10 +48,10 @@ class TrainLoader:
                 f"training.epochs {keys.epochs}: {steps:,} steps, more than {MAX_STEPS:,}; lower it"
             )
 
-    def batches(self, epoch: int, steps_done: int = 0) -> Batches:
+    def batches(self, epoch: int, steps_done: int = 0) -> DataLoader:
         """Return the batches of an epoch after its first steps, `accumulate` for each step."""
         steps = self.config.training.epoch_steps
-        return train_batches(
+        return create_train_loader(
             self.source,
             self.augmentation,
             self.config.training.batch_size,
@@ -80,6 +80,6 @@ class TrainLoader:
     def describe(self, epoch: int, step: int) -> str:
         """Name some of this rank's images in a step of an epoch."""
         size = self.config.training.batch_size * self.accumulate
-        indices = self.batches(epoch).indices[step * size : (step + 1) * size]
-        names = [self.source.describe(int(index)) for index in indices]
-        return f"{', '.join(names[:3])} and {max(len(names) - 3, 0)} more"
+        images = self.batches(epoch).source
+        names = [images.describe(k) for k in range(step * size, (step + 1) * size)]
+        return join_names(names, 3)

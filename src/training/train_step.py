@@ -30,7 +30,7 @@ class TrainStep(nn.Cell):
 
     Args:
         net: images, keys -> logits.
-        loss: logits, labels -> scalar; with mixing also the other labels and the share.
+        loss: logits, labels -> scalar; with mixing also the other labels and the own fraction.
         optimizer: over `net`'s trainable parameters.
         learning_rates: float32 [total steps].
         clip_norm: upper bound of the gradients' global L2 norm; 0 does not clip.
@@ -96,7 +96,7 @@ class TrainStep(nn.Cell):
             self.updates = CompiledUpdates(library, optimizer, self.statistics, pairs, shared)
         if world > 1:
             self.all_reduce = ops.AllReduce()
-            self.share = Tensor(1.0 / world, mstype.float32)
+            self.fraction = Tensor(1.0 / world, mstype.float32)
             self.is_first = Tensor(float(rank == 0), mstype.float32)
         self.forward_backward = value_and_grad(self._forward, None, optimizer.parameters)
         self.parts = _Parts(self) if accumulate > 1 else None
@@ -220,7 +220,7 @@ class TrainStep(nn.Cell):
         """
         own = (loss, _times(norm, self.is_first), after)
         loss, norm, after = unpack(self.all_reduce(pack(own)), (0, 1, 2), own)
-        return loss, norm, _times(after, self.share)
+        return loss, norm, _times(after, self.fraction)
 
     def _update_average(self, finite: Tensor) -> None:
         time = (self.step - self.skipped).astype(mstype.float32)
@@ -244,8 +244,8 @@ def mix_images(images: Tensor, mix: Tensor) -> Tensor:
     inside_rows = ops.logical_and(rows >= mix[2], rows < mix[3])
     inside_columns = ops.logical_and(columns >= mix[4], columns < mix[5])
     inside = ops.logical_and(inside_rows, inside_columns).astype(mstype.float32)  # [H, W]
-    share = mix[1] * (1.0 - inside)
-    return images * share + ops.flip(images, (0,)) * (1.0 - share)
+    own = mix[1] * (1.0 - inside)
+    return images * own + ops.flip(images, (0,)) * (1.0 - own)
 
 
 class _Parts:

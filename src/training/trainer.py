@@ -21,7 +21,7 @@ from mindspore import Tensor
 from src.build import build_preprocessing, open_checked, uses_compiled
 from src.config import Config
 from src.data import Source
-from src.data.loader import choose_workers
+from src.data.loader import resolve_num_workers
 from src.distributed import SINGLE_PROCESS, Ranks
 from src.errors import UserError
 from src.evaluation.evaluator import Evaluator
@@ -77,7 +77,7 @@ class Trainer:
             settings=flatten(config),
             data=source.digest(),
             world=ranks.world,
-            workers=choose_workers(config.data.workers),
+            workers=resolve_num_workers(config.data.workers),
             compiled=uses_compiled(config.runtime),
             device_noise=True,
             packed=True,
@@ -114,8 +114,6 @@ class Trainer:
                 state,
                 keep=self.config.training.keep,
                 accept_changes=accept_changes,
-                # Earlier versions included the names in MindRecord shards, which means reading all.
-                data_by_name=lambda: self.source.digest(by_name=True),
             )
         self.ranks.broadcast(self.step.get_parameters())
         text = json.dumps(dataclasses.asdict(self.progress))

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from src.data.augment import Erase, train_operations
-from src.data.keyed import Keyed
+from src.data.augment import Erase, create_train_operations
+from src.data.per_sample import PerSampleOp
 from src.data.rand_augment import RandAugment
 from src.errors import UserError
 from tests.data.images import MEAN, file_of, photo
@@ -27,7 +27,9 @@ def run(operations, image):
 
 
 def test_pad_crop_reaches_every_offset_and_flips_half():
-    operations = train_operations((12, 10), MEAN, encoded=False, crop="pad", padding=2, hflip=0.5)
+    operations = create_train_operations(
+        (12, 10), MEAN, encoded=False, crop="pad", padding=2, hflip=0.5
+    )
     offsets, flips, times = set(), 0, 800
     for _ in range(times):
         rows, columns, _ = run(operations, grid(12, 10)).transpose(2, 0, 1).astype(int)
@@ -40,13 +42,17 @@ def test_pad_crop_reaches_every_offset_and_flips_half():
 
 
 def test_no_flip_when_it_is_zero():
-    operations = train_operations((12, 10), MEAN, encoded=False, crop="pad", padding=0, hflip=0)
+    operations = create_train_operations(
+        (12, 10), MEAN, encoded=False, crop="pad", padding=0, hflip=0
+    )
     for _ in range(20):
         assert np.array_equal(run(operations, grid(12, 10)), grid(12, 10))
 
 
 def test_pad_crop_resizes_other_sizes_first():
-    operations = train_operations((32, 24), MEAN, encoded=True, crop="pad", padding=0, hflip=0)
+    operations = create_train_operations(
+        (32, 24), MEAN, encoded=True, crop="pad", padding=0, hflip=0
+    )
     content = file_of(photo(80, 70))
     expected = Image.open(io.BytesIO(content)).resize((24, 32), Image.BICUBIC)
     np.testing.assert_array_equal(run(operations, np.frombuffer(content, np.uint8)), expected)
@@ -55,7 +61,7 @@ def test_pad_crop_resizes_other_sizes_first():
 @pytest.mark.parametrize("encoded", [False, True])
 def test_random_resized_crop_takes_areas_and_aspects_in_range(encoded):
     """Estimated from the slopes of the row and column ramps in the output."""
-    operations = train_operations(
+    operations = create_train_operations(
         (40, 40), MEAN, encoded=encoded, scale=(0.25, 0.5), ratio=(0.8, 1.25), hflip=0
     )
     image = grid(200, 200)
@@ -78,16 +84,16 @@ def test_full_crop_is_pillows_bicubic_resize():
     expected = Image.open(io.BytesIO(content)).resize((48, 32), Image.BICUBIC)
     pixels = np.asarray(Image.open(io.BytesIO(content)))
     for encoded, item in ((True, np.frombuffer(content, np.uint8)), (False, pixels)):
-        ours = run(train_operations((32, 48), MEAN, encoded=encoded, **full), item)
+        ours = run(create_train_operations((32, 48), MEAN, encoded=encoded, **full), item)
         assert ours.dtype == np.uint8
         np.testing.assert_array_equal(ours, expected)
 
 
 def test_unknown_choices_are_refused():
     with pytest.raises(UserError, match="crop 'centre'"):
-        train_operations((8, 8), MEAN, encoded=False, crop="centre")
+        create_train_operations((8, 8), MEAN, encoded=False, crop="centre")
     with pytest.raises(UserError, match="interpolation 'area'"):
-        train_operations((8, 8), MEAN, encoded=False, interpolation="area")
+        create_train_operations((8, 8), MEAN, encoded=False, interpolation="area")
 
 
 # Operations with a key.
@@ -99,7 +105,7 @@ def keys(count):
 
 def test_operations_stand_in_timms_order_and_only_where_asked_for():
     def kinds(**arguments):
-        operations = train_operations((8, 8), MEAN, encoded=False, **arguments)
+        operations = create_train_operations((8, 8), MEAN, encoded=False, **arguments)
         return [type(operation).__name__ for operation in operations]
 
     plain = ["RandomResizedCrop", "RandomHorizontalFlip"]
@@ -110,19 +116,19 @@ def test_operations_stand_in_timms_order_and_only_where_asked_for():
 
 
 def test_rand_augment_fills_with_the_mean_of_the_data():
-    operations = train_operations((8, 8), MEAN, encoded=False, rand_augment="rand-inc1")
+    operations = create_train_operations((8, 8), MEAN, encoded=False, rand_augment="rand-inc1")
     augment = next(operation for operation in operations if isinstance(operation, RandAugment))
-    moved = augment.apply(np.zeros((8, 8, 3), np.uint8), "TranslateXRel", 0.45)
+    moved = augment.apply_op(np.zeros((8, 8, 3), np.uint8), "TranslateXRel", 0.45)
     assert moved[4, 7].tolist() == [124, 116, 104] and moved[4, 0].tolist() == [0, 0, 0]
     with pytest.raises(UserError, match="narrow"):
-        train_operations((8, 50), MEAN, encoded=False, rand_augment="rand-inc1")
+        create_train_operations((8, 50), MEAN, encoded=False, rand_augment="rand-inc1")
 
 
 def test_keyed_operations_do_not_share_their_numbers():
-    class First(Keyed):
+    class First(PerSampleOp):
         stream = 1
 
-        def change(self, image, rng):
+        def apply(self, image, rng):
             return rng.random(4)
 
     class Second(First):
@@ -174,7 +180,7 @@ def test_erasing_gives_up_where_nothing_fits():
 
 def test_jitter_scales_each_property_by_factors_in_range():
     """Grey shows brightness alone, a chequerboard contrast as well, a colour saturation as well."""
-    operations = train_operations((8, 8), MEAN, encoded=False, color_jitter=0.4)
+    operations = create_train_operations((8, 8), MEAN, encoded=False, color_jitter=0.4)
     jitter = next(each for each in operations if type(each).__name__ == "RandomColorAdjust")
     grey, board = np.full((4, 4, 3), 100, np.uint8), np.full((4, 4, 3), 50, np.uint8)
     board[::2] = 110

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from src.data.folders import class_folders, images_below
+from src.data.folders import list_class_folders, list_images
 from src.data.sources import open_source
-from src.data.subset import only_classes
+from src.data.subset import select_classes
 from src.errors import UserError
 
 
@@ -57,7 +57,7 @@ def test_a_link_that_leads_back_adds_no_image(flowers, link, target, caplog):
     (flowers / link).symlink_to(target)
     assert labelled(flowers) == expected
     assert "did not follow 1 links" in caplog.text and link in caplog.text
-    images, _ = images_below(flowers)
+    images, _ = list_images(flowers)
     assert len(images) == len({os.path.realpath(path) for path in images}) == 8
 
 
@@ -75,7 +75,7 @@ def test_links_that_lead_elsewhere_are_followed(flowers, tmp_path):
     (flowers / "train" / "daisy").symlink_to(tmp_path / "away")
     (tmp_path / "link").symlink_to(flowers)
     assert len(labelled(flowers)) == len(labelled(tmp_path / "link")) == 4
-    assert len(images_below(tmp_path / "link")[0]) == 8
+    assert len(list_images(tmp_path / "link")[0]) == 8
 
 
 @pytest.mark.parametrize(
@@ -132,9 +132,9 @@ def test_names_that_differ_in_their_unicode_form_only_match(tmp_path):
     train, val = (open_source("imagefolder", str(tmp_path), split) for split in ("train", "val"))
     assert train.class_names == val.class_names == ("bar", spelt["NFD"])
     assert val.labels.tolist() == [0, 1]
-    assert len(only_classes(val, [spelt["NFC"]])) == 1
+    assert len(select_classes(val, [spelt["NFC"]])) == 1
     image(tmp_path / "val" / spelt["NFD"] / "1.png")
-    with pytest.raises(UserError, match="spelt alike"):
+    with pytest.raises(UserError, match="spelled with other code points"):
         open_source("imagefolder", str(tmp_path), "val")
 
 
@@ -184,7 +184,7 @@ def test_a_known_class_without_validation_images_is_told(flowers, caplog):
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
 def test_a_pipe_is_no_image(flowers):
     os.mkfifo(flowers / "train" / "daisy" / "pipe.jpg")
-    images, others = images_below(flowers / "train")
+    images, others = list_images(flowers / "train")
     assert len(images) == 4 and [os.path.basename(path) for path in others] == ["pipe.jpg"]
 
 
@@ -197,5 +197,5 @@ def test_a_thousand_linked_classes_are_read_in_linear_time(tmp_path, monkeypatch
     calls = []
     resolve = Path.resolve
     monkeypatch.setattr(Path, "resolve", lambda path: calls.append(path) or resolve(path))
-    assert len(class_folders(tmp_path / "links")) == 100
+    assert len(list_class_folders(tmp_path / "links")) == 100
     assert len(calls) < 300

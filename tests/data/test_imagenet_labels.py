@@ -10,12 +10,12 @@ import pytest
 from src.data.base import FileSource
 from src.data.imagenet_labels import (
     V2_FOLDERS,
+    apply_real_labels,
+    apply_v2_names,
     check_class_order,
-    class_order_fault,
+    find_class_order_fault,
     load_real,
     synsets,
-    with_real,
-    with_v2,
 )
 from src.errors import UserError
 from src.evaluation.metrics import Metrics
@@ -46,18 +46,18 @@ def swapped():
 
 
 def test_the_first_difference_is_named():
-    assert class_order_fault(synsets()) is None and class_order_fault(V2_FOLDERS) is None
-    assert class_order_fault(swapped()) == (
+    assert find_class_order_fault(synsets()) is None and find_class_order_fault(V2_FOLDERS) is None
+    assert find_class_order_fault(swapped()) == (
         f"class 3 is {synsets()[500]}, which is its 500, ImageNet's is {synsets()[3]}"
     )
     other = sorted([*synsets()[:7], "n09999999", *synsets()[8:]])
-    assert class_order_fault(other).startswith(f"class 7 is {synsets()[8]}, which is its 8, ")
-    assert class_order_fault(synsets()[1:]) == "999 classes, not 1000: no n01440764"
-    assert class_order_fault([*synsets(), "lost+found"]) == (
+    assert find_class_order_fault(other).startswith(f"class 7 is {synsets()[8]}, which is its 8, ")
+    assert find_class_order_fault(synsets()[1:]) == "999 classes, not 1000: no n01440764"
+    assert find_class_order_fault([*synsets(), "lost+found"]) == (
         "1001 classes, not 1000: 'lost+found' is none of its"
     )
     as_text = sorted(V2_FOLDERS)  # 0, 1, 10, 100, ...
-    assert class_order_fault(as_text).startswith("class 0 is 0, ImageNet's is n01440764")
+    assert find_class_order_fault(as_text).startswith("class 0 is 0, ImageNet's is n01440764")
 
 
 def test_what_a_mismatch_does(caplog):
@@ -106,7 +106,7 @@ def test_real_divides_by_the_images_with_labels(real):
     """The original labels score 42,164 / 46,837 = 0.9002, as they do in the paper's lists."""
     lists, original = real
     order = np.random.default_rng(1).permutation(50_000)  # folders do not follow the numbers
-    source, label_lists = with_real(source_of(order + 1, original[order]), lists)
+    source, label_lists = apply_real_labels(source_of(order + 1, original[order]), lists)
     assert len(source) == len(label_lists) == 46_837
     metrics = Metrics()
     for start in range(0, len(source), 1000):
@@ -123,20 +123,20 @@ def test_real_goes_by_the_files_names(real, caplog):
     full = [k + 1 for k, labels in enumerate(lists) if labels][:3]
     empty = lists.index([]) + 1
     with caplog.at_level(logging.INFO):
-        source, found = with_real(source_of([full[2], empty, full[0]]), lists)
+        source, found = apply_real_labels(source_of([full[2], empty, full[0]]), lists)
     assert found == [lists[full[2] - 1], lists[full[0] - 1]]
     assert [source.describe(k)[-13:-5] for k in range(2)] == [f"{full[2]:08}", f"{full[0]:08}"]
     assert "2 images counted, 1 without a label left out" in caplog.text
-    assert "3 images, ImageNet's validation images are 50000" in caplog.text
+    assert "3 images, but ImageNet's validation set has 50000" in caplog.text
     for number in (0, 50_001):
-        with pytest.raises(UserError, match="by names ILSVRC2012_val_00000001 to 00050000"):
-            with_real(source_of([number]), lists)
-    with pytest.raises(UserError, match="keep the files' own names"):
-        with_real(FileSource(["/a/1.jpg"], np.zeros(1), synsets(), "made up"), lists)
-    with pytest.raises(UserError, match="comes twice"):
-        with_real(source_of([1, 2, 1]), lists)
+        with pytest.raises(UserError, match="by the names ILSVRC2012_val_00000001 to 00050000"):
+            apply_real_labels(source_of([number]), lists)
+    with pytest.raises(UserError, match="keep the original names"):
+        apply_real_labels(FileSource(["/a/1.jpg"], np.zeros(1), synsets(), "made up"), lists)
+    with pytest.raises(UserError, match="occurs twice"):
+        apply_real_labels(source_of([1, 2, 1]), lists)
     with pytest.raises(UserError, match="none of its 1 images"):
-        with_real(source_of([empty]), lists)
+        apply_real_labels(source_of([empty]), lists)
 
 
 @pytest.mark.parametrize(
@@ -149,8 +149,8 @@ def test_real_goes_by_the_files_names(real, caplog):
         ([[1]] * 49_999 + [["1"]], "entry 49999 is"),
         ([[1]] * 49_999 + [[True]], "entry 49999 is"),
         ([3] * 50_000, "entry 0 is 3,"),
-        ("[[1", "no valid JSON"),
-        (b"\xff\xfe", "no valid JSON"),
+        ("[[1", "not valid JSON"),
+        (b"\xff\xfe", "not valid JSON"),
     ],
     ids=["short", "mapping", "too high", "negative", "text", "bool", "flat", "cut off", "binary"],
 )
@@ -174,6 +174,6 @@ def test_real_is_read_and_asked_for(real, tmp_path):
 
 
 def test_v2_gets_the_names_of_the_classes(caplog):
-    source = with_v2(source_of([1, 2], np.array([2, 10]), V2_FOLDERS))
+    source = apply_v2_names(source_of([1, 2], np.array([2, 10]), V2_FOLDERS))
     assert source.class_names == synsets() and source.labels.tolist() == [2, 10]
-    assert "2 images, ImageNet-V2 are 10000" in caplog.text
+    assert "2 images, but ImageNet-V2 has 10000" in caplog.text

@@ -7,15 +7,15 @@ import random
 import numpy as np
 import pytest
 
-from src.data import loader
-from src.data.augment import train_operations
+from src.data import base
+from src.data.augment import create_train_operations
 from src.data.base import ArraySource, FileSource
-from src.data.images import prepare
+from src.data.images import make_decodable
 from src.data.loader import (
-    choose_workers,
+    create_eval_loader,
+    create_train_loader,
     epoch_indices,
-    eval_batches,
-    train_batches,
+    resolve_num_workers,
 )
 from src.data.transforms import Preprocessing
 from src.errors import UserError
@@ -32,7 +32,7 @@ def numbered(count, size=8):
 
 
 def augment():
-    return train_operations((8, 8), MEAN, encoded=False, scale=(0.2, 1.0))
+    return create_train_operations((8, 8), MEAN, encoded=False, scale=(0.2, 1.0))
 
 
 def collect(batches):
@@ -52,7 +52,7 @@ def equal(some, others):
 def test_evaluation_counts_every_image_once(world):
     source, seen = numbered(1003), []
     for rank in range(world):
-        batches = eval_batches(source, EVAL.operations(False), 64, rank=rank, world=world)
+        batches = create_eval_loader(source, EVAL.operations(False), 64, rank=rank, world=world)
         got = collect(batches)
         labels = np.concatenate([labels for _, labels in got])
         assert labels.tolist() == list(range(rank, 1003, world))
@@ -65,12 +65,12 @@ def test_evaluation_counts_every_image_once(world):
 
 
 def test_a_rank_without_images_gets_no_batch():
-    batches = eval_batches(numbered(2), EVAL.operations(False), 4, rank=2, world=3)
+    batches = create_eval_loader(numbered(2), EVAL.operations(False), 4, rank=2, world=3)
     assert len(batches) == 0 and list(batches) == []
 
 
 def test_tensors_come_out():
-    images, labels = next(iter(eval_batches(numbered(5), EVAL.operations(False), 4)))
+    images, labels = next(iter(create_eval_loader(numbered(5), EVAL.operations(False), 4)))
     assert images.shape == (4, 3, 8, 8) and str(images.dtype) == "Float32"
     assert labels.shape == (4,) and str(labels.dtype) == "Int32"
 
@@ -90,7 +90,7 @@ def test_ranks_train_on_equally_many_full_batches():
     seen = []
     for rank in (0, 1):
         got = collect(
-            train_batches(numbered(101), augment(), 17, seed=0, epoch=0, rank=rank, world=2)
+            create_train_loader(numbered(101), augment(), 17, seed=0, epoch=0, rank=rank, world=2)
         )
         assert [images.shape for images, _ in got] == [(17, 8, 8, 3)] * 2
         seen += np.concatenate([labels for _, labels in got]).tolist()
@@ -115,7 +115,7 @@ def test_a_repeated_image_is_augmented_differently():
     """On two ranks and three times in a row, so rank 0 has the first and third of each image."""
     source, got = numbered(24), []
     for rank in (0, 1):
-        batches = train_batches(
+        batches = create_train_loader(
             source, augment(), 12, seed=0, epoch=0, rank=rank, world=2, repeats=3
         )
         got += [pair for images, labels in collect(batches) for pair in zip(labels, images)]
@@ -161,7 +161,7 @@ def test_an_epoch_of_a_number_of_batches():
     """Of 7 images, on two ranks, five batches of 4: each image 5 or 6 times, drawn anew."""
     seen, pictures = [], set()
     for rank in (0, 1):
-        batches = train_batches(
+        batches = create_train_loader(
             numbered(7), augment(), 4, seed=0, epoch=0, rank=rank, world=2, batches=5
         )
         got = collect(batches)
@@ -171,14 +171,14 @@ def test_an_epoch_of_a_number_of_batches():
     assert set(np.bincount(seen).tolist()) == {5, 6}
     assert len(pictures) == 40
     with pytest.raises(UserError, match="0 images are not one batch"):
-        train_batches(numbered(0), augment(), 4, seed=0, epoch=0, batches=5)
+        create_train_loader(numbered(0), augment(), 4, seed=0, epoch=0, batches=5)
 
 
 def test_too_few_images_for_a_batch():
     with pytest.raises(UserError, match="numbered: 7 images are not one batch of 4 on each of 2"):
-        train_batches(numbered(7), augment(), 4, seed=0, epoch=0, world=2)
+        create_train_loader(numbered(7), augment(), 4, seed=0, epoch=0, world=2)
     with pytest.raises(UserError, match="after batch 3 of 2"):
-        train_batches(numbered(9), augment(), 4, seed=0, epoch=0, skip_batches=3)
+        create_train_loader(numbered(9), augment(), 4, seed=0, epoch=0, skip_batches=3)
 
 
 # random numbers
@@ -190,7 +190,7 @@ def source():
 
 
 def epoch(source, number, **keywords):
-    return train_batches(source, augment(), 16, seed=3, epoch=number, **keywords)
+    return create_train_loader(source, augment(), 16, seed=3, epoch=number, **keywords)
 
 
 def test_epochs_differ_but_do_not_depend_on_the_ones_before(source):
@@ -225,11 +225,11 @@ def test_skipping_gives_the_rest_to_the_last_bit(source, skip, workers):
 
 def keyed_epoch(source, number, **keywords):
     """All that has a key, and nothing of MindSpore's own random operations."""
-    operations = train_operations(
+    operations = create_train_operations(
         (8, 8), MEAN, encoded=False, crop="pad", padding=0, hflip=0.0,
         rand_augment="rand-m9-mstd0.5-p0.9-inc1", erasing_prob=0.9,
     )  # fmt: skip
-    return train_batches(source, operations, 16, seed=3, epoch=number, **keywords)
+    return create_train_loader(source, operations, 16, seed=3, epoch=number, **keywords)
 
 
 def test_keyed_operations_repeat_to_the_last_bit_with_any_number_of_workers(source):
@@ -261,7 +261,7 @@ def test_pipelines_beside_do_not_disturb(source):
     got = []
     for number, (images, labels) in enumerate(batches.iterate(output_numpy=True)):
         if number == 3:
-            collect(eval_batches(source, EVAL.operations(False), 32))
+            collect(create_eval_loader(source, EVAL.operations(False), 32))
         if number == 5:
             collect(other)
         got.append((images.copy(), labels.copy()))
@@ -285,29 +285,31 @@ def test_global_generators_are_left_alone(source):
 
 
 def test_large_seeds_are_accepted(source):
-    next(iter(train_batches(source, augment(), 16, seed=2**40, epoch=10**6)))
+    next(iter(create_train_loader(source, augment(), 16, seed=2**40, epoch=10**6)))
 
 
 def test_workers(caplog):
     cores = os.cpu_count()
-    assert 1 <= choose_workers(0) <= min(8, cores) and choose_workers(1) == 1
+    assert 1 <= resolve_num_workers(0) <= min(8, cores) and resolve_num_workers(1) == 1
     with caplog.at_level(logging.WARNING):
-        assert choose_workers(cores + 3) == choose_workers(cores + 3) == cores
-    assert len(caplog.records) == 1 and f"{cores + 3} data workers asked for" in caplog.text
+        assert resolve_num_workers(cores + 3) == resolve_num_workers(cores + 3) == cores
+    assert len(caplog.records) == 1 and f"data.workers {cores + 3}: MindSpore allows" in caplog.text
     with pytest.raises(UserError):
-        choose_workers(-1)
+        resolve_num_workers(-1)
 
 
 def test_a_file_is_looked_at_in_the_first_epoch_only(tmp_path, monkeypatch):
-    """Unless it has another size then; those that `prepare` changes are looked at each time."""
+    """Unless its size changes; files that `make_decodable` converts are inspected each time."""
     looked = []
-    monkeypatch.setattr(loader, "prepare", lambda content: looked.append(1) or prepare(content))
+    monkeypatch.setattr(
+        base, "make_decodable", lambda content: looked.append(1) or make_decodable(content)
+    )
     for number, kind in enumerate(["JPEG", "PNG", "BMP"]):
         (tmp_path / str(number)).write_bytes(file_of(photo(20, 20, number), kind))
     files = [str(tmp_path / str(number)) for number in range(3)]
     source = FileSource(files, np.arange(3), ["a", "b", "c"], "files")
-    first, again = (collect(eval_batches(source, EVAL.operations(True), 3)) for _ in range(2))
+    first, again = (collect(create_eval_loader(source, EVAL.operations(True), 3)) for _ in range(2))
     assert len(looked) == 3 + 1 and equal(first, again)
     (tmp_path / "0").write_bytes(file_of(photo(24, 20, 7)))
-    changed = collect(eval_batches(source, EVAL.operations(True), 3))
+    changed = collect(create_eval_loader(source, EVAL.operations(True), 3))
     assert len(looked) == 3 + 1 + 2 and not equal(first, changed)

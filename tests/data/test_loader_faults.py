@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from src.data.augment import train_operations
+from src.data.augment import create_train_operations
 from src.data.base import FileSource, Source
 from src.data.headers import READ
-from src.data.loader import eval_batches, find_broken, train_batches
+from src.data.loader import create_eval_loader, create_train_loader, find_broken_image
 from src.data.transforms import Preprocessing
 from src.errors import UserError
 
@@ -74,11 +74,11 @@ DAMAGES = {
 def test_a_broken_file_is_named(files, damage):
     damage(files.describe(29))
     named = f"{files.describe(29)}: {DAMAGES[damage]}"
-    assert find_broken(files, range(40)) == named
-    assert find_broken(files, range(29)) is None
+    assert find_broken_image(files, range(40)) == named
+    assert find_broken_image(files, range(29)) is None
     good = 0
     with pytest.raises(UserError) as caught:
-        for _ in eval_batches(files, EVAL.operations(True), 4):
+        for _ in create_eval_loader(files, EVAL.operations(True), 4):
             good += 1
     assert str(caught.value) == f"{named}; remove or replace it" and good <= 7
     assert all(name[:2].isdigit() for name in os.listdir()), "MindSpore's copy is taken away"
@@ -86,9 +86,9 @@ def test_a_broken_file_is_named(files, damage):
 
 def test_a_broken_file_is_named_in_training(files):
     text(files.describe(3))
-    operations = train_operations((8, 8), MEAN, encoded=True)
+    operations = create_train_operations((8, 8), MEAN, encoded=True)
     for skip in (0, 2):
-        batches = train_batches(files, operations, 8, seed=0, epoch=0, skip_batches=skip)
+        batches = create_train_loader(files, operations, 8, seed=0, epoch=0, skip_batches=skip)
         with pytest.raises(UserError, match="03.jpg: not a readable image"):
             list(batches)
 
@@ -96,16 +96,16 @@ def test_a_broken_file_is_named_in_training(files):
 class Faulty(Source):
     encoded = False
 
-    def __getitem__(self, index):
+    def read(self, item):
         raise KeyError("a fault of another kind")
 
 
 def test_other_failures_pass_through(files):
     with pytest.raises(RuntimeError, match="a fault of another kind"):
-        list(eval_batches(Faulty(np.zeros(4), ["x"], "faulty"), EVAL.operations(False), 2))
+        list(create_eval_loader(Faulty(np.zeros(4), ["x"], "faulty"), EVAL.operations(False), 2))
 
     def fails(image):
         raise KeyError("a fault of another kind")
 
     with pytest.raises(RuntimeError, match="a fault of another kind"):
-        list(eval_batches(files, [fails], 2))
+        list(create_eval_loader(files, [fails], 2))

@@ -6,7 +6,7 @@ import pytest
 from mindspore.dataset.vision import Inter
 from PIL import Image, ImageEnhance, ImageOps
 
-from src.data.rand_augment import ARGUMENTS, RandAugment, parse_spec
+from src.data.rand_augment import LEVEL_TO_ARG, RandAugment, parse_spec
 from src.errors import UserError
 from tests.data.images import photo
 
@@ -35,11 +35,11 @@ SIGNED = {"Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel"}
 
 
 def test_arguments_follow_timms_ranges():
-    assert list(ARGUMENTS) == list(TABLE)
+    assert list(LEVEL_TO_ARG) == list(TABLE)
     for name, expected in TABLE.items():
         for magnitude, value in zip((0, 5, 9, 10), expected):
-            minus = ARGUMENTS[name](magnitude / 10, -1)
-            assert ARGUMENTS[name](magnitude / 10, 1) == pytest.approx(value)
+            minus = LEVEL_TO_ARG[name](magnitude / 10, -1)
+            assert LEVEL_TO_ARG[name](magnitude / 10, 1) == pytest.approx(value)
             if name in SIGNED:
                 assert minus == pytest.approx(-value)
             elif name.endswith("Increasing") and isinstance(expected[1], float):
@@ -88,8 +88,8 @@ def test_each_operation_agrees_with_pillow(name, size):
     augment = RandAugment(OFFICIAL, FILL, Inter.BICUBIC)
     for magnitude in (0, 3.3, 7.4, 9, 10):
         for sign in (1, -1):
-            argument = ARGUMENTS[name](magnitude / 10, sign)
-            ours = augment.apply(image, name, argument)
+            argument = LEVEL_TO_ARG[name](magnitude / 10, sign)
+            ours = augment.apply_op(image, name, argument)
             expected = np.asarray(PILLOW[name](Image.fromarray(image), argument))
             assert ours.dtype == np.uint8 and ours.shape == image.shape
             difference = np.abs(ours.astype(int) - expected)
@@ -103,7 +103,7 @@ def test_each_operation_agrees_with_pillow(name, size):
 class Noted(RandAugment):
     """Writes down what would be applied."""
 
-    def apply(self, image, name, argument):
+    def apply_op(self, image, name, argument):
         self.seen.append((name, argument))
         return image
 
@@ -150,7 +150,7 @@ def test_every_part_of_the_specification_counts():
 @pytest.mark.parametrize(
     "spec, match",
     [
-        ("augmix-m3", "only the policy rand"),
+        ("augmix-m3", "must start with rand"),
         ("rand-m9-mmax20-inc1", "'mmax20' is unknown"),
         ("rand-m9-tweights-inc1", "'tweights' is unknown"),
         ("rand-m-inc1", "'m' is unknown"),

@@ -73,10 +73,12 @@ def test_cifar_below_train_and_test(tmp_path):
 def test_cifars_python_version_is_named(tmp_path, below):
     (tmp_path / below).mkdir(exist_ok=True)
     (tmp_path / below / "data_batch_1").write_bytes(b"\x80\x02}q\x01.")
-    refused("cifar10", tmp_path, match="data_batch_1 is of the Python version, which is not read; ")
+    refused(
+        "cifar10", tmp_path, match="data_batch_1 is the Python version, which is not supported; "
+    )
     (tmp_path / "cifar-100-python").mkdir()
     (tmp_path / "cifar-100-python" / "train").write_bytes(b"")
-    refused("cifar100", tmp_path, match="cifar-100-python/train is of the Python version")
+    refused("cifar100", tmp_path, match="cifar-100-python/train is the Python version")
 
 
 def test_cifar100_takes_the_fine_label(tmp_path):
@@ -162,14 +164,14 @@ def test_mnist_faults(tmp_path, mnist):
     labels.write_bytes(idx(mnist[1][:6]))
     refused("mnist", tmp_path, match="6 train labels for images .7, 28, 28.")
     labels.write_bytes(idx(mnist[0]))
-    refused("mnist", tmp_path, match="no idx file with magic number 2049")
+    refused("mnist", tmp_path, match="not an idx file with magic number 2049")
     labels.write_bytes(idx(mnist[1] + 4))
     refused("mnist", tmp_path, match="label 10 of record 6")
     labels.write_bytes(idx(mnist[1]))
     images.write_bytes(idx(mnist[0])[:-1])
     refused("mnist", tmp_path, match="5487 bytes for an array")
     images.write_bytes(idx(mnist[0])[:7])
-    refused("mnist", tmp_path, match="no idx file")
+    refused("mnist", tmp_path, match="not an idx file")
 
 
 # digits

@@ -85,7 +85,7 @@ def measure_formats(name: str, output: Path) -> dict:
     from src.config import RuntimeConfig
     from src.deploy.engines import open_model
     from src.deploy.fuse import fuse
-    from src.deploy.writers import checking_engines, write_model
+    from src.deploy.writers import installed_engines, write_model
     from tools.check_device.golden import official
 
     def network():
@@ -109,7 +109,7 @@ def measure_formats(name: str, output: Path) -> dict:
         for batch in (1, None):
             path = output / f"{name}.{kind}"
             write_model(net, (batch, 3, *size), path, kind)
-            for engine in checking_engines(kind):
+            for engine in installed_engines(kind):
                 opened = open_model(path, engine)
                 for count in BATCHES if batch is None else (1,):
                     found = opened(images[:count])
@@ -126,7 +126,7 @@ def flower_run(output: Path, photos: Path) -> Path:
 
     from src.build import build_preprocessing, open_split, resolve_classes
     from src.config_io import load_config, save_config
-    from src.data import eval_batches
+    from src.data import create_eval_loader
     from src.weights import save_weights
     from tools.check_device.golden import official
 
@@ -139,7 +139,7 @@ def flower_run(output: Path, photos: Path) -> Path:
     config = resolve_classes(config, source)
     net = official.model({"model": "cvt_13", "seed": 0, "num_classes": config.model.num_classes})
     operations = build_preprocessing(config).operations(source.encoded)
-    batches = eval_batches(source, operations, 10).iterate(output_numpy=True)
+    batches = create_eval_loader(source, operations, 10).iterate(output_numpy=True)
     logits = np.concatenate([net(Tensor(images)).asnumpy() for images, _ in batches])
     # Random weights prefer a class whatever they see; agreement on it would mean nothing.
     net.head.bias.set_data(net.head.bias - Tensor(logits.mean(0)))
@@ -153,7 +153,7 @@ def measure_photos(output: Path, photos: Path) -> dict:
     """Inputs and classes of a Predictor against those of the evaluation, held-out photographs."""
     from src.build import open_split
     from src.config_io import load_config
-    from src.data import eval_batches
+    from src.data import create_eval_loader
     from src.deploy import Predictor
     from src.evaluation.evaluator import evaluate_checkpoint
 
@@ -169,7 +169,7 @@ def measure_photos(output: Path, photos: Path) -> dict:
         predict = Predictor(path)
         if differences is None:
             operations = predict.preprocessing.operations(source.encoded)
-            batches = eval_batches(source, operations, len(source)).iterate(output_numpy=True)
+            batches = create_eval_loader(source, operations, len(source)).iterate(output_numpy=True)
             inputs = np.stack([predict.prepare(each) for each in paths])
             differences = np.abs(inputs - next(batches)[0])
         labels = [ranked[0].label for ranked in predict(paths, top_k=1)]

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from src.deploy import classify as room
-from src.deploy.classify import classify_files
+from src.deploy.classify import check_outputs, classify_files
 from src.deploy.predictor import Prediction
 from src.errors import UserError
 
@@ -76,11 +76,11 @@ def test_a_sheet_shows_each_image(folder, tmp_path, monkeypatch):
         ("0.png", "bright"), ("1.png", None), ("2.png", "bright"), ("1.png", "dark")
     ]  # fmt: skip
     with pytest.raises(UserError, match="--sheet s.txt: must end in one of .png"):
-        classify_files(Brightness(), str(folder), 1, None, "s.txt")
+        check_outputs(None, "s.txt")
     monkeypatch.undo()
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="--sheet .*file is no folder; give another file"):
-        classify_files(Brightness(), str(folder / "sub0/0.png"), 1, None, f"{tmp_path}/file/s.png")
+        check_outputs(None, f"{tmp_path}/file/s.png")
 
 
 def test_places_without_images_are_refused(tmp_path):
@@ -132,7 +132,6 @@ def test_a_name_that_is_not_utf8(tmp_path, capsys):
 
 
 def test_a_result_replaces_only_a_result(folder, tmp_path):
-    """Told before the first image is read."""
     image = str(folder / "sub0/0.png")
     labels, photo = tmp_path / "labels.json", tmp_path / "photo.png"
     labels.write_text('{"0": "cat"}')
@@ -142,10 +141,12 @@ def test_a_result_replaces_only_a_result(folder, tmp_path):
             (tmp_path / "gone.json").touch()
             outputs = (str(tmp_path / "gone.json/x"), None)
         with pytest.raises(UserError, match="--(json|sheet) .*(--force|is no folder)"):
-            classify_files(None, image, 1, *outputs)  # no predictor: nothing may be classified
+            check_outputs(*outputs)
     assert labels.read_text() == '{"0": "cat"}'
     results, sheet = tmp_path / "deep/er/r.json", tmp_path / "deep/s.png"
     for _ in range(2):
+        check_outputs(str(results), str(sheet))
         classify_files(Brightness(), image, 1, str(results), str(sheet))
-    classify_files(Brightness(), image, 1, str(labels), None, force=True)
+    check_outputs(str(labels), None, force=True)
+    classify_files(Brightness(), image, 1, str(labels))
     assert json.loads(labels.read_text()) == json.loads(results.read_text())

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from mindspore import Tensor, nn, ops
 
-from src.deploy import contents, engines
+from src.deploy import engines, file_checks
 from src.deploy.engines import Session, mindspore_session, open_model
 from src.errors import UserError
 from src.kernels import functions
@@ -266,7 +266,7 @@ def test_the_reason_of_an_engine_is_told(tmp_path, weight):
     onnx.save(model, str(tmp_path / "t.onnx"))
     for engine in ("onnxruntime", "openvino"):
         pytest.importorskip(engine)
-        with pytest.raises(UserError, match="t.onnx: .* refuses it: .*NoSuchOperator"):
+        with pytest.raises(UserError, match="t.onnx: .* rejects it: .*NoSuchOperator"):
             open_model(tmp_path / "t.onnx", engine)
 
 
@@ -274,7 +274,7 @@ def test_the_reason_of_an_engine_is_told(tmp_path, weight):
 @pytest.mark.parametrize("suffix", [".onnx", ".mindir"])
 def test_damaged_files(tmp_path, content, suffix):
     (tmp_path / f"m{suffix}").write_bytes(content)
-    with pytest.raises(UserError, match="damaged, or no (ONNX|MINDIR) file"):
+    with pytest.raises(UserError, match="damaged, or not (an ONNX|a MINDIR) file"):
         open_model(tmp_path / f"m{suffix}")
 
 
@@ -293,7 +293,9 @@ def test_a_mindir_that_would_load_a_library_is_not_opened(built, tmp_path, monke
     ms.export(Net(), Tensor(np.zeros((2, 4), np.float32)), file_name=str(file),
               file_format="MINDIR")  # fmt: skip
     monkeypatch.setattr(ms, "load", lambda *_: pytest.fail("MindSpore has opened it"))
-    with pytest.raises(UserError, match="custom.mindir: not opened: its operator Custom"):
+    with pytest.raises(
+        UserError, match="custom.mindir: not opened: export.py does not write its operator Custom"
+    ):
         open_model(file)
 
 
@@ -309,7 +311,7 @@ def test_an_operator_is_found_wherever_a_mindir_names_it(files, tmp_path, place)
     else:
         model.functions.add().node.add(op_type="PyExecute")
     (tmp_path / "m.mindir").write_bytes(model.SerializeToString())
-    with pytest.raises(UserError, match="its operator PyExecute is none that"):
+    with pytest.raises(UserError, match="export.py does not write its operator PyExecute"):
         open_model(tmp_path / "m.mindir")
 
 
@@ -320,7 +322,7 @@ def test_weights_in_other_files_are_not_read(files, tmp_path, weight):
     model = ModelProto.FromString(files["mindspore"].read_bytes())
     model.graph.parameter[0].external_data.location = "../secret"
     (tmp_path / "m.mindir").write_bytes(model.SerializeToString())
-    with pytest.raises(UserError, match="m.mindir: not opened: it names other files"):
+    with pytest.raises(UserError, match="m.mindir: not opened: it refers to other files"):
         open_model(tmp_path / "m.mindir")
     outside = onnx_model(weight)
     tensor = outside.graph.initializer[0]
@@ -335,7 +337,7 @@ def test_weights_in_other_files_are_not_read(files, tmp_path, weight):
     for name, each in (("weight", outside), ("inner constant", constant)):
         path = tmp_path / f"{name}.onnx"
         path.write_bytes(each.SerializeToString())
-        with pytest.raises(UserError, match=f"{name}.onnx: not opened: its weights lie in other"):
+        with pytest.raises(UserError, match=f"{name}.onnx: not opened: its weights are in other"):
             open_model(path)
 
 
@@ -347,7 +349,7 @@ def test_operators_of_all_that_is_exported_are_known():
         "Reshape Shape SiLU Sigmoid Softmax Split Squeeze StridedSlice Transpose TupleGetItem "
         "UpdateState Cast"
     )
-    assert not set(seen.split()) - set(contents._MINDIR_OPERATORS.split())
+    assert not set(seen.split()) - set(file_checks._MINDIR_OPERATORS.split())
 
 
 def test_a_folder_is_no_file(tmp_path):

@@ -116,7 +116,7 @@ def test_precision_is_the_files_not_the_runs(run, tmp_path, caplog, monkeypatch)
                 room.export(config, checkpoint, path, options, "CPU")
                 assert read_description(path)["precision"] == precision
     found = re.findall(r"in (\w+) on .* of the logits (\S+) ", caplog.text)
-    engines = ["mindspore", "mindspore", *2 * writers.checking_engines("onnx")]
+    engines = ["mindspore", "mindspore", *2 * writers.installed_engines("onnx")]
     assert [engine for engine, _ in found] == engines
     differences = [float(number) for _, number in found]
     exact = 2 + len(engines[2:]) // 2
@@ -139,7 +139,7 @@ def test_the_reason_of_an_engine_is_told(run, tmp_path, monkeypatch):
         )
 
     monkeypatch.setattr(room, "write_model", broken)
-    with pytest.raises(UserError, match="refuses it: .*NoSuchOperator"):
+    with pytest.raises(UserError, match="rejects it: .*NoSuchOperator"):
         room.export(*run, tmp_path / "m.onnx", ExportOptions("onnx"), "CPU")
     assert not list(tmp_path.iterdir())
 
@@ -303,7 +303,7 @@ def test_onnx_runs_any_batch_and_states_its_opset(run, tmp_path):
     assert read_description(path)["opset"] == 13
     images = np.random.default_rng(0).standard_normal((16, 3, 32, 32)).astype(np.float32)
     expected = Predictor(run[1]).logits(images)
-    for engine in writers.checking_engines("onnx"):
+    for engine in writers.installed_engines("onnx"):
         onnx = open_model(path, engine)
         for size in (1, 3, 16):
             assert np.abs(onnx(images[:size]) - expected[:size]).max() <= 1e-5

@@ -145,10 +145,10 @@ def test_float16_weights_halve_the_file_and_arithmetic_follows_precision(tmp_pat
 
 
 def test_what_cannot_be_written_is_one_line(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="no ONNX graph for Dense; take --format mindir"):
+    with pytest.raises(UserError, match="Dense is not supported; use --format mindir"):
         write_onnx(ms.nn.Dense(2, 2), (1, 3, 8, 8), tmp_path / "m.onnx")
     net, images = network("conv")
-    monkeypatch.setattr(onnx_writer, "LARGEST", 50_000)
+    monkeypatch.setattr(onnx_writer, "MAX_BYTES", 50_000)
     with pytest.raises(UserError, match="exceed .* float16"):
         write_onnx(net, images.shape, tmp_path / "m.onnx")
     assert not list(tmp_path.iterdir())

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from src.data import eval_batches, open_source
+from src.data import create_eval_loader, open_source
 from src.deploy import Predictor
 from src.errors import UserError
 from tests.conftest import ROOT, run_command
@@ -95,7 +95,7 @@ def test_models_that_cannot_be_used(exported, tmp_path, digits):
     with pytest.raises(UserError, match="not what export.py wrote"):
         Predictor(tmp_path / "a.mindir")
     (tmp_path / "a.mindir.json").write_text((exported / "any.mindir.json").read_text())
-    with pytest.raises(UserError, match="damaged, or no MINDIR"):
+    with pytest.raises(UserError, match="damaged, or not a MINDIR"):
         Predictor(tmp_path / "a.mindir")
     (tmp_path / "bad.png").write_bytes(b"nothing")
     with pytest.raises(UserError, match="bad.png: not a readable image"):
@@ -114,7 +114,7 @@ def test_onnx_agrees_with_its_checkpoint(trained, digits, tmp_path):
         assert [each.label for each in ranked] == [each.label for each in same]
         assert ranked[0].probability == pytest.approx(same[0].probability, rel=1e-4)
     (tmp_path / "m.onnx").write_bytes(b"nothing")
-    with pytest.raises(UserError, match="damaged, or no ONNX"):
+    with pytest.raises(UserError, match="damaged, or not an ONNX"):
         Predictor(tmp_path / "m.onnx")
 
 
@@ -154,7 +154,7 @@ def test_inputs_are_those_of_the_evaluation(exported, tmp_path):
         small.resize(size[::-1], Image.BICUBIC).save(place / "a.jpg")
     predict = Predictor(exported / "any.mindir")
     source = open_source("imagefolder", str(tmp_path), "val")
-    batches = eval_batches(source, predict.preprocessing.operations(source.encoded), 3)
+    batches = create_eval_loader(source, predict.preprocessing.operations(source.encoded), 3)
     expected, _ = next(batches.iterate(output_numpy=True))
     paths = [source.describe(i) for i in range(3)]
     for images in (paths, [Image.open(path) for path in paths]):
@@ -197,10 +197,10 @@ def test_threads_do_not_change_results(trained, digits):
 def test_a_network_is_compiled_for_few_batches(trained):
     """An odd batch is filled up to a compiled one, unless that more than doubles the work."""
     predict = Predictor(trained)
-    assert [predict._batch_for(size, 0) for size in (16, 9, 3, 1, 2)] == [16, 16, 3, 1, 3]
-    assert predict._batch_for(5, 0) == 5
-    assert Predictor(trained)._batch_for(5, 16) == 5, "nothing is compiled yet"
-    assert predict._batch_for(4, 16) == 5, "the end of a stream waits for no compilation"
+    assert [predict._padded_size(size, 0) for size in (16, 9, 3, 1, 2)] == [16, 16, 3, 1, 3]
+    assert predict._padded_size(5, 0) == 5
+    assert Predictor(trained)._padded_size(5, 16) == 5, "nothing is compiled yet"
+    assert predict._padded_size(4, 16) == 5, "the end of a stream waits for no compilation"
 
 
 def test_arguments_without_effect_are_refused(trained, exported):

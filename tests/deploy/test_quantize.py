@@ -10,7 +10,7 @@ import pytest
 import export as command
 from src.build import build_preprocessing, open_split
 from src.config_io import load_config
-from src.data import eval_batches
+from src.data import create_eval_loader
 from src.deploy.description import read_description
 from src.deploy.engines import open_model
 from src.deploy.predictor import Predictor
@@ -45,7 +45,9 @@ def test_int8_keeps_the_accuracy(trained, tmp_path, monkeypatch):
 
     config = load_config(trained / "config.yaml")
     source = open_split(config, "val")
-    batches = eval_batches(source, build_preprocessing(config).operations(source.encoded), 250)
+    batches = create_eval_loader(
+        source, build_preprocessing(config).operations(source.encoded), 250
+    )
     right = {"checkpoint": 0, "int8": 0}
     runs = {"checkpoint": Predictor(trained / "checkpoints/best.ckpt").logits,
             "int8": Predictor(output).logits}  # fmt: skip
@@ -63,7 +65,7 @@ def test_int8_keeps_the_accuracy(trained, tmp_path, monkeypatch):
         (["--format=mindir"], "add --format onnx"),
         (["--format=onnx", "--precision=float16"], "leave out float16"),
         (["--format=onnx", "--data.source=imagefolder", "--data.path=nowhere",
-          "--model.num_classes=10"], "not at hand: .*nowhere"),
+          "--model.num_classes=10"], "for comparison: .*nowhere"),
     ],
 )  # fmt: skip
 def test_what_can_not_be_quantized_is_refused(

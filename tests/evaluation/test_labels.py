@@ -11,7 +11,7 @@ from PIL import Image
 
 from src.build import build_model, build_preprocessing
 from src.config import Config, DataConfig, EvaluationConfig, ModelConfig
-from src.data import eval_batches
+from src.data import create_eval_loader
 from src.data.imagenet_labels import synsets
 from src.errors import UserError
 from src.evaluation.evaluator import evaluate_checkpoint
@@ -79,7 +79,7 @@ def test_real_equals_a_count_of_single_images(imagenet, weights, tmp_path):
 def test_grey_and_cmyk_files_are_counted_as_pillow_sees_them(imagenet):
     source = open_labeled_split(config_of(imagenet), "none.ckpt").source
     prepare = build_preprocessing(config_of(imagenet))
-    batches = eval_batches(source, prepare.operations(source.encoded), 300, workers=1)
+    batches = create_eval_loader(source, prepare.operations(source.encoded), 300, workers=1)
     prepared = np.concatenate([images for images, _ in batches.iterate(output_numpy=True)])
     assert len(prepared) == 1000
     seen = []
@@ -124,7 +124,7 @@ def test_a_class_of_another_set_is_named(imagenet, tmp_path, caplog):
     names = sorted(p.name for p in (tmp_path / "val").iterdir())
     with caplog.at_level(logging.WARNING):
         open_labeled_split(config_of(tmp_path, class_names=names), "none.ckpt")
-    assert "right only for weights that were trained in that order" in caplog.text
+    assert "correct only for weights that were trained in that order" in caplog.text
     (tmp_path / "val" / "n99999999").rename(tmp_path / "away")
     refused(config_of(tmp_path), f"999 classes, not 1000: no {synsets()[7]}")
 

@@ -12,7 +12,7 @@ from src.errors import UserError
 from src.evaluation.evaluator import Result
 from src.evaluation.labels import LabeledSplit
 from src.evaluation.metrics import Metrics, Outcomes, score_batch
-from src.evaluation.report import calibrate, confusion_matrix, require_report, write_report
+from src.evaluation.report import calibrate, check_report, confusion_matrix, write_report
 from src.plots.confusion_matrix import draw_confusion
 from tests.conftest import run_command
 
@@ -68,7 +68,7 @@ def test_the_files_of_a_report(tmp_path):
     metrics = Metrics()
     outcomes = metrics.update(logits, labels)
     images = LabeledSplit(FileSource(files, labels, NAMES, "made up"))
-    folder = require_report(str(tmp_path / "new" / "report"), force=False)
+    folder = check_report(str(tmp_path / "new" / "report"), force=False)
     figures = write_report(Result(metrics, 12.0, outcomes), images, folder)
     assert figures["top1"] == 60 and figures["images"] == 5
     assert figures == json.loads((folder / "figures.json").read_text())
@@ -146,7 +146,7 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_text("x")
     for name in ("file", "file/below"):
         with pytest.raises(UserError, match="--report .*give another"):
-            require_report(str(tmp_path / name), force=False)
+            check_report(str(tmp_path / name), force=False)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -157,12 +157,12 @@ def test_a_report_replaces_an_earlier_one_and_nothing_of_the_users(tmp_path, nam
     outcomes = score_batch(np.eye(4), np.arange(4))
     images = LabeledSplit(FileSource(["a.png"] * 4, np.arange(4), NAMES, "made up"))
     result = Result(Metrics.from_sums(np.array([[4, 4, 4, 1.0]])), 1.0, outcomes)
-    write_report(result, images, require_report(str(tmp_path), force=False))
-    require_report(str(tmp_path), force=False)
+    write_report(result, images, check_report(str(tmp_path), force=False))
+    check_report(str(tmp_path), force=False)
     (tmp_path / name).write_text("mine")
     with pytest.raises(UserError, match=f"{name}: exists and is no earlier result"):
-        require_report(str(tmp_path), force=False)
-    require_report(str(tmp_path), force=True)
+        check_report(str(tmp_path), force=False)
+    check_report(str(tmp_path), force=True)
 
 
 def test_eval_reports_on_the_digits(trained, tmp_path):

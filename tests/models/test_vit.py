@@ -139,8 +139,8 @@ def test_the_keys_alone_decide_the_pass(rates):
 
 def test_every_random_site_is_its_own():
     net = tiny(drop_path_rate=0.2, drop_rate=0.1)
-    sites = [cell.site for _, cell in net.cells_and_names() if hasattr(cell, "site")]
-    assert sorted(sites) == list(range(net.num_sites))
+    rng_slots = [cell.rng_slot for _, cell in net.cells_and_names() if hasattr(cell, "rng_slot")]
+    assert sorted(rng_slots) == list(range(net.num_rng_slots))
 
 
 def test_training_lowers_the_loss():

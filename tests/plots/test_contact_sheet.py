@@ -13,7 +13,7 @@ from PIL import Image
 from src.plots import fonts
 from src.plots.confusion_matrix import draw_confusion
 from src.plots.contact_sheet import Tile, draw_sheet
-from src.plots.image_files import is_picture_of_ours, literal
+from src.plots.image_files import escape_text, is_our_picture
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def test_the_sheet_shows_what_the_network_sees(tmp_path):
     (tmp_path / "gone.png").write_bytes(b"")
     tiles = [Tile(str(tmp_path / f"{name}.png"), "x", 0.0) for name in ("turned", "deep", "gone")]
     draw_sheet(tiles, tmp_path / "s.png")
-    assert is_picture_of_ours(tmp_path / "s.png")
+    assert is_our_picture(tmp_path / "s.png")
     turned, deep, gone = (
         np.asarray(Image.open(tmp_path / "s.png"))[12:172, 12 + 172 * k : 172 * (k + 1)]
         for k in range(3)
@@ -96,7 +96,7 @@ def installed(monkeypatch):
     """Stands in for the fonts of the system, which differ from machine to machine."""
     paths = []
     monkeypatch.setattr(fonts.font_manager, "findSystemFonts", lambda: paths)
-    cached = (fonts._installed, fonts._font_with, fonts._say_missing)
+    cached = (fonts._installed, fonts._font_with, fonts._warn_missing)
     for function in cached:
         function.cache_clear()
     family = matplotlib.rcParams["font.family"]
@@ -115,9 +115,9 @@ def test_chinese_names_are_drawn_in_a_font_that_has_them(files, tmp_path, instal
     draw_confusion(np.eye(2, dtype=int), ["狗", "猫"], tmp_path / "new.png")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        literal("狗猫")
+        escape_text("狗猫")
         figure = Figure(figsize=(1, 1))
-        figure.text(0.2, 0.2, literal("狗"), fontsize=40)
+        figure.text(0.2, 0.2, escape_text("狗"), fontsize=40)
         figure.savefig(tmp_path / "square.png", dpi=100)
     dark = np.asarray(Image.open(tmp_path / "square.png").convert("L")) < 128
     assert dark.sum() > 1200, "a filled square of 39 pixels, not an empty box"

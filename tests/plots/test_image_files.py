@@ -8,7 +8,7 @@ from PIL import Image
 
 from src.errors import UserError
 from src.files import require_replaceable
-from src.plots.image_files import is_picture_of_ours, literal, save_figure, save_image
+from src.plots.image_files import escape_text, is_our_picture, save_figure, save_image
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "jpeg", "pdf", "svg"])
@@ -19,10 +19,10 @@ def test_a_figure_may_be_replaced_and_a_foreign_picture_not(tmp_path, suffix):
     save_figure(figure, ours, 50)
     figure.savefig(foreign, dpi=50)
     assert ours.stat().st_size > 20_000
-    require_replaceable(ours, "--attention", is_picture_of_ours)
+    require_replaceable(ours, "--attention", is_our_picture)
     with pytest.raises(UserError, match="--attention .*no earlier result.*--force"):
-        require_replaceable(foreign, "--attention", is_picture_of_ours)
-    require_replaceable(foreign, "--attention", is_picture_of_ours, force=True)
+        require_replaceable(foreign, "--attention", is_our_picture)
+    require_replaceable(foreign, "--attention", is_our_picture, force=True)
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "JPEG", "pdf"])
@@ -32,7 +32,7 @@ def test_an_image_may_be_replaced_and_a_foreign_one_not(tmp_path, suffix):
     ours, foreign = tmp_path / f"ours.{suffix}", tmp_path / f"foreign.{suffix}"
     save_image(image, ours)
     image.save(foreign)
-    assert is_picture_of_ours(ours) and not is_picture_of_ours(foreign)
+    assert is_our_picture(ours) and not is_our_picture(foreign)
 
 
 def test_a_picture_that_cannot_be_written_is_told(tmp_path):
@@ -43,7 +43,7 @@ def test_a_picture_that_cannot_be_written_is_told(tmp_path):
 
 @pytest.mark.parametrize("text", ["US$ and AU$", "$x^$", "a$b", r"a\$b$", "$$", "_x$1$", "plain"])
 def test_dollars_are_drawn_and_not_read_as_mathematics(text):
-    drawn = literal(text)
+    drawn = escape_text(text)
     assert is_math_text(drawn) is False
     assert drawn.replace(r"\$", "$") == text, "what matplotlib shows of it"
     figure = Figure()

@@ -7,7 +7,7 @@ import pytest
 from mindspore import Parameter, Tensor, nn
 
 from src.data.augment import Erase
-from src.data.transforms import to_network
+from src.data.transforms import normalize_operations
 from src.training.loss import LabelSmoothingCrossEntropy
 from src.training.optimizer import AdamW
 from src.training.preprocess import Preprocess
@@ -27,7 +27,7 @@ def random_images(count, seed=0):
 
 
 def prepared_on_the_host(image):
-    for operation in to_network(MEAN, STD):
+    for operation in normalize_operations(MEAN, STD):
         image = operation(image)
     return image
 

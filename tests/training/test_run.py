@@ -9,7 +9,7 @@ import pytest
 
 from src import build
 from src.config_io import load_config, save_config
-from src.data.loader import choose_workers
+from src.data.loader import resolve_num_workers
 from src.device import log_to, setup
 from src.errors import UserError
 from src.training.run import train
@@ -73,9 +73,9 @@ def test_an_epoch_of_steps_stops_and_goes_on_as_any_other(trained, few_digits, t
     config = small(trained, training__epoch_steps=3, training__epochs=2)
     train(config, tmp_path / "whole")
     trainer = Trainer(config, build.open_split(config, "train"), tmp_path)
-    orders = [trainer.loader.batches(epoch).indices for epoch in (0, 1)]
+    orders = [trainer.loader.batches(epoch).source.items for epoch in (0, 1)]
     assert [len(order) for order in orders] == [150, 150]
-    assert np.bincount(np.concatenate(orders)).tolist() == [3] * 100
+    assert np.unique(np.concatenate(orders), return_counts=True)[1].tolist() == [3] * 100
     half = small(trained, training__epoch_steps=3, training__epochs=2, training__save_every=4)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Trainer, "_evaluate", _dies_behind(1))
@@ -100,7 +100,7 @@ def _dies_behind(epochs):
 def test_repeated_augmentation_reaches_the_batches(trained, few_digits, tmp_path):
     config = small(trained, augment__repeats=2)
     trainer = Trainer(config, build.open_split(config, "train"), tmp_path)
-    indices = trainer.loader.batches(0).indices
+    indices = trainer.loader.batches(0).source.items
     assert len(indices) == 100 and len(set(indices)) == 50
     assert np.array_equal(indices[::2], indices[1::2])
 
@@ -181,10 +181,10 @@ def test_a_run_without_a_checkpoint_starts_anew(trained, few_digits, tmp_path):
 
 def test_warnings_about_the_data_are_in_the_log_file(trained, few_digits, tmp_path):
     """They come before the run's folder, and so its log, is known to be good."""
-    choose_workers.cache_clear()
+    resolve_num_workers.cache_clear()
     log_to()
     train(small(trained, data__workers=999, training__epochs=1), tmp_path / "run")
-    assert "999 data workers asked for" in (tmp_path / "run" / "log.txt").read_text()
+    assert "data.workers 999: MindSpore allows" in (tmp_path / "run" / "log.txt").read_text()
 
 
 def test_a_folder_with_a_run_is_not_written_over(trained):

@@ -105,17 +105,6 @@ def test_other_data_under_the_same_path_is_noticed(trained, few_digits, tmp_path
         train(small(trained, training__epochs=1), tmp_path / "run", resume=True)
 
 
-def test_a_state_with_the_former_digest_of_records_resumes(
-    trained, few_digits, tmp_path, monkeypatch
-):
-    train(small(trained, training__epochs=1), tmp_path / "run")
-    former = ArraySource.digest
-    monkeypatch.setattr(
-        ArraySource, "digest", lambda self, by_name=False: former(self) if by_name else 5
-    )
-    train(small(trained, training__epochs=1), tmp_path / "run", resume=True)
-
-
 def test_a_state_that_is_not_finite_is_not_saved(trained, tmp_path):
     net = ms.nn.Dense(2, 2)
     net.weight.set_data(ms.Tensor(np.array([[1, np.nan], [0, 0]], np.float32)))

@@ -128,8 +128,7 @@ def train(config: Config, job: dict) -> Work:
 def data(config: Config, job: dict) -> Work:
     """A pass of train.py's pipeline over images spread evenly over the training split."""
     from src.build import open_split
-    from src.data.loader import choose_workers
-    from src.data.subset import Subset
+    from src.data.loader import resolve_num_workers
     from src.distributed import SINGLE_PROCESS
     from src.training.train_loader import TrainLoader
 
@@ -137,7 +136,7 @@ def data(config: Config, job: dict) -> Work:
     if not len(source):
         raise UserError(f"{source.title}: no image to read; add some")
     spread = np.arange(job["images"]) * len(source) // job["images"]
-    source = Subset(source, spread, source.labels[spread], source.class_names)
+    source = source.subset(spread)
     loader = TrainLoader(config, source, SINGLE_PROCESS)
     passes = iter(range(STEPS))
 
@@ -145,7 +144,7 @@ def data(config: Config, job: dict) -> Work:
         batches = loader.batches(next(passes)).iterate()
         return sum(len(labels) for _, labels, *_ in batches)
 
-    return Work(step, "", {"workers": choose_workers(config.data.workers)})
+    return Work(step, "", {"workers": resolve_num_workers(config.data.workers)})
 
 
 def matmul(_: Config, job: dict) -> Work:

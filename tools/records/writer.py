@@ -18,7 +18,7 @@ import mindspore.dataset as ds
 from mindspore.mindrecord.common.exceptions import MindRecordException
 
 from src.data.base import Source
-from src.data.images import examine, is_ready
+from src.data.images import find_fault, is_decodable
 from src.data.records import FORMAT, INDEX, UNFINISHED, load_index
 from src.data.shards import open_writer, seal, verify_shard
 from src.data.sources import open_source
@@ -304,7 +304,7 @@ class _Conversion:
     ) -> Iterator[list[dict[str, Any]]]:
         """Records of the readable images in batches; names of the others go into `skipped`.
 
-        Names of those that MindSpore reads right only after `prepare` go into `unready`.
+        Names of those that MindSpore reads right only after `make_decodable` go into `unready`.
         """
         paths = [self._source.describe(position) for position in range(first, last)]
         batch = []
@@ -353,12 +353,12 @@ def _of_file(function: Callable[[str], _T], path: str) -> _T:
 def _read(path: str) -> tuple[bytes, bool] | None:
     """An image file's bytes, and whether MindSpore decodes them right; None if they are no image.
 
-    A record holds the file as it is: as the bitmap that `prepare` makes of a photograph that EXIF
-    turns it would be ten times as large.
+    A record holds the file unchanged: the bitmap that `make_decodable` makes of a photograph that
+    EXIF turns is ten times as large.
     """
     content = _of_file(lambda name: Path(name).read_bytes(), path)
-    fault, _ = examine(content)
-    return None if fault else (content, is_ready(content))
+    fault, _ = find_fault(content)
+    return None if fault else (content, is_decodable(content))
 
 
 def _ahead(

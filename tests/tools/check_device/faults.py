@@ -65,7 +65,7 @@ def norm_of_each_rank() -> None:
     def agree(self, loss, norm, after):
         own = (loss, norm, after)
         loss, _, after = train_step.unpack(self.all_reduce(train_step.pack(own)), (0, 1, 2), own)
-        return loss, norm * (1.0 + 1.2e-6 * self.rank), after * self.share
+        return loss, norm * (1.0 + 1.2e-6 * self.rank), after * self.fraction
 
     train_step.TrainStep._agree = agree
 
@@ -88,8 +88,8 @@ def drop_path_off_by_one() -> None:
 
     original = DropPath.__init__
 
-    def init(self, rate, site):
-        original(self, rate, site - 1)
+    def init(self, rate, rng_slot):
+        original(self, rate, rng_slot - 1)
 
     DropPath.__init__ = init
 

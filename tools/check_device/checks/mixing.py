@@ -72,9 +72,9 @@ def mixing(setting: Setting) -> Finding:
 
 
 def _mixed(images: np.ndarray, mix: list[float]) -> np.ndarray:
-    share = np.full(images.shape[2:], mix[1])
-    share[mix[2] : mix[3], mix[4] : mix[5]] = 0
-    return images * share + images[::-1] * (1 - share)
+    own = np.full(images.shape[2:], mix[1])
+    own[mix[2] : mix[3], mix[4] : mix[5]] = 0
+    return images * own + images[::-1] * (1 - own)
 
 
 def _seconds(cell: nn.Cell) -> float:

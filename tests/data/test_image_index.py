@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from src.data import ArraySource, FileSource, index, leave_out
-from src.data.index import check_files
+from src.data import ArraySource, FileSource, drop_broken, image_index
+from src.data.image_index import check_files
 from src.errors import UserError
 from tests.data.images import file_of, photo
 from tests.processes import together
@@ -29,13 +29,13 @@ def folder(tmp_path):
 def read(monkeypatch):
     """The names of the files that were read since the last look."""
     names = []
-    examine_file = index._examine_file
+    check_file = image_index._check_file
 
     def spy(file):
         names.append(os.path.basename(file))
-        return examine_file(file)
+        return check_file(file)
 
-    monkeypatch.setattr(index, "_examine_file", spy)
+    monkeypatch.setattr(image_index, "_check_file", spy)
 
     def taken():
         result = sorted(names)
@@ -109,7 +109,7 @@ def test_a_flipped_bit_anywhere_in_the_index_is_noticed(check, read, folder, cap
         assert check() == expected
         white = chr(whole[position]) in " "  # between two values, where a change may mean nothing
         assert read() == ALL or white, position
-        assert "is not used, all are read" in caplog.text or white
+        assert "image index ignored, all images are read" in caplog.text or white
         assert json.loads(place.read_text()) == json.loads(whole), "made anew"
 
 
@@ -119,25 +119,25 @@ def test_a_cut_index_and_one_of_another_folder_are_not_used(check, read, folder,
     place.write_bytes(place.read_bytes()[:100])
     read()
     assert check() == expected and read() == ALL
-    assert "is not used" in caplog.text
+    assert "image index ignored" in caplog.text
     other = folder / "other"
     other.mkdir()
     Image.fromarray(photo(20, 20)).save(other / "0.jpg")
     check_files([str(other / "0.jpg")], other, place)
-    assert read() == ["0.jpg"] and "it is of another folder" in caplog.text
+    assert read() == ["0.jpg"] and "written for another folder" in caplog.text
 
 
 def test_an_interrupted_check_goes_on_where_it_was(check, read, folder, monkeypatch):
-    monkeypatch.setattr(index, "_BATCH", 2)
-    examine_file = index._examine_file
+    monkeypatch.setattr(image_index, "_BATCH", 2)
+    check_file = image_index._check_file
 
     def interrupted(file):
         if file.endswith("4.jpg"):
             raise KeyboardInterrupt
-        return examine_file(file)
+        return check_file(file)
 
     with monkeypatch.context() as patch:
-        patch.setattr(index, "_examine_file", interrupted)
+        patch.setattr(image_index, "_check_file", interrupted)
         with pytest.raises(KeyboardInterrupt):
             check(workers=1)
     assert read()[:4] == ALL[:4]
@@ -147,16 +147,16 @@ def test_an_interrupted_check_goes_on_where_it_was(check, read, folder, monkeypa
 
 def test_a_killed_check_loses_the_last_minutes_only(check, folder, monkeypatch):
     """Saved as it goes: the index is there before the end, and whole."""
-    monkeypatch.setattr(index, "_BATCH", 2)
-    monkeypatch.setattr(index, "_SAVE_SECONDS", 0)
+    monkeypatch.setattr(image_index, "_BATCH", 2)
+    monkeypatch.setattr(image_index, "_SAVE_SECONDS", 0)
     sizes = []
-    write = index._write
+    write = image_index._write
 
     def seen(place, root, entries):
         write(place, root, entries)
-        sizes.append(len(index._read(place, root)))
+        sizes.append(len(image_index._read(place, root)))
 
-    monkeypatch.setattr(index, "_write", seen)
+    monkeypatch.setattr(image_index, "_write", seen)
     check()
     assert sizes == [*range(1, 9), 8]
 
@@ -183,7 +183,7 @@ def test_a_file_of_the_user_s_is_never_replaced(folder, read, content):
     for target in (labels, folder / "link"):
         if not target.exists():
             target.symlink_to(labels)
-        with pytest.raises(UserError, match=f"data.index {target}: is no index of images"):
+        with pytest.raises(UserError, match=f"data.index {target}: not an image index"):
             check_files([str(folder / "1.jpg")], folder, target)
     with pytest.raises(UserError, match="is a folder"):
         check_files([str(folder / "1.jpg")], folder, folder)
@@ -217,7 +217,7 @@ def test_missing_files_are_broken(folder):
 def test_broken_images_are_left_out_up_to_a_share(caplog):
     files = [f"{number}.jpg" for number in range(200)]
     source = FileSource(files, np.arange(200) % 2, ["a", "b"], "files")
-    kept = leave_out(source, {7: "cut off", 100: "empty"}, 0.01, "or else")
+    kept = drop_broken(source, {7: "cut off", 100: "empty"}, 0.01, "or else")
     assert len(kept) == 198 and kept.digest() != source.digest()
     assert [kept.describe(k) for k in (6, 7, 99)] == ["6.jpg", "8.jpg", "101.jpg"]
     assert kept.file(7) == "8.jpg" and kept.labels[7] == 0
@@ -225,12 +225,12 @@ def test_broken_images_are_left_out_up_to_a_share(caplog):
         "left out: 2 of 200 images of files can't be read (1.00 %): 7.jpg: cut off" in caplog.text
     )
     with pytest.raises(UserError, match="3 of 200 .*7.jpg: x; 8.jpg: x; 9.jpg: x; .*or else"):
-        leave_out(source, dict.fromkeys((9, 8, 7), "x"), 0.01, "or else")
+        drop_broken(source, dict.fromkeys((9, 8, 7), "x"), 0.01, "or else")
     with pytest.raises(UserError, match="1 of 200"):
-        leave_out(source, {0: "x"}, 0.0, "or else")
+        drop_broken(source, {0: "x"}, 0.0, "or else")
     with pytest.raises(UserError, match="200 of 200 .*4.jpg: x; and 195 more;"):
-        leave_out(source, dict.fromkeys(range(200), "x"), 1.0, "or else")
-    assert leave_out(source, {}, 0.0, "") is source
+        drop_broken(source, dict.fromkeys(range(200), "x"), 1.0, "or else")
+    assert drop_broken(source, {}, 0.0, "") is source
 
 
 def test_images_in_memory_have_no_file():
@@ -247,7 +247,7 @@ def test_ranks_share_the_check_and_none_waits_long(tmp_path, monkeypatch):
         (folder / f"{k:02}.jpg").write_bytes(whole[: 60 if k % 20 == 7 else None])
     files = [str(folder / f"{k:02}.jpg") for k in range(60)]
     read = []
-    real = index._shared
+    real = image_index._map_over_ranks
 
     def shared(todo, work, ranks):
         def slowed(some):
@@ -257,9 +257,9 @@ def test_ranks_share_the_check_and_none_waits_long(tmp_path, monkeypatch):
 
         return real(todo, slowed, ranks)
 
-    monkeypatch.setattr(index, "_shared", shared)
-    monkeypatch.setattr(index, "_ROUND_SECONDS", 0.3)
-    monkeypatch.setattr(index, "_BATCH", 1)
+    monkeypatch.setattr(image_index, "_map_over_ranks", shared)
+    monkeypatch.setattr(image_index, "_ROUND_SECONDS", 0.3)
+    monkeypatch.setattr(image_index, "_BATCH", 1)
     place, ranks_seen = tmp_path / "images.json", {}
 
     def check(ranks):

@@ -1,7 +1,7 @@
-"""Checks of exported files before an engine opens them: a graph must do arithmetic, nothing else.
+"""Check exported files for code and references to other files before an engine opens them.
 
-An engine follows what a file says: a MINDIR with a Custom node makes MindSpore load a native
-library, and tensors with external data make an engine read other files.
+An engine does what a file says: a Custom node in a MINDIR makes MindSpore load a native library,
+and tensors with external data make an engine read other files.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any
 
 from src.errors import UserError
 
-# Every operator of the networks here, as trained or as exported, and their closest relatives. What
-# else MindSpore has can load libraries, run Python, write files or wait for other hosts.
+# The operators of this project's networks, trained or exported, and close relatives. Others of
+# MindSpore's can load libraries, run Python, write files or wait for other hosts.
 _MINDIR_OPERATORS = """
 Constant Parameter Return MakeTuple RealMakeTuple TupleGetItem RealTupleGetItem MakeList
 ListGetItem Load UpdateState Depend Partial Switch Identity StopGradient
@@ -32,65 +32,66 @@ Reshape Flatten Transpose Permute ExpandDims Squeeze Concat Split SplitV Stack U
 SliceExt StridedSlice Gather GatherD Tile BroadcastTo Pad PadV3 Shape TensorShape DType Rank
 Size ZerosLike OnesLike Zeros Ones Fill FillV2 Dropout DropoutExt
 """
-_MAX_BYTES = 1 << 31  # bytes; protobuf ends there
+_MAX_BYTES = 1 << 31  # protobuf's limit
 
 
 def check_mindir(path: Path) -> None:
-    """Read a MINDIR as data and refuse one that does more than arithmetic on its own weights.
+    """Parse a MINDIR and refuse one that does more than arithmetic on its own weights.
 
     Raises:
-        UserError: a damaged file, an operator that is none of a network's, or other files named.
+        UserError: the file is damaged, contains an unknown operator, or refers to other files.
     """
     from mindspore.train.mind_ir_pb2 import ModelProto
 
-    model = _parse(ModelProto(), path, "MINDIR")
+    model = _parse(ModelProto(), path, "a MINDIR file")
     if not model.graph.node:
-        raise UserError(f"{path}: damaged, or no MINDIR file: it has no graph; export again")
+        raise UserError(f"{path}: damaged, or not a MINDIR file: it has no graph; export again")
     graphs = [model.graph, *model.functions]
     kinds = {primitive.op_type for primitive in model.primitives}
     for graph in graphs:
         kinds |= {node.op_type for node in graph.node if not node.op_type.startswith("REF::")}
-    strange = sorted(kinds.difference(_MINDIR_OPERATORS.split()))
-    if strange:
+    unknown = sorted(kinds.difference(_MINDIR_OPERATORS.split()))
+    if unknown:
         raise UserError(
-            f"{path}: not opened: its operator {ascii(strange[0])[1:-1][:60]} is none that "
-            "export.py writes, and could run foreign code; export the weights yourself"
+            f"{path}: not opened: export.py does not write its operator "
+            f"{ascii(unknown[0])[1:-1][:60]}, which could run foreign code; export the weights "
+            "yourself"
         )
     if model.HasField("preprocessor") or any(
         graph.bprop_filepath or tensor.HasField("external_data")
         for graph in graphs
         for tensor in graph.parameter
     ):
-        raise UserError(f"{path}: not opened: it names other files; export again, into one file")
+        raise UserError(f"{path}: not opened: it refers to other files; export it into one file")
 
 
 def check_onnx(path: Path) -> bool:
-    """Read an ONNX file as data and refuse one whose weights lie in other files.
+    """Parse an ONNX file and refuse one whose weights are in other files.
 
     Returns:
         Whether it is quantized.
 
     Raises:
-        UserError: a damaged file, external data, or no `onnx` package.
+        UserError: the file is damaged or has external data, or `onnx` is not installed.
     """
     try:
         from onnx import ModelProto
     except ImportError:
-        raise UserError("ONNX files are checked by onnx: pip install onnx") from None
-    model = _parse(ModelProto(), path, "ONNX")
+        raise UserError("checking ONNX files needs onnx: pip install onnx") from None
+    model = _parse(ModelProto(), path, "an ONNX file")
     if not model.graph.node:
-        raise UserError(f"{path}: damaged, or no ONNX file: it has no graph; export again")
+        raise UserError(f"{path}: damaged, or not an ONNX file: it has no graph; export again")
     for tensor in _tensors(model):
         if tensor.external_data or tensor.data_location == tensor.EXTERNAL:
             raise UserError(
-                f"{path}: not opened: its weights lie in other files (external data); export it "
+                f"{path}: not opened: its weights are in other files (external data); export it "
                 "into one file"
             )
     return any(node.op_type == "QuantizeLinear" for node in model.graph.node)
 
 
 def _parse(model: Any, path: Path, kind: str) -> Any:
-    """Fill a protobuf message from a file."""
+    """Parse a file into a protobuf message."""
     if not path.is_file() or path.stat().st_size >= _MAX_BYTES:
         raise UserError(f"{path}: not a file of less than 2 GiB; export again")
     try:
@@ -99,7 +100,7 @@ def _parse(model: Any, path: Path, kind: str) -> Any:
         raise UserError(f"{path}: {error.strerror}") from None
     except (ValueError, RuntimeError) as error:
         raise _damaged(path, kind) from error
-    except Exception as error:  # protobuf's DecodeError has no base but Exception
+    except Exception as error:  # protobuf's DecodeError derives from Exception
         if type(error).__name__ != "DecodeError":
             raise
         raise _damaged(path, kind) from error
@@ -107,11 +108,11 @@ def _parse(model: Any, path: Path, kind: str) -> Any:
 
 
 def _damaged(path: Path, kind: str) -> UserError:
-    return UserError(f"{path}: damaged, or no {kind} file; export again")
+    return UserError(f"{path}: damaged, or not {kind}; export again")
 
 
 def _tensors(model: Any) -> Iterator[Any]:
-    """Yield every tensor of an ONNX model: of its graphs, inner graphs, functions and constants."""
+    """Yield every tensor of an ONNX model, including inner graphs, functions and constants."""
     waiting = [model.graph, *model.functions]
     while waiting:
         graph = waiting.pop()

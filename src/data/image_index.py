@@ -1,0 +1,240 @@
+"""Check every image file of a data set once, and keep the results in an index.
+
+The index is JSON: the size, modification time and fault of each file. Only files that are new,
+changed or were broken are read again.
+
+The ranks of a job share the files and exchange results every `_ROUND_SECONDS`, because collectives
+time out (HCCL: 120 s for the first, half an hour for others). So a rank waits for the others at
+most that long, plus the time for `_BATCH` files or for the first rank to read or write the index.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from src.data.images import find_fault
+from src.device import usable_cores
+from src.distributed import SINGLE_PROCESS, Ranks
+from src.errors import UserError
+from src.files import require_writable, write_text
+
+_log = logging.getLogger("cvt")
+
+_VERSION = 2  # of the file format and of `find_fault`
+# A killed process loses at most this much work. ImageNet's index takes 6 s to write.
+_SAVE_SECONDS = 120.0
+_HEAD = re.compile(rb'\{"sha256": "[0-9a-f]{64}", "content": \{')
+_MAX_THREADS = 32
+_ROUND_SECONDS = 20.0
+_BATCH = 128  # files between two checks of the time
+
+
+class IndexEntry(NamedTuple):
+    """What the index holds for a file.
+
+    Args:
+        size: in bytes; -1 for a missing file.
+        mtime_ns: modification time.
+        fault: what is wrong with it; "" if nothing.
+        turned: whether EXIF turns it.
+    """
+
+    size: int
+    mtime_ns: int
+    fault: str
+    turned: bool
+
+
+def check_files(
+    files: Sequence[str],
+    root: str | Path,
+    index: Path | None = None,
+    *,
+    write: bool = True,
+    workers: int = 0,
+    progress: Callable[[int, str], tqdm] | None = None,
+    ranks: Ranks = SINGLE_PROCESS,
+) -> list[IndexEntry]:
+    """Check image files; read only those that the index does not know.
+
+    Args:
+        files: image files below `root`, the same on every rank.
+        root: the data set's folder, to which the index belongs.
+        index: the index file; it need not exist. None uses no index.
+        write: write the index, every two minutes and at the end. The file must be missing or an
+            earlier index.
+        workers: threads (Pillow decodes outside Python's lock); 0 means one per core.
+        progress: creates a progress bar from the number of files and a title.
+        ranks: the ranks that share the work. Only the first reads and writes the index; the others
+            know of files that were not read only that they are intact.
+
+    Raises:
+        UserError: the index can't be written, or was not written by this program.
+    """
+    keep = index is not None and write and ranks.is_first
+    if keep:
+        _check_replaceable(index)
+    entries = _read(index, root) if index is not None and ranks.is_first else {}
+    names = [os.path.relpath(file, root) for file in files]
+    stats = dict(
+        _map_over_ranks(range(len(files)), lambda some: [_stat(files[k]) for k in some], ranks)
+    )
+    stale, removed = _drop_outdated(entries, names, stats, index, root)
+    stale = ranks.broadcast_indices(stale, len(files))
+    threads = min(workers or len(usable_cores()), _MAX_THREADS)
+    if ranks.is_first:
+        _log.info(
+            "%s: checking %d images in %d threads%s; %d more are known", root, len(stale), threads,
+            f" on each of {ranks.world} ranks" if ranks.world > 1 else "", len(files) - len(stale),
+        )  # fmt: skip
+    bar = progress(len(stale), "check images") if progress is not None and ranks.is_first else None
+    saved = time.monotonic()
+    try:
+        # Pillow warns of odd EXIF and large images; what matters of that is in the fault.
+        with warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool:
+            warnings.simplefilter("ignore")
+            results = _map_over_ranks(
+                stale, lambda some: list(pool.map(_check_file, [files[k] for k in some])), ranks
+            )
+            for k, (fault, turned) in results:
+                entries[names[k]] = IndexEntry(*stats[k], fault, turned)
+                if bar is not None:
+                    bar.update(1)
+                if keep and time.monotonic() - saved > _SAVE_SECONDS:
+                    _write(index, root, entries)
+                    saved = time.monotonic()
+    finally:  # keep the results of an interrupted check
+        if keep and (stale or removed):
+            _write(index, root, entries)
+    if bar is not None:
+        bar.close()
+    return [entries.get(name) or IndexEntry(*stats[k], "", False) for k, name in enumerate(names)]
+
+
+def _drop_outdated(
+    entries: dict[str, IndexEntry],
+    names: Sequence[str],
+    stats: dict[int, tuple[int, int]],
+    index: Path | None,
+    root: str | Path,
+) -> tuple[list[int], list[str]]:
+    """Drop the entries of changed and removed files.
+
+    Returns:
+        The files to read, and the names of those removed.
+    """
+    changed = [n for k, n in enumerate(names) if n in entries and entries[n][:2] != stats[k]]
+    present = set(names)
+    removed = [name for name in entries if name not in present and _stat(Path(root, name))[0] < 0]
+    for what, some in (("changed", changed), ("removed", removed)):
+        if some:
+            _log.info("%s: %d files were %s since, such as %s", index, len(some), what, some[0])
+    for name in removed + changed:
+        del entries[name]
+    return [k for k, n in enumerate(names) if n not in entries or entries[n].fault], removed
+
+
+def _map_over_ranks(
+    todo: Sequence[int], work: Callable[[Sequence[int]], Sequence[tuple]], ranks: Ranks
+) -> Iterator[tuple[int, tuple]]:
+    """Do `work` for all numbers, shared by the ranks; yield (number, result) on every rank.
+
+    Each exchange distributes the remaining numbers again, so that a slow rank gets fewer.
+    """
+    todo = list(todo)
+    seconds = _ROUND_SECONDS if ranks.world > 1 else 0.0
+    while todo:
+        own, done = todo[ranks.rank :: ranks.world], []
+        end = time.monotonic() + seconds
+        while len(done) < len(own) and (not done or time.monotonic() < end):
+            done += work(own[len(done) : len(done) + _BATCH])
+        gathered = [done]
+        if ranks.world > 1:
+            gathered = [json.loads(text) for text in ranks.gather_texts(json.dumps(done))]
+        finished = set()
+        for rank, results in enumerate(gathered):
+            for k, result in zip(todo[rank :: ranks.world], results):
+                finished.add(k)
+                yield k, tuple(result)
+        todo = [k for k in todo if k not in finished]
+
+
+def _check_file(file: str) -> tuple[str, bool]:
+    try:
+        content = Path(file).read_bytes()
+    except OSError as error:
+        return f"can't be read ({error.strerror})", False
+    return find_fault(content)
+
+
+def _stat(file: str | Path) -> tuple[int, int]:
+    """Return a file's size and modification time; (-1, 0) if it does not exist."""
+    try:
+        status = os.stat(file)
+    except OSError:
+        return -1, 0
+    return status.st_size, status.st_mtime_ns
+
+
+def _read(index: Path, root: str | Path) -> dict[str, IndexEntry]:
+    """Read the entries by file name; log why and return none if the index is not valid."""
+    try:
+        stored = json.loads(index.read_text(encoding="utf-8"))
+        content = stored["content"]
+        if stored["sha256"] != _checksum(content):
+            raise ValueError("wrong checksum")
+        if content["version"] != _VERSION:
+            raise ValueError("written by another version of this program")
+        if content["root"] != _hash_path(root):
+            raise ValueError("written for another folder")
+        return {name: IndexEntry(*entry) for name, entry in content["files"].items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        _log.warning("%s: image index ignored, all images are read (%s)", index, error)
+        return {}
+
+
+def _check_replaceable(index: Path) -> None:
+    """Refuse to replace a file that is not an index, before any image is read."""
+    require_writable(index, "data.index")
+    try:
+        with open(index, "rb") as file:
+            head = file.read(128)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UserError(f"data.index {index}: {error.strerror}; give another file") from None
+    if head and not _HEAD.match(head):
+        raise UserError(
+            f"data.index {index}: not an image index, so it is not replaced; give another file"
+        )
+
+
+def _write(index: Path, root: str | Path, entries: dict[str, IndexEntry]) -> None:
+    _check_replaceable(index)
+    content = {"version": _VERSION, "root": _hash_path(root), "files": entries}
+    text = json.dumps({"sha256": _checksum(content), "content": content})
+    # Escaped, so that a shell that reads the index runs no file name as a command.
+    write_text(text.replace("$", "\\u0024").replace("`", "\\u0060"), index)
+
+
+def _hash_path(root: str | Path) -> str:
+    """Identify a data set's folder without its name, because the index may be passed on."""
+    return hashlib.sha256(os.fsencode(Path(root).resolve())).hexdigest()
+
+
+def _checksum(content: dict) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
