@@ -24,6 +24,7 @@ from src.config import Config, Study
 from src.config_io import default_output, load_config
 from src.data.samples import write_samples
 from src.launch import plan
+from src.launch.__main__ import read_plan
 from src.models import list_models
 from tests.conftest import ROOT
 from tools.check_device import __main__ as check_device
@@ -103,7 +104,7 @@ class Reader:
             return
         if name == "scripts/run_distribute_train.sh":
             self.furnish(words, "data")
-            planned, _ = plan.read_plan([*words, "--dry_run"], variables, "")
+            planned, _ = read_plan([*words, "--dry_run"], variables)
             self.program("train.py", planned.command[1:])
             return
         self.furnish(words, "files")
@@ -279,7 +280,7 @@ def test_files_and_options_that_are_named_exist(page):
         target = page.parent / name if name else page
         assert target.is_file(), name
         assert not anchor or anchor in anchors(target), anchor
-    programs = [*ROOT.glob("*.py"), *ROOT.glob("tools/*/*.py"), ROOT / "src/launch/plan.py"]
+    programs = [*ROOT.glob("*.py"), *ROOT.glob("tools/*/*.py"), ROOT / "src/launch/__main__.py"]
     known = "".join(path.read_text() for path in programs)
     schema = (ROOT / "src/config.py").read_text()
     for option in re.findall(r"`--([\w.]+)", text):

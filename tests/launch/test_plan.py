@@ -9,8 +9,8 @@ import sys
 import pytest
 
 from src.errors import UserError
+from src.launch.__main__ import read_plan
 from src.launch.job import describe
-from src.launch.plan import read_plan
 from tests.conftest import ROOT
 
 RECIPE = "config/digits/cvt_nano.yaml"
@@ -18,7 +18,7 @@ ASCEND = {"ASCEND_RT_VISIBLE_DEVICES": "4,5", "MASTER_PORT": "18118"}
 
 
 def plan(*argv, **environ):
-    return read_plan([*argv, "--dry_run"], {**ASCEND, **environ}, "")[0]
+    return read_plan([*argv, "--dry_run"], {**ASCEND, **environ})[0]
 
 
 def test_each_rank_gets_its_numbers_on_every_host():
@@ -88,7 +88,7 @@ def test_a_busy_port_is_refused():
         other.listen()
         environ = {**ASCEND, "MASTER_PORT": str(other.getsockname()[1])}
         with pytest.raises(UserError, match="another job may be using it"):
-            read_plan([RECIPE, "-", "2"], environ, "")
+            read_plan([RECIPE, "-", "2"], environ)
 
 
 def test_the_script_exits_with_2_and_one_line(tmp_path):
