@@ -14,42 +14,43 @@ from src.files import require_writable
 
 @executable
 def main(argv: list[str]) -> None:
-    """Print what became of each tensor, and what identifies source and result."""
+    """Convert weights; print what happened to each tensor, and both checksums."""
 
     def add_arguments(parser) -> None:
         parser.add_argument(
             "--src",
             type=str,
             required=True,
-            help="weights of MindSpore, PyTorch or safetensors: a file, a folder, or an index",
+            help="MindSpore, PyTorch or safetensors weights: a file, a folder or an index",
         )
-        parser.add_argument("--dst", type=str, required=True, help="a .ckpt or .safetensors")
-        parser.add_argument("--model", type=str, help="default: told by the tensors' sizes")
+        parser.add_argument(
+            "--dst", type=str, required=True, help=".ckpt or .safetensors file to write"
+        )
+        parser.add_argument("--model", type=str, help="default: detected from the tensors' shapes")
         parser.add_argument(
             "--entry",
             type=str,
-            help="which weights to take, as state_dict or ema; default: the average, or the only",
+            help="which weights to take, such as state_dict or ema; default: the moving average if "
+            "there is one",
         )
         parser.add_argument(
-            "--verify", action="store_true", help="compare the tensors of source and result"
+            "--verify", action="store_true", help="compare the tensors of both files"
         )
         parser.add_argument(
-            "--force", action="store_true", help="replace a file that is no earlier result"
+            "--force", action="store_true", help="overwrite a file other than an earlier result"
         )
 
-    description = "Convert weights; --config gives the model's keys where it is no named variant."
+    description = "Convert weights; --config is needed if the model is not a named variant."
     keys, arguments = parse(argv, "convert.py", description, add_arguments, schema=RuntimeOnly)
     for word in take_keys(argv)[1]:
         if word.partition("=")[0] not in ("--runtime.device", "--runtime.device_id"):
-            raise UserError(
-                f"{word}: has no effect on a conversion, which computes nothing; leave it out"
-            )
+            raise UserError(f"{word}: has no effect on a conversion; leave it out")
     source, target = Path(arguments.src), Path(arguments.dst)
     if target.suffix not in (".ckpt", ".safetensors"):
         raise UserError(f"--dst {target}: the name must end in .ckpt or .safetensors")
     require_writable(target, "--dst")
     if arguments.model and arguments.config:
-        raise UserError("--model and --config: give one of them, the recipe names its model")
+        raise UserError("--model and --config: give only one; the recipe names its model")
     config = load_config(Path(arguments.config)) if arguments.config else None
     prepare_environment()
     log_to()
@@ -59,7 +60,7 @@ def main(argv: list[str]) -> None:
 
     files = weight_files(source)
     if target.resolve() in (file.resolve() for file in files):
-        raise UserError(f"--dst {target}: is the source; give another name")
+        raise UserError(f"--dst {target}: is the source file; give another name")
     setup(keys.runtime)
     done = convert(
         source,

@@ -22,17 +22,17 @@ def main(argv: list[str]) -> None:
             required=True,
             help="weights (.ckpt, .safetensors, .pth, .bin) or a run's folder",
         )
-        parser.add_argument("--json", type=str, help="also write the figures to this file")
+        parser.add_argument("--json", type=str, help="also write the metrics to this file")
         parser.add_argument(
             "--report",
             type=str,
             help="folder for accuracy per class, confusion matrix, calibration and worst images",
         )
         parser.add_argument(
-            "--force", action="store_true", help="replace files that are no earlier results"
+            "--force", action="store_true", help="overwrite files other than earlier results"
         )
 
-    description = "Evaluate a checkpoint; --config is found in its run's folder."
+    description = "Evaluate a checkpoint; --config defaults to its run's config.yaml."
     config, arguments = parse(argv, "eval.py", description, add_arguments, config_beside="ckpt")
     arguments.ckpt = str(find_checkpoint(Path(arguments.ckpt)))
     prepare_environment()
@@ -41,7 +41,7 @@ def main(argv: list[str]) -> None:
     from src.evaluation.report import check_report, is_result, write_report
 
     if arguments.config is None:
-        raise UserError(f"{arguments.ckpt}: no config.yaml of a run beside it; give --config")
+        raise UserError(f"{arguments.ckpt}: no config.yaml beside it; give --config")
     _, ranks = setup(config.runtime)
     report = bool(arguments.report)
     folder = None
@@ -49,20 +49,20 @@ def main(argv: list[str]) -> None:
         folder = check_report(arguments.report, arguments.force)
     if ranks.is_first and arguments.json:
         require_replaceable(arguments.json, "--json", is_result, arguments.force)
-    # Only the user names files to write, not a configuration found beside a checkpoint.
+    # Only the user may name files to write, not a config.yaml found beside a checkpoint.
     named = any(word.split("=")[0] == "--data.index" for word in argv)
     result, images = evaluate_checkpoint(config, arguments.ckpt, ranks, report, named)
     if not ranks.is_first:
         return
-    figures = write_report(result, images, folder) if folder else result.to_dict()
+    metrics = write_report(result, images, folder) if folder else result.to_dict()
     print(
-        f"top1 {figures['top1']:.2f} %  top5 {figures['top5']:.2f} %  loss {figures['loss']:.4f}  "
-        f"images {figures['images']}  {figures['images_per_second']:.0f} img/s"
+        f"top1 {metrics['top1']:.2f} %  top5 {metrics['top5']:.2f} %  loss {metrics['loss']:.4f}  "
+        f"images {metrics['images']}  {metrics['images_per_second']:.0f} img/s"
     )
     if folder:
-        print(f"ece {figures['ece']:.2f} %  report in {folder}")
+        print(f"ece {metrics['ece']:.2f} %  report in {folder}")
     if arguments.json:
-        write_json(figures, arguments.json)
+        write_json(metrics, arguments.json)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ FORMATS = ("mindir", "onnx", "air")
 
 @executable
 def main(argv: list[str]) -> None:
-    """Write a file for deployment and check it against the checkpoint."""
+    """Write a file for deployment and compare it with the checkpoint."""
 
     def add_arguments(parser) -> None:
         parser.add_argument(
@@ -36,30 +36,30 @@ def main(argv: list[str]) -> None:
             "--weight_dtype",
             choices=("float32", "float16"),
             default="float32",
-            help="float16 halves the file; arithmetic stays in --precision",
+            help="float16 halves the file size; --precision sets the arithmetic",
         )
         parser.add_argument(
             "--precision",
             choices=("float32", "float16"),
             default="float32",
-            help="float16 lets Linears, convolutions and attention products compute in float16, "
-            "for accelerators; whatever the run was trained in",
+            help="float16: linear layers, convolutions and attention compute in float16, for "
+            "accelerators; independent of the precision used in training",
         )
         parser.add_argument(
             "--tolerance",
             type=PositiveFloat,
-            help="largest difference from the checkpoint's logits, as a share of the largest where "
-            "that exceeds 1; default 1e-5, onnx 1e-4, with float16 2e-2",
+            help="largest allowed difference from the checkpoint's logits, relative to the largest "
+            "logit if that exceeds 1; default 1e-5, onnx 1e-4, with float16 2e-2",
         )
         parser.add_argument(
             "--quantize",
             choices=("int8",),
-            help="int8 lets Linears and convolutions compute on 8-bit integers, in onnxruntime on "
-            "CPUs; calibrated on training images; with --format onnx",
+            help="int8: linear layers and convolutions compute with 8-bit integers, in onnxruntime "
+            "on CPUs; calibrated on training images; needs --format onnx",
         )
         parser.add_argument("--force", action="store_true", help="replace an existing file")
 
-    description = "Export a checkpoint; --config is found in its run's folder."
+    description = "Export a checkpoint; --config defaults to its run's config.yaml."
     config, arguments = parse(argv, "export.py", description, add_arguments, config_beside="ckpt")
     arguments.ckpt = str(find_checkpoint(Path(arguments.ckpt)))
     batch_size = None if arguments.batch_size == "dynamic" else _count(arguments.batch_size)
@@ -70,13 +70,15 @@ def main(argv: list[str]) -> None:
     if (output.exists() or Path(f"{output}.json").exists()) and not arguments.force:
         raise UserError(f"--output {output}: exists; add --force to replace it")
     if arguments.quantize and arguments.format != "onnx":
-        raise UserError("--quantize int8: is for ONNX files; add --format onnx")
+        raise UserError("--quantize int8: works only for ONNX files; add --format onnx")
     if arguments.quantize and "float16" in (arguments.weight_dtype, arguments.precision):
-        raise UserError("--quantize int8: starts from float32; leave out float16")
+        raise UserError("--quantize int8: quantizes float32 weights; leave out float16")
     if arguments.config is None:
-        raise UserError(f"{checkpoint}: no config.yaml of a run beside it; give --config")
+        raise UserError(f"{checkpoint}: no config.yaml beside it; give --config")
     if any(word.split("=")[0] == "--runtime.precision" for word in argv):
-        raise UserError("--runtime.precision: is the training's; --precision is the file's")
+        raise UserError(
+            "--runtime.precision: applies to training; use --precision for the exported file"
+        )
     prepare_environment()
     log_to()
     from src.deploy.export import ExportOptions, export
@@ -94,9 +96,9 @@ def main(argv: list[str]) -> None:
 
 
 def _runtime(runtime: RuntimeConfig, file_format: str) -> RuntimeConfig:
-    """Where to write and check: on the CPU, whose float32 is one; AIR asks for the Ascend backend.
+    """Return the runtime that writes and checks the file: the CPU, because its float32 is exact.
 
-    Files of a format are equal wherever they are written.
+    AIR needs the Ascend backend. The other files do not depend on the device that writes them.
     """
     if file_format == "air":
         return dataclasses.replace(runtime, precision="float32")

@@ -16,7 +16,7 @@ from src.errors import UserError, executable
 @executable
 def main(argv: list[str]) -> None:
     """Print a line per image: path, class, probability."""
-    description = "Classify images; --config is only for a .ckpt without its run's config.yaml."
+    description = "Classify images; only weights without a config.yaml beside them need --config."
     keys, arguments = parse(argv, "infer.py", description, add_arguments, schema=RuntimeOnly)
     if arguments.top_k < 1:
         raise UserError(f"--top_k {arguments.top_k}: must be 1 or more")
@@ -30,7 +30,7 @@ def main(argv: list[str]) -> None:
     check_outputs(arguments.json, arguments.sheet, arguments.force)
     if arguments.attention:
         check_attention(arguments.input, arguments.attention, arguments.force)
-        runtime["mode"] = keys.runtime.mode = "pynative"  # the attention is read by hooks
+        runtime["mode"] = keys.runtime.mode = "pynative"  # hooks read the attention
     setup(keys.runtime)
     predictor = Predictor(
         arguments.model,
@@ -47,39 +47,40 @@ def main(argv: list[str]) -> None:
 
 
 def add_arguments(parser) -> None:
-    """The options beside the keys of `runtime`."""
+    """Add the options other than the keys of `runtime`."""
     parser.add_argument(
-        "--model", type=str, required=True, help="a .mindir, .onnx, weights or a run's folder"
+        "--model", type=str, required=True, help=".mindir, .onnx, weights or a run's folder"
     )
     parser.add_argument(
-        "--input", type=str, nargs="+", required=True, help="images and folders of images"
+        "--input", type=str, nargs="+", required=True, help="images, or folders of images"
     )
-    parser.add_argument("--top_k", type=int, default=5, help="candidates an image")
+    parser.add_argument("--top_k", type=int, default=5, help="predictions per image")
     parser.add_argument(
-        "--batch_size", type=int, default=16, help="images at once, where the model allows it"
+        "--batch_size", type=int, default=16, help="images per batch, if the model allows it"
     )
     parser.add_argument(
         "--engine",
         choices=("auto", "openvino", "onnxruntime", "mindspore"),
         default="auto",
-        help="auto runs an .onnx by OpenVINO where it is installed, else by onnxruntime, and all "
-        "else by MindSpore",
+        help="auto: for .onnx OpenVINO if it is installed, else onnxruntime; otherwise MindSpore",
     )
-    parser.add_argument("--threads", type=PositiveInt, help="that compute (default: all cores)")
-    parser.add_argument("--json", type=str, help="also write the candidates to this file")
+    parser.add_argument("--threads", type=PositiveInt, help="compute threads (default: all cores)")
+    parser.add_argument("--json", type=str, help="also write the predictions to this file")
     parser.add_argument(
         "--sheet", type=str, help="also draw the images with their classes, as a .png or .jpg"
     )
     parser.add_argument(
-        "--attention", type=str, help="also draw what the network looks at, as a .png, .pdf, ..."
+        "--attention",
+        type=str,
+        help="also draw the attention map of one image, as a .png, .pdf, ...",
     )
     parser.add_argument(
-        "--force", action="store_true", help="let outputs replace files that are no earlier ones"
+        "--force", action="store_true", help="overwrite files other than earlier results"
     )
 
 
 def _given(argv: list[str]) -> list[str]:
-    """The keys of `runtime` that the command line names; the others are the run's own."""
+    """Return the keys of `runtime` given on the command line; the run's own apply otherwise."""
     names = {word.split("=")[0] for word in argv}
     fields = dataclasses.fields(RuntimeConfig)
     return [field.name for field in fields if f"--runtime.{field.name}" in names]

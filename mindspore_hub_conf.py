@@ -1,4 +1,4 @@
-"""The door through which MindSpore Hub creates a network of this repository."""
+"""Entry point for MindSpore Hub."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ def create_network(name: str, *args, pretrained: str | None = None, **kwargs) ->
     """Build a network by name, as `src.models.create_model` does.
 
     Args:
-        name: of the network.
+        name: name of the network.
         args, kwargs: as for `create_model`.
-        pretrained: data whose weights to load, as for `src.weights.create_pretrained`; None
-            initialises them.
+        pretrained: data set of the pretrained weights, as for `src.weights.create_pretrained`; None
+            initialises the weights randomly.
 
     Raises:
-        UserError: an unknown name, or arguments that make no network.
+        UserError: unknown name or invalid arguments.
     """
     if pretrained:
         return create_pretrained(name, pretrained, *args, **kwargs)

@@ -13,11 +13,11 @@ from src.errors import UserError, executable
 
 @executable
 def main(argv: list[str]) -> None:
-    """Train what the configuration describes."""
+    """Train the network that the configuration describes."""
 
     def add_arguments(parser) -> None:
         parser.add_argument(
-            "--output", type=str, help="folder of the run; default: runs/ and the recipe's name"
+            "--output", type=str, help="run folder; default: runs/ and the recipe's name"
         )
         parser.add_argument(
             "--resume",
@@ -25,41 +25,43 @@ def main(argv: list[str]) -> None:
             const=True,
             default=False,
             metavar="STATE",
-            help="go on with the run in the output folder, from its newest state or from this one",
+            help="continue the run in the output folder, from its newest state or from STATE",
         )
         parser.add_argument(
-            "--accept_changes", action="store_true", help="resume under other settings too"
+            "--accept_changes", action="store_true", help="resume although settings differ"
         )
         parser.add_argument(
-            "--finetune", type=str, help="weights to start from; a head for other classes is new"
+            "--finetune",
+            type=str,
+            help="weights to start from; the head is new if the classes differ",
         )
 
     state = _state_to_resume(argv)
     if state is not None:
         argv = [*argv, *_output_of(argv, state)]
-    # A resumed run's own config.yaml stands in for --config.
+    # A resumed run uses its own config.yaml unless --config is given.
     beside = "output" if state is not None else None
     config, arguments = parse(
         argv, "train.py", "Train a network.", add_arguments, config_beside=beside
     )
     if arguments.config is None and arguments.output is None:
-        raise UserError("--config is missing; give a recipe, as config/digits/cvt_nano.yaml")
+        raise UserError("--config is missing; give a recipe, such as config/digits/cvt_nano.yaml")
     if arguments.accept_changes and state is None:
-        raise UserError("--accept_changes: is for --resume; add it, or leave this out")
+        raise UserError("--accept_changes: works only with --resume; add --resume, or leave it out")
     output = Path(arguments.output or default_output(arguments.config))
     prepare_environment()
     log_to()
-    from src.training.run import train  # MindSpore takes seconds: arguments are checked by now
+    from src.training.run import train  # late: importing MindSpore takes seconds
 
     resume = Path(state) if state and state.is_file() else state is not None
     train(config, output, resume, arguments.finetune, arguments.accept_changes)
 
 
 def _state_to_resume(argv: list[str]) -> Path | bool | None:
-    """The file or folder behind --resume, False where none is named, None without --resume.
+    """Return the file or folder given with --resume, False if none is given, None without --resume.
 
     Raises:
-        UserError: what is named is not there.
+        UserError: the file or folder does not exist.
     """
     state: Path | bool | None = None
     for word, following in zip(argv, [*argv[1:], "--"]):
@@ -69,16 +71,16 @@ def _state_to_resume(argv: list[str]) -> Path | bool | None:
             state = Path(value).expanduser() if value else False
     if state and not state.exists():
         raise UserError(
-            f"--resume {state}: no such file; a run's states lie in its folder checkpoints"
+            f"--resume {state}: no such file; a run's states are in its checkpoints folder"
         )
     return state
 
 
 def _output_of(argv: list[str], state: Path | bool) -> list[str]:
-    """--output with the folder of the run that a state is of, unless the user names the folder.
+    """Return the --output option for the run of a state, or nothing if the user gives --output.
 
     Raises:
-        UserError: there is no run.
+        UserError: the run is not found.
     """
     rest, output = take_option(argv, "--output")
     if output is None and not state:

@@ -17,10 +17,10 @@ FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp-simd", "-pthread", "-fP
          "-fno-math-errno", "-fno-trapping-math")  # fmt: skip
 COMPILERS = ("g++", "clang++", "c++")
 BUILD_SECONDS = 120
-
+MAX_THREADS = 256  # kMaxThreads in cpp/threads.cpp
 
 _loaded: dict[Path, ctypes.CDLL] = {}
-_threads = 0
+_threads: int | None = None
 
 
 class BuildError(Exception):
@@ -28,17 +28,28 @@ class BuildError(Exception):
 
 
 def set_threads(number: int | None) -> None:
-    """Let the operators compute in so many threads, in this process, from now on.
+    """Set the number of threads of the operators in this process.
 
     Results do not depend on it, to the bit.
 
     Args:
-        number: None takes OMP_NUM_THREADS where it is set, else the cores that the process may use.
+        number: None takes OMP_NUM_THREADS if it is set, else the cores that the process may use.
     """
     global _threads
-    _threads = number or 0
+    _threads = number
     for loaded in _loaded.values():
-        loaded.cvt_set_threads(_threads)
+        loaded.cvt_set_threads(min(number or _default_threads(), MAX_THREADS))
+
+
+def _default_threads() -> int:
+    # Python's copy of the environment: `import mindspore` sets OMP_NUM_THREADS to 1 in the
+    # process's own, where a C++ library would read it.
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    if asked.isdecimal() and int(asked) > 0:
+        return int(asked)
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def library(folder: Path) -> Path:

@@ -9,15 +9,16 @@ import threading
 import numpy as np
 import pytest
 
+from src.kernels.library import set_threads
+
 ROWS, CHANNELS = 4000, 96
 
 
 @pytest.fixture
 def kernels(built):
     """The library; its number of threads is the default again afterwards."""
-    loaded = ctypes.CDLL(str(built))
-    yield loaded
-    loaded.cvt_set_threads(0)
+    yield ctypes.CDLL(str(built))
+    set_threads(None)
 
 
 def call(function, *arrays) -> int:
@@ -70,7 +71,25 @@ def test_the_number_of_threads_is_kept_to(kernels):
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )  # fmt: skip
     assert done.stdout == "[(1, 0), (4, 3), (2, 3)]\n"
-    assert kernels.cvt_set_threads(-1) == 1
+    assert kernels.cvt_set_threads(0) == kernels.cvt_set_threads(-1) == 1
+
+
+@pytest.mark.parametrize("asked", [None, "1", "3"])
+def test_the_default_is_the_number_of_cores_or_the_users(built, asked):
+    """`import mindspore` sets OMP_NUM_THREADS to 1 unless the user set it; that is no wish."""
+    code = (
+        "import mindspore, sys; from pathlib import Path; from src.kernels import library\n"
+        "path = library.library(Path(sys.argv[1])); print(library._loaded[path].cvt_threads())\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment.pop("OMP_NUM_THREADS", None)
+    if asked is not None:
+        environment["OMP_NUM_THREADS"] = asked
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(built.parent)],
+        capture_output=True, text=True, check=True, env=environment,
+    )  # fmt: skip
+    assert int(done.stdout) == int(asked or len(os.sched_getaffinity(0)))
 
 
 def test_several_callers_at_once(kernels):

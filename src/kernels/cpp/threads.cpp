@@ -3,13 +3,11 @@
 #include "threads.h"
 
 #include <pthread.h>
-#include <sched.h>
 
 #include <algorithm>
 #include <atomic>
 #include <cfenv>
 #include <condition_variable>
-#include <cstdlib>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -21,19 +19,7 @@ const int kParts = 4;          // of a loop for each thread: one that is held up
 const int kMaxThreads = 256;
 const int kSpins = 2000;       // looks at a part that another thread still has, before sleeping
 
-int default_threads() {
-  if (const char* asked = std::getenv("OMP_NUM_THREADS")) {
-    const int number = std::atoi(asked);
-    if (number > 0) return std::min(number, kMaxThreads);
-  }
-#ifdef __linux__
-  cpu_set_t cores;
-  if (sched_getaffinity(0, sizeof cores, &cores) == 0) return CPU_COUNT(&cores);
-#endif
-  return std::max(1u, std::thread::hardware_concurrency());
-}
-
-std::atomic<int> g_threads{0};  // 0: not asked for
+std::atomic<int> g_threads{1};
 
 // A loop, on the stack of its caller.
 struct Loop {
@@ -121,19 +107,14 @@ Pool* pool() {
 
 }  // namespace
 
-// The number of threads of every loop from now on, the caller's included; 0 takes the default:
-// OMP_NUM_THREADS where it is set, else one for each core that the process may use.
+// Set the number of threads of every loop from now on, the caller's included.
 extern "C" int cvt_set_threads(int number) {
-  if (number < 0 || number > kMaxThreads) return 1;
+  if (number < 1 || number > kMaxThreads) return 1;
   g_threads = number;
   return 0;
 }
 
-extern "C" int cvt_threads() {
-  static const int usual = default_threads();
-  const int asked = g_threads;
-  return asked > 0 ? asked : usual;
-}
+extern "C" int cvt_threads() { return g_threads; }
 
 void run_parallel(int64_t count, int64_t cost, Part part, const void* body) {
   if (count <= 0) return;
