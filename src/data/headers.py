@@ -160,7 +160,7 @@ def describe_unreadable(content: bytes) -> str:
     return f"of the format {found}; {READ}"
 
 
-def shorten(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """Return an exception's text as part of one line."""
     return " ".join(str(error).split())[:120] or type(error).__name__
 

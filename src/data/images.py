@@ -20,7 +20,7 @@ from src.data.headers import (
     check_scans,
     check_size,
     describe_unreadable,
-    shorten,
+    one_line,
 )
 from src.errors import UserError
 
@@ -160,7 +160,7 @@ def _open(content: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(header.content), formats=(header.kind,))
     except Image.DecompressionBombError as error:
-        raise UserError(f"too large to decode: {shorten(error)}") from None
+        raise UserError(f"too large to decode: {one_line(error)}") from None
     except Exception as error:  # any of OSError, SyntaxError, ValueError, struct.error ...
         if header.kind == "WEBP" and not features.check("webp"):
             raise UserError("a WEBP, which this build of Pillow lacks; save it as PNG") from None
@@ -177,7 +177,7 @@ def _load(image: Image.Image) -> None:
     try:
         image.load()
     except Exception as error:  # any, as in _open
-        raise UserError(f"damaged or cut off: {shorten(error)}") from error
+        raise UserError(f"damaged or cut off: {one_line(error)}") from error
 
 
 def _check_range(image: Image.Image) -> None:
