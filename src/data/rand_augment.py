@@ -51,10 +51,10 @@ class RandAugment(PerSampleOp):
     Their magnitude is normal around `m` with deviation `mstd`, clipped to 0..10; signs are random.
 
     `vision.RandAugment` has other magnitudes and no deviation, and a chain of MindSpore's random
-    operations is not independent (see `per_sample`), so the choice is made in Python. The
-    operations are MindSpore's C++ ones where they give Pillow's pixels; the others are Pillow's or
-    NumPy's. All hold Python's lock: at 0.53 ms per image at 224 px and 1.5 ms at 384 px, a process
-    (one device) augments at most 1,800 and 650 img/s.
+    operations is not independent (see `per_sample`), so the choice is made in Python. Colour,
+    contrast, sharpness, rotation and shear along y are MindSpore's C++ operations, Equalize is
+    Pillow's, the others are NumPy's. All hold Python's lock: at 0.53 ms per image at 224 px and
+    1.5 ms at 384 px, a process (one device) augments at most 1,800 and 650 img/s.
 
     Args:
         spec: timm's string, such as "rand-m9-mstd0.5-inc1"; see `parse_spec`.
