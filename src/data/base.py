@@ -89,7 +89,7 @@ class Source:
         return self.digest_items(number)
 
     def digest_items(self, number: int) -> int:
-        """Continue a checksum over the images, which their descriptions stand for."""
+        """Continue a checksum over the descriptions of the images."""
         for index in range(len(self)):
             text = self.describe(index)
             number = zlib.crc32(text.encode("utf-8", "surrogateescape"), number)

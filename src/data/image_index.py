@@ -77,8 +77,8 @@ def check_files(
             earlier index.
         workers: threads (Pillow decodes outside Python's lock); 0 means one per core.
         progress: creates a progress bar from the number of files and a title.
-        ranks: the ranks that share the work. Only the first reads and writes the index; the others
-            know of files that were not read only that they are intact.
+        ranks: the ranks that share the work. Only the first reads and writes the index; for files
+            that were not read, the others only learn that they are intact.
 
     Raises:
         UserError: the index can't be written, or was not written by this program.

@@ -149,8 +149,8 @@ def create_eval_loader(
 class DataLoader:
     """Batches of a source, from its first image to its last; every iteration gives the same ones.
 
-    This is no `mindspore.dataset.Dataset`, because MindSpore reads the seed when an *iterator* is
-    created: anyone who sets another seed in between would change a bare dataset's augmentation.
+    This is not a `mindspore.dataset.Dataset`, because MindSpore reads the seed when an *iterator*
+    is created: anyone who sets another seed in between would change a bare dataset's augmentation.
 
     Iterating yields (images, labels): Tensors of what the operations make, uint8 [B, H, W, 3] in
     training and float32 [B, 3, H, W] in evaluation, and int32 [B]. If `Erase` is among the

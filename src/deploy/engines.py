@@ -106,7 +106,7 @@ def open_model(path: str | Path, engine: str = "auto", threads: int | None = Non
         return _open_mindspore(path, threads)
     quantized = check_onnx(path)
     if engine == "auto":  # OpenVINO 2026.4 rejects int8 files
-        engine = "openvino" if not quantized and _import("openvino") else "onnxruntime"
+        engine = "openvino" if not quantized and _import_optional("openvino") else "onnxruntime"
     return _OPENERS[engine](path, threads)
 
 
@@ -213,7 +213,7 @@ def _open_mindspore(path: Path, threads: int | None) -> Session:
 
 
 def _open_onnxruntime(path: Path, threads: int | None) -> Session:
-    runtime = _import("onnxruntime")
+    runtime = _import_optional("onnxruntime")
     if runtime is None:
         raise UserError(
             f"{path}: ONNX files need OpenVINO or onnxruntime: "
@@ -239,7 +239,7 @@ def _open_onnxruntime(path: Path, threads: int | None) -> Session:
 
 
 def _open_openvino(path: Path, threads: int | None) -> Session:
-    openvino = _import("openvino")
+    openvino = _import_optional("openvino")
     if openvino is None:
         raise UserError(f"{path}: OpenVINO is not installed: pip install openvino")
     # Without the first setting, OpenVINO computes in bfloat16 on processors that support it.
@@ -264,7 +264,7 @@ def _open_openvino(path: Path, threads: int | None) -> Session:
 _OPENERS = {"openvino": _open_openvino, "onnxruntime": _open_onnxruntime}
 
 
-def _import(name: str) -> Any:
+def _import_optional(name: str) -> Any:
     """Import an optional dependency; None if it is not installed."""
     try:
         return __import__(name)

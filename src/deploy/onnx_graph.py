@@ -118,7 +118,7 @@ class OnnxGraph:
         """Reorder the axes of x."""
         return self.node("Transpose", x, perm=order)
 
-    def tokens(self, x: str, start: int, end: int) -> str:
+    def slice_tokens(self, x: str, start: int, end: int) -> str:
         """x [B, T, C] -> [B, end - start, C]."""
         bounds = (self._shared("index", [number]) for number in (start, end, 1, 1))
         return self.node("Slice", x, *bounds)

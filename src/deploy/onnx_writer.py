@@ -58,7 +58,7 @@ def write_onnx(
             "halve them with --weight_dtype float16, or use --format mindir"
         )
     net = fuse(net)
-    classes = net.num_classes or _width(net)
+    classes = net.num_classes or _num_features(net)
     graph = OnnxGraph(precision, "float16" if half else "float32")
     feature = write(graph, net, tuple(shape[2:]))  # [B, C]
     if net.num_classes:
@@ -71,7 +71,7 @@ def _cvt(graph: OnnxGraph, net: CvT, size: tuple[int, int]) -> str:
     x = INPUT
     stages = (net.stage0, net.stage1, net.stage2)
     for i, (stage, patch) in enumerate(zip(stages, net.patches)):
-        grid = tuple(_windows(edge, *patch) for edge in size)
+        grid = tuple(_num_windows(edge, *patch) for edge in size)
         with graph.scope(f"stage{i}"):
             x = x if i == 0 else _to_map(graph, x, size, stages[i - 1].dim)
             x = _cvt_stage(graph, stage, x, grid, net.stage2.has_cls_token and i == 2)
@@ -107,10 +107,10 @@ def _attention(graph: OnnxGraph, attn: Attention, x: str, grid: tuple, only_cls:
     """Tokens [B, T, C] -> [B, T, C], or the class token's [B, C]."""
     count, dim = grid[0] * grid[1], attn.num_heads * attn.head_dim
     first = 1 if attn.has_cls_token else 0
-    cls = graph.tokens(x, 0, 1) if first else None
+    cls = graph.slice_tokens(x, 0, 1) if first else None
     q = k = v = x
     if attn.qkv_projection != "linear":
-        tokens = graph.tokens(x, 1, 1 + count) if first else x
+        tokens = graph.slice_tokens(x, 1, 1 + count) if first else x
         grid_map = _to_map(graph, tokens, grid, dim)
         if attn.qkv_projection == "avg":
             q, (k, count) = tokens, _pool(graph, attn, grid_map, grid)
@@ -135,7 +135,7 @@ def _attention(graph: OnnxGraph, attn: Attention, x: str, grid: tuple, only_cls:
 def _depthwise(graph: OnnxGraph, name: str, conv: nn.Conv2d, x: str, grid: tuple) -> tuple:
     """Map [B, C, H, W] -> tokens [B, N', C], N'."""
     with graph.scope(name):
-        small = tuple(_windows(edge, KERNEL_SIZE, conv.stride[0], PADDING) for edge in grid)
+        small = tuple(_num_windows(edge, KERNEL_SIZE, conv.stride[0], PADDING) for edge in grid)
         x = _conv(graph, x, "conv", conv)
         return _to_tokens(graph, x, conv.out_channels, small), small[0] * small[1]
 
@@ -192,7 +192,7 @@ def _block(
 
 def _first_token(graph: OnnxGraph, x: str, dim: int) -> str:
     """[B, T, C] -> [B, C]."""
-    return graph.reshape(graph.tokens(x, 0, 1), -1, dim)
+    return graph.reshape(graph.slice_tokens(x, 0, 1), -1, dim)
 
 
 def _silu(graph: OnnxGraph, x: str) -> str:
@@ -244,7 +244,7 @@ def _resnet(graph: OnnxGraph, net: ResNet, size: tuple[int, int]) -> str:
             with graph.scope(f"stage{i}", f"block{j}"):
                 x = _residual(graph, block, x)
     x = graph.node("GlobalAveragePool", graph.cast(x, "float32"))
-    return graph.reshape(x, -1, _width(net))
+    return graph.reshape(x, -1, _num_features(net))
 
 
 def _residual(graph: OnnxGraph, block: Residual, x: str) -> str:
@@ -266,19 +266,16 @@ def _conv_batch_norm(graph: OnnxGraph, x: str, cell: ConvBatchNorm) -> str:
 def _with_cls_token(graph: OnnxGraph, x: str, token: Parameter) -> str:
     """Tokens [B, N, C] -> [B, 1 + N, C]; zeros computed from x broadcast the token to the batch."""
     x = graph.cast(x, "float32")
-    zeros = graph.node("Mul", graph.tokens(x, 0, 1), graph.constant("zero", 0.0))
+    zeros = graph.node("Mul", graph.slice_tokens(x, 0, 1), graph.constant("zero", 0.0))
     return graph.concat(graph.add(zeros, graph.constant("cls_token", _value(token))), x)
 
 
 def _conv(graph: OnnxGraph, x: str, name: str, conv: nn.Conv2d) -> str:
     bias = _value(conv.bias) if conv.has_bias else None
-    top, bottom, left, right = _four(conv.padding)
+    padding = (conv.padding,) * 4 if isinstance(conv.padding, int) else conv.padding
+    top, bottom, left, right = padding
     pads = (top, left, bottom, right)
     return graph.conv(x, name, _value(conv.weight), bias, conv.stride[0], pads, conv.group)
-
-
-def _four(padding: int | Sequence[int]) -> Sequence[int]:
-    return (padding,) * 4 if isinstance(padding, int) else padding
 
 
 def _norm(graph: OnnxGraph, x: str, name: str, norm: nn.LayerNorm, single: bool = False) -> str:
@@ -296,12 +293,12 @@ def _to_map(graph: OnnxGraph, x: str, grid: Sequence[int], dim: int) -> str:
     return graph.reshape(graph.transpose(x, 0, 2, 1), -1, dim, *grid)
 
 
-def _windows(edge: int, kernel: int, stride: int, padding: int) -> int:
+def _num_windows(edge: int, kernel: int, stride: int, padding: int) -> int:
     """Return the number of window positions along an edge."""
     return (edge + 2 * padding - kernel) // stride + 1
 
 
-def _width(net: nn.Cell) -> int:
+def _num_features(net: nn.Cell) -> int:
     """Return the number of channels before the head."""
     if isinstance(net, CvT):
         return net.stage2.dim

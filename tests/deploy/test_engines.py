@@ -232,15 +232,15 @@ def test_float16_arithmetic(tmp_path, images, weight):
 
 
 def test_the_engine_is_chosen(files, monkeypatch):
-    monkeypatch.setattr(engines, "_import", lambda name: None)
+    monkeypatch.setattr(engines, "_import_optional", lambda name: None)
     with pytest.raises(UserError, match="pip install openvino, or pip install onnxruntime"):
         open_model(files["onnxruntime"])
     monkeypatch.undo()
     for name in ("openvino", "onnxruntime"):
         pytest.importorskip(name)
     assert open_model(files["openvino"]).engine == "openvino"
-    real = engines._import
-    monkeypatch.setattr(engines, "_import", lambda n: None if n == "openvino" else real(n))
+    real = engines._import_optional
+    monkeypatch.setattr(engines, "_import_optional", lambda n: None if n == "openvino" else real(n))
     assert open_model(files["openvino"]).engine == "onnxruntime"
     with pytest.raises(UserError, match="OpenVINO is not installed"):
         open_model(files["openvino"], "openvino")
