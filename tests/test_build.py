@@ -235,7 +235,7 @@ def test_a_class_without_a_readable_image_and_a_lone_class_are_refused(photos, c
 
 
 WRONG_VALUES = {
-    "data.mean .123.675, 116.28, 103.53.: .*MindSpore's convention of 0..255, divide them by 255": {
+    "data.mean .123.675, 116.28, 103.53.: .*pixels of 0..255, divide them by 255": {
         "data": {"mean": (123.675, 116.28, 103.53)}
     },
     "data.std .58.395, 57.12, 57.375.: .*divide them by 255": {

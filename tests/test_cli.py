@@ -10,7 +10,7 @@ from src.cli import parse
 from src.config import Config, DataConfig, Study
 from src.config_io import is_run_config, load_config, run_config_of, save_config
 from src.errors import UserError
-from src.hints import _HABITS
+from src.hints import _ALIASES
 
 FILES = sorted((Path(__file__).parents[1] / "config").rglob("*.yaml"))
 RECIPES = [path for path in FILES if path.parent.name != "study"]
@@ -100,7 +100,7 @@ def test_the_config_of_a_run_is_found_beside_its_checkpoint(tmp_path):
         ("lr: 1", "unknown key lr"),
         ("optimizer: 3", "optimizer is a group of keys"),
         ("optimizer:", "optimizer is a group of keys"),
-        ("a: [", "no valid YAML"),
+        ("a: [", "invalid YAML"),
         ("- 1", "expected keys and values"),
         ("", "expected keys and values"),
         ("model: {image_size: big}", "model.image_size: .*Got value: big"),
@@ -113,7 +113,7 @@ def test_the_config_of_a_run_is_found_beside_its_checkpoint(tmp_path):
         ("optimizer: {lr: -1}", "optimizer.lr: .*-1"),
         ("augment: {hflip: 1.5}", "augment.hflip: .*1.5"),
         ("runtime: {device: TPU}", "runtime.device: .*TPU"),
-        ("\x00", "no valid YAML"),
+        ("\x00", "invalid YAML"),
     ],
 )
 def test_recipes_that_are_refused(tmp_path, text, words):
@@ -170,7 +170,7 @@ def test_names_of_other_programs_are_answered_with_ours(option, meant):
 def test_every_hint_is_a_key_or_an_option_of_some_command():
     keys = {f"{group}.{key}" for group, keys in vars(Config()).items() for key in vars(keys)}
     sources = "".join(path.read_text() for path in Path(__file__).parents[1].glob("*.py"))
-    for meant in set(_HABITS.values()) - keys:
+    for meant in set(_ALIASES.values()) - keys:
         assert "." not in meant and (f'"--{meant}"' in sources or meant == "config"), meant
 
 
@@ -213,7 +213,7 @@ def bomb(levels, width):
         ("model: " + "[" * 3000 + "]" * 3000, "nested deeper than 20"),
         ("model: " + "{a: " * 3000, "nested deeper than 20"),
         ("- " * 3000, "nested deeper than 20"),
-        ("model: {name: 2020-99-99}", "no valid YAML"),
+        ("model: {name: 2020-99-99}", "invalid YAML"),
         ("#" * (5 << 20), "more than 4 MiB"),
         ("training: {freeze: [" + "a, " * 100_000 + "]}", "freeze has 100,000 values"),
         ("data: {class_names: [" + "a, " * 100_000 + "[]]}", r"data.class_names: .*around \[\]\."),

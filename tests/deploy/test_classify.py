@@ -79,7 +79,7 @@ def test_a_sheet_shows_each_image(folder, tmp_path, monkeypatch):
         classify_files(Brightness(), str(folder), 1, None, "s.txt")
     monkeypatch.undo()
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="--sheet .*file is no folder; give another file"):
+    with pytest.raises(UserError, match="--sheet .*file is not a folder; give another file"):
         classify_files(Brightness(), str(folder / "sub0/0.png"), 1, None, f"{tmp_path}/file/s.png")
 
 
@@ -141,7 +141,7 @@ def test_a_result_replaces_only_a_result(folder, tmp_path):
         if outputs[0] == "gone.json/x":
             (tmp_path / "gone.json").touch()
             outputs = (str(tmp_path / "gone.json/x"), None)
-        with pytest.raises(UserError, match="--(json|sheet) .*(--force|is no folder)"):
+        with pytest.raises(UserError, match="--(json|sheet) .*(--force|is not a folder)"):
             classify_files(None, image, 1, *outputs)  # no predictor: nothing may be classified
     assert labels.read_text() == '{"0": "cat"}'
     results, sheet = tmp_path / "deep/er/r.json", tmp_path / "deep/s.png"

@@ -60,9 +60,12 @@ def test_command(tmp_path, recipe):
     ("words", "message"),
     [
         (["--src", SOURCE, "--dst", "x.pth"], "--dst x.pth: the name must end in .ckpt or"),
-        (["--src", SOURCE, "--dst", "old.ckpt"], "--dst old.ckpt: exists and is no earlier result"),
+        (
+            ["--src", SOURCE, "--dst", "old.ckpt"],
+            "--dst old.ckpt: exists and is not an earlier",
+        ),
         (["--src", SOURCE, "--dst", SOURCE, "--force"], "the name must end in"),
-        (["--src", SOURCE, "--dst", "old.ckpt/x.ckpt"], "old.ckpt is no folder"),
+        (["--src", SOURCE, "--dst", "old.ckpt/x.ckpt"], "old.ckpt is not a folder"),
         (
             ["--src", SOURCE, "--dst", "x.ckpt", "--entry", "ema"],
             "no weights under --entry ema",
@@ -122,7 +125,7 @@ def test_only_an_earlier_result_is_replaced(tmp_path, config):
     weights = {parameter.name: parameter for parameter in net.get_parameters()}
     save_weights({**weights, "step": Tensor(np.zeros(1, np.float32))}, target)
     before = target.read_bytes()
-    with pytest.raises(UserError, match="x.ckpt: exists and is no earlier result"):
+    with pytest.raises(UserError, match="x.ckpt: exists and is not an earlier result"):
         conversion.convert(SOURCE, target, None, config, verify=False)
     assert target.read_bytes() == before
     conversion.convert(SOURCE, target, None, config, verify=False, force=True)

@@ -17,7 +17,7 @@ from src.config import Config
 from src.config_io import save_config
 from src.errors import UserError
 from src.models.complexity import complexity, uninitialised
-from tools.benchmark.process import BenchmarkProcess, usable_cores
+from tools.benchmark.process import BenchmarkProcess, select_cores
 from tools.benchmark.table import (
     print_compile,
     print_measured,
@@ -35,7 +35,7 @@ def measure(config: Config, options: Options) -> dict[str, Any]:
     Raises:
         UserError: something cannot be measured, or a peer fails.
     """
-    cores = usable_cores(options.threads)
+    cores = select_cores(options.threads)
     with _prepare(config, options, len(cores)) as (net, job):
         plans = plan_sides(net, config, options, job)
         reference = options.reference or plans[0].name
@@ -66,7 +66,7 @@ def measure_compile(config: Config, options: Options) -> dict[str, Any]:
     Raises:
         UserError: as in `measure`.
     """
-    cores = usable_cores(options.threads)
+    cores = select_cores(options.threads)
     answers: dict[tuple[str, str], list[dict]] = {}
     with _prepare(config, options, len(cores)) as (net, job):
         for _ in range(options.rounds):

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from src.device import usable_cores
 from src.errors import UserError
 from tools.benchmark.workload import Plan
 
@@ -98,16 +99,13 @@ class BenchmarkProcess:
         return {"error": error, "traceback": log}
 
 
-def usable_cores(threads: int | None) -> list[int]:
+def select_cores(threads: int | None) -> list[int]:
     """Return the cores that every process runs on: the first `threads` available ones, or all.
 
     Raises:
         UserError: there are fewer.
     """
-    if hasattr(os, "sched_getaffinity"):
-        cores = sorted(os.sched_getaffinity(0))
-    else:
-        cores = list(range(os.cpu_count() or 1))
+    cores = usable_cores()
     if threads is not None and threads > len(cores):
         raise UserError(f"--threads {threads}: there are {len(cores)} cores; give no more")
     return cores[:threads]

@@ -23,6 +23,7 @@ from src.data.images import examine, is_ready
 from src.data.records import FORMAT, INDEX, UNFINISHED, load_index
 from src.data.shards import open_writer, seal, verify_shard
 from src.data.sources import open_source
+from src.device import usable_cores
 from src.errors import UserError
 from src.files import remove_unfinished, write_json
 from src.progress import progress_bar
@@ -120,7 +121,7 @@ class _Conversion:
         self._root = root
         self._folder = folder
         self._options = options
-        self._workers = options.workers or min(os.cpu_count() or 1, 16)
+        self._workers = options.workers or min(len(usable_cores()), 16)
         step, count = options.images_per_shard, len(source)
         self._ranges = [range(i, min(i + step, count)) for i in range(0, count, step)]
         self._head = {

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from src.config_io import load_config
-from src.errors import UserError, shown
+from src.errors import UserError, shorten
 from src.training.resume import FREE_TO_CHANGE, flatten
 from src.training.state import has_state
 from tools.study.cells import Cell
@@ -61,7 +61,7 @@ def _require_same_settings(cell: Cell, folder: Path) -> None:
     before, now = flatten(load_config(folder / "config.yaml")), flatten(cell.config)
     free = {key for key in RESOLVED if now[key] is None} | set(FREE_TO_CHANGE)
     changed = [
-        f"{key} {shown(before[key])}, not {shown(now[key])}"
+        f"{key} {shorten(before[key])}, not {shorten(now[key])}"
         for key in now
         if key not in free and before[key] != now[key]
     ]

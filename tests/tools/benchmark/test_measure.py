@@ -15,7 +15,7 @@ from src.models import create_model
 from tests.conftest import ROOT
 from tools.benchmark.__main__ import main
 from tools.benchmark.measure import alternate, start_all
-from tools.benchmark.process import BenchmarkProcess, usable_cores
+from tools.benchmark.process import BenchmarkProcess, select_cores
 from tools.benchmark.table import summarise, warn_of_idle_work
 from tools.benchmark.workload import Plan, cvt_sizes, plan_files
 
@@ -29,7 +29,7 @@ TINY = [
     "--batch_size=4",
     "--rounds=2",
 ]
-CORES = usable_cores(None)
+CORES = select_cores(None)
 PEER = [f"--peer={STAND_IN}", f"--peer_python={sys.executable}"]
 
 
