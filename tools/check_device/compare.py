@@ -33,7 +33,7 @@ def relative(found: np.ndarray, expected: np.ndarray) -> float:
     return float((np.abs(found - expected) / np.abs(expected)).max())
 
 
-def judge(differences: Mapping[str, float], limits: float | Mapping[str, float]) -> Finding:
+def check_limits(differences: Mapping[str, float], limits: float | Mapping[str, float]) -> Finding:
     """Return a finding on several differences; it shows the worst one relative to its limit.
 
     Args:

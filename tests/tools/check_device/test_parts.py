@@ -13,7 +13,7 @@ from tools.check_device import limits, table
 from tools.check_device.__main__ import parse, select_checks
 from tools.check_device.checks.speed import PROFILED, summarise
 from tools.check_device.checks.training import last_line
-from tools.check_device.compare import by_largest, by_norm, judge
+from tools.check_device.compare import by_largest, by_norm, check_limits
 from tools.check_device.registry import CHECKS, Finding
 from tools.check_device.runner import FAILED, NOT_HERE, PASSED, Result
 
@@ -87,10 +87,12 @@ def test_a_line_for_each_outcome():
 
 
 def test_the_worst_difference_for_its_limit_is_shown():
-    finding = judge({"a": 0.5, "b": 0.01}, {"a": 1.0, "b": 0.001})
+    finding = check_limits({"a": 0.5, "b": 0.01}, {"a": 1.0, "b": 0.001})
     assert (finding.measured, finding.allowed, finding.passed) == ("1.0e-02 (b)", "0.001", False)
-    assert "b" in finding.hint and judge({"a": 0.5}, 1.0).passed
-    assert not judge({"a": float("nan")}, 1.0).passed and judge({"a": 0.0}, 0.0).passed
+    assert "b" in finding.hint and check_limits({"a": 0.5}, 1.0).passed
+    assert (
+        not check_limits({"a": float("nan")}, 1.0).passed and check_limits({"a": 0.0}, 0.0).passed
+    )
 
 
 def test_differences_that_are_not_finite_are_infinite():

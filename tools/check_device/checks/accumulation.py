@@ -6,7 +6,7 @@ import numpy as np
 from mindspore import Tensor, nn
 
 from tools.check_device.checks import training
-from tools.check_device.compare import by_norm, judge, relative
+from tools.check_device.compare import by_norm, check_limits, relative
 from tools.check_device.limits import limit
 from tools.check_device.registry import Finding, Setting
 
@@ -28,7 +28,7 @@ def accumulation(setting: Setting) -> Finding:
         moments = [value.ravel() for name, value in values.items() if name.startswith("moment1.")]
         found[parts] = np.array([float(x.asnumpy()) for x in result]), np.concatenate(moments)
     (curve, gradient), (right_curve, right) = found[2], found[1]
-    return judge(
+    return check_limits(
         {"loss and norm": relative(curve, right_curve), "gradients": by_norm(gradient, right)},
         {"loss and norm": limit("loss"), "gradients": limit("gradients")},
     )

@@ -15,7 +15,7 @@ from src.training.loss import LabelSmoothingCrossEntropy
 from src.training.optimizer import AdamW
 from tools.check_device import reference
 from tools.check_device.checks.cells import build_step, fill, noise, run_forward_backward
-from tools.check_device.compare import by_largest, by_norm, judge
+from tools.check_device.compare import by_largest, by_norm, check_limits
 from tools.check_device.limits import limit
 from tools.check_device.registry import Finding, Setting
 
@@ -44,9 +44,9 @@ def _compare(
     return result
 
 
-def _judge(results: dict[str, tuple[float, float]]) -> Finding:
+def _check_limits(results: dict[str, tuple[float, float]]) -> Finding:
     differences, limits = ({name: pair[i] for name, pair in results.items()} for i in (0, 1))
-    return judge(differences, limits)
+    return check_limits(differences, limits)
 
 
 class _Depthwise(nn.Cell):
@@ -75,7 +75,7 @@ def depthwise(setting: Setting) -> Finding:
         expected = reference.depthwise(x, weight, dy, stride)
         name = f"{form}, stride {stride}: "
         results |= _compare(cell, dy, [x], [cell.conv.weight], expected, "input weight", name)
-    return _judge(results)
+    return _check_limits(results)
 
 
 def token_embedding(setting: Setting) -> Finding:
@@ -91,7 +91,7 @@ def token_embedding(setting: Setting) -> Finding:
         expected = reference.convolution(x, weight, bias, dy, stride, padding)
         parameters, name = [cell.weight, cell.bias], f"{size} x {size}: "
         results |= _compare(cell, dy, [x], parameters, expected, "input weight bias", name)
-    return _judge(results)
+    return _check_limits(results)
 
 
 def batch_norm(setting: Setting) -> Finding:
@@ -112,7 +112,7 @@ def batch_norm(setting: Setting) -> Finding:
         ):
             difference = by_largest(parameter.asnumpy(), right)
             results[f"{name}running {what}"] = difference, limit("logits")
-    return _judge(results)
+    return _check_limits(results)
 
 
 def layer_norm(setting: Setting) -> Finding:
@@ -120,7 +120,9 @@ def layer_norm(setting: Setting) -> Finding:
     x, dy, cell = noise(2, 50, 64) * 3 + 1, noise(2, 50, 64, seed=1), LayerNorm(64)
     gamma, beta = fill(cell.gamma, 1 + 0.1 * noise(64)), fill(cell.beta, noise(64))
     *expected, _, _ = reference.normalise(x, gamma, beta, dy, (2,), (0, 1))
-    return _judge(_compare(cell, dy, [x], [cell.gamma, cell.beta], expected, "input gamma beta"))
+    return _check_limits(
+        _compare(cell, dy, [x], [cell.gamma, cell.beta], expected, "input gamma beta")
+    )
 
 
 def attention(setting: Setting) -> Finding:
@@ -128,7 +130,7 @@ def attention(setting: Setting) -> Finding:
     q, k, v, dy = (noise(2, 3, t, 16, seed=i) for i, t in enumerate((50, 17, 17, 50)))
     cell = ScaledDotProductAttention(3, 16, 48**-0.5)
     expected = reference.attention(q, k, v, dy, 48**-0.5)
-    return _judge(_compare(cell, dy, [q, k, v], [], expected, "query key value"))
+    return _check_limits(_compare(cell, dy, [q, k, v], [], expected, "query key value"))
 
 
 class _Split(nn.Cell):
@@ -147,7 +149,7 @@ def class_token(setting: Setting) -> Finding:
     x, dy = noise(2, 50, 64), noise(2, 50, 64, seed=1)
     y, found = run_forward_backward(_Split(), dy, x)
     factor = np.where(np.arange(50) == 0, 2, 1)[:, None]
-    return judge(
+    return check_limits(
         {"output": by_largest(y, x * factor), "gradient": by_largest(found[0], dy * factor)}, 0.0
     )
 
@@ -155,7 +157,7 @@ def class_token(setting: Setting) -> Finding:
 def quick_gelu(setting: Setting) -> Finding:
     """Check the activation, far into both tails."""
     x, dy = 5 * noise(64, 64), noise(64, 64, seed=1)
-    return _judge(_compare(QuickGELU(), dy, [x], [], reference.quick_gelu(x, dy), "input"))
+    return _check_limits(_compare(QuickGELU(), dy, [x], [], reference.quick_gelu(x, dy), "input"))
 
 
 class _Loss(nn.Cell):
@@ -177,7 +179,7 @@ def loss(setting: Setting) -> Finding:
     value, gradient = reference.cross_entropy(logits, targets)
     expected = [np.array([value]), gradient]
     dy = np.ones(1, np.float32)
-    return _judge(_compare(_Loss(labels), dy, [logits], [], expected, "logits"))
+    return _check_limits(_compare(_Loss(labels), dy, [logits], [], expected, "logits"))
 
 
 class _Linear(nn.Cell):
@@ -222,4 +224,4 @@ def adamw(setting: Setting) -> Finding:
         for what, part in (("ordinary", np.s_[::2]), ("tiny", np.s_[1::2])):
             right = (expected - start[row])[part]
             differences[f"{name}, {what} gradients"] = by_largest(moved[part], right)
-    return judge(differences, 1e-4)  # float32 weights resolve an update no better
+    return check_limits(differences, 1e-4)  # float32 weights resolve an update no better

@@ -11,7 +11,7 @@ from src.training.optimizer import SGD
 from src.training.train_step import mix_images
 from tools.check_device import reference
 from tools.check_device.checks.cells import build_step, noise
-from tools.check_device.compare import by_largest, judge
+from tools.check_device.compare import by_largest, check_limits
 from tools.check_device.limits import limit
 from tools.check_device.registry import Finding, Setting
 
@@ -61,7 +61,7 @@ def mixing(setting: Setting) -> Finding:
         logits = _mixed(images, mix)[:, 0, 0, :CLASSES]
         right, _ = reference.cross_entropy(logits, mix[0] * own + (1 - mix[0]) * other)
         differences[f"{name}: loss"] = by_largest(found, right)
-    finding = judge(differences, limit("logits"))
+    finding = check_limits(differences, limit("logits"))
     ratio = _seconds(mix_cell) / _seconds(_Scale())
     finding.measured += f"; takes {ratio:.1f} multiplications"
     finding.details["time by that of a multiplication"] = ratio

@@ -12,7 +12,7 @@ from typing import Any
 
 from src.launch.plan import HCCL_TIMEOUTS, visible_devices
 from tools.check_device.checks.training import last_line
-from tools.check_device.compare import judge, relative
+from tools.check_device.compare import check_limits, relative
 from tools.check_device.limits import LIMITS
 from tools.check_device.rank_program import SIZES
 from tools.check_device.registry import Finding, NotHere, Setting
@@ -107,7 +107,7 @@ def data_parallel(setting: Setting) -> Finding:
     found = run_ranks(setting, "training", world)
     (alone,) = run_ranks(setting, "training", 1)
     column = 0 if setting.device == "CPU" else 1  # sums in another order round differently
-    finding = judge(
+    finding = check_limits(
         {
             "losses": relative(found[0]["losses"], alone["losses"]),
             "gradient norms": relative(found[0]["norms"], alone["norms"]),

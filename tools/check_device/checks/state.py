@@ -16,7 +16,7 @@ from src.training.train_step import TrainStep
 from src.weights import load_weights
 from tools.check_device.checks import training
 from tools.check_device.checks.cells import build_step, noise
-from tools.check_device.compare import by_largest, judge
+from tools.check_device.compare import by_largest, check_limits
 from tools.check_device.limits import limit
 from tools.check_device.registry import Finding, Setting
 
@@ -97,4 +97,4 @@ def on_cpu(setting: Setting) -> Finding:
     load_weights(net, file)
     found = net.set_train(False)(Tensor(sample_images())).asnumpy()
     training.wait_for_cpu(process)
-    return judge({"logits": by_largest(found, np.load(output))}, limit("logits"))
+    return check_limits({"logits": by_largest(found, np.load(output))}, limit("logits"))

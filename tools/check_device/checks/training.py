@@ -23,7 +23,7 @@ from src.training.loss import LabelSmoothingCrossEntropy
 from src.training.optimizer import AdamW
 from src.training.train_step import FIRST_DYNAMIC_SCALE, TrainStep
 from tools.check_device.checks.cells import build_step
-from tools.check_device.compare import by_largest, by_norm, judge, relative
+from tools.check_device.compare import by_largest, by_norm, check_limits, relative
 from tools.check_device.golden import official
 from tools.check_device.limits import limit
 from tools.check_device.registry import Finding, Setting
@@ -140,7 +140,7 @@ def gradients(setting: Setting) -> Finding:
     if set(found) != set(right):
         raise ValueError(f"parameters differ: {sorted(set(found) ^ set(right))[:4]}")
     differences = {name: by_norm(found[name], right[name], MIN_FRACTION * whole) for name in right}
-    return judge(differences, limit("gradients"))
+    return check_limits(differences, limit("gradients"))
 
 
 def start_on_cpu(setting: Setting, what: str, **arguments: str) -> subprocess.Popen:
@@ -176,17 +176,17 @@ def last_line(text: str) -> str:
 
 def trajectory(setting: Setting) -> Finding:
     """Compare losses and gradient norms of twenty steps with the official code's."""
-    return _judge_curve(_run().curve, "float32")
+    return _compare_curve(_run().curve, "float32")
 
 
-def _judge_curve(curve: list[tuple[float, float]], precision: str) -> Finding:
+def _compare_curve(curve: list[tuple[float, float]], precision: str) -> Finding:
     differences, limits = {}, {}
     kinds = (("loss", "loss"), ("grad_norm", "gradient norm"))
     for column, (key, what) in enumerate(kinds):
         right = official.REFERENCE[f"{TRAJECTORY['tag']}/{key}"]
         differences[what] = relative([row[column] for row in curve], right)
         limits[what] = limit(what, precision)
-    finding = judge(differences, limits)
+    finding = check_limits(differences, limits)
     finding.details["curve"] = curve
     return finding
 
@@ -200,7 +200,7 @@ def statistics(setting: Setting) -> Finding:
         if ".running_" in name:
             norm = np.linalg.norm(parameter.asnumpy().astype(np.float64))
             differences[name] = abs(norm - norms[name]) / norms[name]
-    return judge(differences, 10 * limit("loss"))
+    return check_limits(differences, 10 * limit("loss"))
 
 
 def average(setting: Setting) -> Finding:
@@ -208,7 +208,7 @@ def average(setting: Setting) -> Finding:
     run = _run()
     found = {p.name.removeprefix("ema."): p.asnumpy() for p in run.step.ema_net.get_parameters()}
     differences = {name: by_largest(found[name], right) for name, right in run.average.items()}
-    return judge(differences, 1e-5)
+    return check_limits(differences, 1e-5)
 
 
 def overflow(setting: Setting) -> Finding:
@@ -246,7 +246,7 @@ def repeatability(setting: Setting) -> Finding:
     for _ in range(2):
         restore(run.step, run.start)
         curves.append([run_step(run.step, *batch) for batch in batches(3)])
-    return judge({"loss and gradient norm": relative(curves[0], curves[1])}, limit("loss"))
+    return check_limits({"loss and gradient norm": relative(curves[0], curves[1])}, limit("loss"))
 
 
 def trajectory_float16(setting: Setting) -> Finding:
@@ -254,7 +254,7 @@ def trajectory_float16(setting: Setting) -> Finding:
     scale = None if overflows_to_infinity() else float(FIXED_SCALE)
     step = make_step("float16", loss_scale=scale)
     curve = [run_step(step, *batch) for batch in batches(STEPS)]
-    finding = _judge_curve(curve, "float16")
+    finding = _compare_curve(curve, "float16")
     finding.details["loss scale"] = float(step.loss_scale.asnumpy())
     if int(step.skipped.asnumpy()):
         finding.hint += f"; {int(step.skipped.asnumpy())} steps overflowed from a scale of "
