@@ -53,7 +53,9 @@ def test_a_key_of_a_saved_configuration_can_be_edited(tmp_path):
     assert load_config(file).optimizer.weight_decay == 0.06
     for lines in range(1, text.count("\n")):
         file.write_text("".join(text.splitlines(keepends=True)[:lines]))
-        with pytest.raises(UserError, match="config.yaml: cut off" if lines > 1 else "config.yaml"):
+        with pytest.raises(
+            UserError, match="config.yaml: truncated" if lines > 1 else "config.yaml"
+        ):
             load_config(file)
 
 
@@ -208,7 +210,7 @@ def bomb(levels, width):
             f"data: {{class_names: &a [{'x' * 50_000}]}}\nmodel: [{','.join(['*a'] * 100)}]",
             "expand",
         ),
-        ("model: &a {name: *a}", "alias a of nothing"),
+        ("model: &a {name: *a}", "alias a refers to nothing"),
         ("model: " + "[" * 3000, "nested deeper than 20"),
         ("model: " + "[" * 3000 + "]" * 3000, "nested deeper than 20"),
         ("model: " + "{a: " * 3000, "nested deeper than 20"),
