@@ -1,4 +1,4 @@
-"""From a configuration to the objects it describes: network, images, preprocessing."""
+"""Builds network, data and preprocessing from a configuration."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from src.distributed import SINGLE_PROCESS, Ranks
 from src.errors import UserError, join_names
 from src.kernels.library import BuildError, library
 from src.models import create_model
+from src.models.arguments import as_size
 from src.models.attention import use_flash_attention
 from src.models.compiled import has_plain_convolutions, use_compiled
 from src.models.layers import use_shifts
@@ -37,31 +38,28 @@ from src.progress import progress_bar
 logger = logging.getLogger("cvt")
 
 MIXING_KEYS = ("mixup", "cutmix", "mixup_prob", "mixup_switch_prob")  # as Mixing's fields
-SLOW_CONVOLUTIONS = (2, 9)  # versions of MindSpore from here on
+SLOW_CONVOLUTIONS = (2, 9)  # from this version of MindSpore
 MAX_SIDE = 8192  # pixels of a network's input
 INDEX_FILE = "images.json"  # in a run's folder
 
 
 def image_size(config: ModelConfig) -> tuple[int, int]:
-    """(height, width) in pixels.
+    """Return (height, width) in pixels.
 
     Raises:
-        UserError: no such size.
+        UserError: the size is invalid.
     """
-    size = config.image_size
-    size = (size, size) if isinstance(size, int) else tuple(size)
-    if len(size) != 2 or min(size) < 1:
-        raise UserError(
-            f"model.image_size {config.image_size}: must be a number of pixels, or [height, width]"
-        )
-    return size
+    try:
+        return as_size(config.image_size)
+    except UserError as error:
+        raise UserError(f"model.{error}") from None
 
 
 def build_model(config: Config) -> nn.Cell:
-    """The network as configured, freshly initialised; classes must be resolved.
+    """Build the network with new weights; `model.num_classes` must be set.
 
     Raises:
-        UserError: keys that make no network.
+        UserError: a key of `model` is invalid.
     """
     arguments = {k: v for k, v in dataclasses.asdict(config.model).items() if v is not None}
     name, classes = arguments.pop("name"), arguments.pop("num_classes")
@@ -70,9 +68,9 @@ def build_model(config: Config) -> nn.Cell:
 
 
 def set_precision(net: nn.Cell, precision: str) -> nn.Cell:
-    """Let Linears and convolutions, and so the attention products, compute in a lower precision.
+    """Let Linears, convolutions and thus attention products compute in a precision, in place.
 
-    Weights stay float32; norms, softmax and loss cast up by themselves.
+    Weights stay float32; norms, softmax and loss cast to float32 themselves.
     """
     if precision != "float32":
         for _, cell in net.cells_and_names():
@@ -81,28 +79,18 @@ def set_precision(net: nn.Cell, precision: str) -> nn.Cell:
     return net
 
 
-def require_precision(precision: str) -> None:
-    """Refuse a precision that the present device has no kernels for.
-
-    Raises:
-        UserError: bfloat16 on the CPU.
-    """
-    if precision == "bfloat16" and current_device() == "CPU":
-        raise UserError("runtime.precision bfloat16: the CPU has no such kernels; take float32")
-
-
 def set_attention(net: nn.Cell, runtime: RuntimeConfig) -> nn.Cell:
-    """Let attention compute in Ascend's fused kernel where the configuration asks for it.
+    """Switch attention to Ascend's fused kernel if the configuration says so, in place.
 
     Raises:
-        UserError: a device, a precision or a network that the kernel does not work with.
+        UserError: the kernel does not support the device, the precision or the network.
     """
     if not runtime.flash_attention:
         return net
     device = current_device()
     if device != "Ascend":
         raise UserError(
-            f"runtime.flash_attention: is a kernel of Ascend's, this runs on {device}; leave it out"
+            f"runtime.flash_attention: is for Ascend, this runs on {device}; leave it out"
         )
     if runtime.precision == "float32":
         raise UserError(
@@ -113,67 +101,73 @@ def set_attention(net: nn.Cell, runtime: RuntimeConfig) -> nn.Cell:
 
 
 def uses_compiled(runtime: RuntimeConfig) -> bool:
-    """Whether networks compute in compiled operators, as `compiled_library`."""
+    """Return whether networks compute in compiled operators; raises as `compiled_library`."""
     return compiled_library(runtime) is not None
 
 
 def compiled_library(runtime: RuntimeConfig) -> Path | None:
-    """The compiled operators, None where they are not used; the log says why where they could be.
+    """Return the library of compiled operators, or None if they are not used.
+
+    The log gives the reason if they could be used but not built.
 
     Raises:
-        UserError: they are asked for and can't be had.
+        UserError: they are required but not available.
     """
-    asked = runtime.compiled_ops == "always"
+    required = runtime.compiled_ops == "always"
     if runtime.compiled_ops == "never":
         return None
     device = current_device()
     if device != "CPU" or runtime.precision != "float32":
-        if asked:
+        if required:
             raise UserError(
                 "runtime.compiled_ops always: they are for the CPU in float32, this runs on "
-                f"{device} in {runtime.precision}; leave the key out"
+                f"{device} in {runtime.precision}; leave out the key"
             )
         return None
     try:
         return library(cache_folder())
     except BuildError as error:
-        if asked:
+        if required:
             raise UserError(f"runtime.compiled_ops always: {error}") from None
-        logger.info("without compiled operators, so slower: %s", error)
+        logger.info("running without compiled operators, which is slower: %s", error)
         return None
 
 
 def accelerate(net: nn.Cell, runtime: RuntimeConfig) -> nn.Cell:
-    """Let a network that is not to be exported compute in the operators that the recipe asks for.
+    """Switch a network to the operators of the configuration, in place; do not export it then.
 
     Raises:
-        UserError: they are asked for and can't be had.
+        UserError: they are required but not available.
     """
     if runtime.depthwise == "shifts":
         use_shifts(net)
-    built = compiled_library(runtime)
-    if built is not None:
-        use_compiled(net, built)
+    path = compiled_library(runtime)
+    if path is not None:
+        use_compiled(net, path)
     if (
         current_device() == "CPU"
         and mindspore_version() >= SLOW_CONVOLUTIONS
         and has_plain_convolutions(net)
     ):
         logger.warning(
-            "this MindSpore computes convolutions on the CPU some 100 times slower than 2.8: "
+            "this MindSpore computes convolutions on the CPU about 100 times slower than 2.8: "
             "install mindspore 2.8, or for CvT a C++ compiler (runtime.compiled_ops)"
         )
     return net
 
 
 def without_flash_attention(config: Config) -> Config:
-    """The configuration for what must also run, or be exported to run, off Ascend."""
+    """Return the configuration without flash attention, for other devices than Ascend."""
     runtime = dataclasses.replace(config.runtime, flash_attention=False)
     return dataclasses.replace(config, runtime=runtime)
 
 
 def open_split(config: Config, split: str) -> Source:
-    """The images of "train" or "val", labelled in the order of `data.class_names`."""
+    """Open the images of "train" or "val", labelled in the order of `data.class_names`.
+
+    Raises:
+        UserError: the data or a key of `data` is invalid.
+    """
     data = config.data
     folders = {"train_folder": data.train_folder, "val_folder": data.val_folder}
     for key in ("classes", "class_names"):
@@ -188,10 +182,10 @@ def open_split(config: Config, split: str) -> Source:
         source = select_classes(source, data.classes, data.class_names)
     if split == "train" and len(source.class_names) < 2:
         raise UserError(
-            f"{source.title}: only one class ({source.class_names[0]!r}), so there is nothing to "
-            "learn; add a folder for each further class"
+            f"{source.title}: only one class ({source.class_names[0]!r}); add a folder for each "
+            "further class"
         )
-    if held_out:  # the same images whatever runtime.seed is, so that trials compare
+    if held_out:  # the same images for any runtime.seed, so that trials are comparable
         source = hold_out(source, data.val_from_train, seed=0)[split == "val"]
     if data.train_images and split == "train":
         source = balanced_subset(source, data.train_images, config.runtime.seed)
@@ -199,7 +193,7 @@ def open_split(config: Config, split: str) -> Source:
 
 
 def open_quietly(config: Config, split: str) -> Source:
-    """`open_split` for its errors: what there is to log comes when the split is opened for use."""
+    """Call `open_split` without logging, to check a split that is opened again later."""
     logger.disabled = True
     try:
         return open_split(config, split)
@@ -216,33 +210,33 @@ def open_checked(
     keep: bool = True,
     source: Source | None = None,
 ) -> Source:
-    """`open_split` without broken images, the same on all ranks, which share the look at them.
+    """Open a split as `open_split` does, without broken images; the ranks share the check.
 
     Args:
         config: the recipe.
         split: "train" or "val".
-        ranks: those that open the split.
-        run: a run's folder, with an index of the images unless `data.index` names another.
-        source: what `open_split` gave, where it was opened before.
-        keep: whether to write the index. A configuration that came with a checkpoint must not
-            decide what is written where.
+        ranks: the ranks that open the split.
+        run: a run's folder for the index of the images unless `data.index` is set.
+        keep: whether to write the index; False for a configuration that came with a checkpoint,
+            which must not decide where files are written.
+        source: the result of `open_split` if it was called before.
 
     Raises:
-        UserError: images are broken, and more of them than may be skipped.
+        UserError: more images are broken than may be skipped.
     """
     check_values(config)
     data = config.data
     if source is None:
         source = open_split(config, split)
         if split == "train" and len(source) and source.file(0) is not None:
-            open_quietly(config, "val")  # its faults are told before any image is read
+            open_quietly(config, "val")  # report its errors before any image is read
     ranks.require_agreement(f"{split} images", source.digest())
     if not len(source) or source.file(0) is None:
         return source
     if not data.check_images:
         logger.warning(
             "%s: images are not checked (data.check_images): a broken one stops the run when it is "
-            "reached, and one with a damaged header can end it without a message", source.title
+            "read, and a damaged header can end it without a message", source.title
         )  # fmt: skip
         return source
     index = Path(data.index).expanduser() if data.index else run and run / INDEX_FILE
@@ -254,14 +248,14 @@ def open_checked(
     faults = {k: entry.fault for k, entry in enumerate(entries) if entry.fault}
     turned = sum(entry.turned for entry in entries)
     if turned and ranks.is_first:
-        logger.info("%s: %d images are turned upright by EXIF", source.title, turned)
+        logger.info("%s: %d images are rotated as their EXIF data says", source.title, turned)
     skips = data.broken == "skip" or (data.broken == "auto" and split == "train")
     raise_limit = f"or raise data.broken_share (now {data.broken_share:g})"
-    remedy = raise_limit if skips else "or let them be skipped with --data.broken skip"
+    remedy = raise_limit if skips else "or skip them with --data.broken skip"
     kept = drop_broken(source, faults, data.broken_share if skips else 0.0, remedy)
     lost = missing_classes(source, kept)
     if lost:
-        message = f"{source.title}: not one image of {join_names(lost)} can be read"
+        message = f"{source.title}: no image of {join_names(lost)} can be read"
         if split == "train":
             raise UserError(f"{message}; replace them, or remove the class folder")
         logger.warning(message)
@@ -269,17 +263,17 @@ def open_checked(
 
 
 def resolve_classes(config: Config, source: Source) -> Config:
-    """The configuration with what only the data tells: classes, and where it lies.
+    """Return the configuration with the data's classes and absolute path.
 
     Raises:
-        UserError: `model.num_classes` is not the number of classes, so labels could mean others.
+        UserError: `model.num_classes` differs from the number of classes.
     """
     names = list(source.class_names)
     classes = config.model.num_classes or len(names)
     if classes != len(names):
         raise UserError(
-            f"model.num_classes {classes}: {source.title} has {len(names)} classes; leave the key "
-            "out, or name all classes in the order of the labels in data.class_names"
+            f"model.num_classes {classes}: {source.title} has {len(names)} classes; leave out "
+            "the key, or name all classes in the order of the labels in data.class_names"
         )
     path = config.data.path and str(Path(config.data.path).resolve())
     return dataclasses.replace(
@@ -290,10 +284,10 @@ def resolve_classes(config: Config, source: Source) -> Config:
 
 
 def check_values(config: Config) -> None:
-    """Check keys of images and augmentation, also those whose range only MindSpore knows.
+    """Check the keys of `data` and `augment`, including ranges that only MindSpore checks.
 
     Raises:
-        UserError: names the key.
+        UserError: a key is invalid.
     """
     build_preprocessing(config)
     build_augmentation(config, encoded=True)
@@ -301,10 +295,10 @@ def check_values(config: Config) -> None:
 
 
 def build_preprocessing(config: Config) -> Preprocessing:
-    """What evaluation and deployment do with an image.
+    """Build the preprocessing of evaluation and deployment.
 
     Raises:
-        UserError: a value out of range.
+        UserError: a value is out of range.
     """
     size = image_size(config.model)
     if max(size) > MAX_SIDE:
@@ -313,9 +307,7 @@ def build_preprocessing(config: Config) -> Preprocessing:
     _check_normalisation("data.std", config.data.std, 1e-6)
     ratio = config.data.crop_ratio
     if ratio is not None and not 0.05 <= ratio <= 1:
-        raise UserError(
-            f"data.crop_ratio {ratio}: is the crop's share, 0.05 to 1; null for no crop"
-        )
+        raise UserError(f"data.crop_ratio {ratio}: must be from 0.05 to 1, or null for no crop")
     resize = None if ratio is None else int(max(size) / ratio)
     return Preprocessing(size, resize, config.data.mean, config.data.std, config.data.interpolation)
 
@@ -324,14 +316,14 @@ def _check_normalisation(key: str, values: Sequence[float], least: float) -> Non
     if all(least <= value <= 1 for value in values):
         return
     bytes_ = all(least <= value <= 255 for value in values)
-    hint = "; these are MindSpore's convention of 0..255, divide them by 255" if bytes_ else ""
+    hint = "; they seem to be for pixels of 0..255, divide them by 255" if bytes_ else ""
     raise UserError(
-        f"{key} {list(values)}: each must lie in {least:g} to 1, as pixels are scaled to 0..1{hint}"
+        f"{key} {list(values)}: each must be from {least:g} to 1, for pixels of 0..1{hint}"
     )
 
 
 def build_augmentation(config: Config, encoded: bool) -> list:
-    """Operations on a training image; mixing and `augment.repeats` are of the whole epoch."""
+    """Build the operations on a training image, without mixing and `augment.repeats`."""
     others = (*MIXING_KEYS, "repeats")
     keys = {k: v for k, v in dataclasses.asdict(config.augment).items() if k not in others}
     return create_train_operations(
@@ -344,5 +336,5 @@ def build_augmentation(config: Config, encoded: bool) -> list:
 
 
 def build_mixing(config: Config) -> Mixing:
-    """Mixup and cutmix of training batches."""
+    """Build mixup and cutmix of training batches."""
     return Mixing(*(getattr(config.augment, key) for key in MIXING_KEYS))

@@ -24,19 +24,19 @@ def parse(
     schema: type | None = Config,
     config_beside: str | None = None,
 ) -> tuple[Any, Namespace]:
-    """Read a command line into a filled schema and the command's own arguments.
+    """Parse a command line into a configuration and the command's own arguments.
 
     Args:
         argv: arguments without the program's name.
         prog, description: for --help.
         add_arguments: adds the command's own arguments to the parser.
-        schema: the dataclass of keys that the command takes; only a whole Config and a Study are
-            filled from the recipe. None for a command without keys, which takes no --config either.
-        config_beside: name of the argument that holds a checkpoint or a run's folder; the run's
-            config.yaml stands in where --config is missing.
+        schema: the dataclass of the command's keys; only Config and Study are filled from the
+            recipe. None for a command without keys and without --config.
+        config_beside: name of the argument for a checkpoint or a run's folder; the run's
+            config.yaml is used if --config is missing.
 
     Raises:
-        UserError: a key, value or file that can't be used.
+        UserError: a key, value or file is invalid.
     """
     words = "[--config FILE] [--key value ...]" if schema else "[--option ...]"
     usage = f"python {prog} {words}"
@@ -61,7 +61,7 @@ def parse(
 
 
 def _expand_arguments(arguments: Namespace) -> Namespace:
-    """The same in a command's own arguments: of those that are texts, all but choices are paths."""
+    """Expand a leading ~ in a command's own arguments; all their strings but choices are paths."""
     for name, value in vars(arguments).items():
         if isinstance(value, str):
             setattr(arguments, name, os.path.expanduser(value))
@@ -71,14 +71,14 @@ def _expand_arguments(arguments: Namespace) -> Namespace:
 
 
 def take_option(argv: list[str], name: str) -> tuple[list[str], str | None]:
-    """Split an option and its last value off a command line."""
+    """Remove an option from a command line; returns the other words and its last value."""
     rest, value = [], None
     words = iter(argv)
     for word in words:
         if word == name:
             value = next(words, None)
             if value is None:
-                raise UserError(f"{name}: expected a value behind it")
+                raise UserError(f"{name}: expected a value after it")
         elif word.startswith(f"{name}="):
             value = word[len(name) + 1 :]
         else:
@@ -87,10 +87,10 @@ def take_option(argv: list[str], name: str) -> tuple[list[str], str | None]:
 
 
 def take_keys(argv: list[str]) -> tuple[list[str], list[str]]:
-    """Split a recipe's dotted options, `--data.path FOLDER` or `--data.path=FOLDER`, off.
+    """Remove a recipe's dotted options, `--data.path FOLDER` or `--data.path=FOLDER`.
 
     Returns:
-        The other words, and the options, each as one word.
+        The other words, and the options as one word each.
     """
     groups = tuple(f"--{group.name}." for group in dataclasses.fields(Config))
     rest, keys = [], []
@@ -103,12 +103,12 @@ def take_keys(argv: list[str]) -> tuple[list[str], list[str]]:
         else:
             value = next(words, None)
             if value is None:
-                raise UserError(f"{word}: expected a value behind it")
+                raise UserError(f"{word}: expected a value after it")
             keys.append(f"{word}={value}")
     return rest, keys
 
 
 def as_option(key: str, value: Any) -> str:
-    """A key and its value, of YAML's types, as one word of a command line."""
+    """Format a key and its value, of YAML's types, as one word of a command line."""
     text = value if isinstance(value, str) else json.dumps(value)
     return f"--{key}={text}"

@@ -1,4 +1,4 @@
-"""The only schema: every key of a recipe with its type, default and meaning."""
+"""The schema of configurations: every key with its type, default and meaning."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal, Optional, Union
@@ -10,23 +10,25 @@ from jsonargparse.typing import (
     restricted_number_type,
 )
 
-from src.errors import shown
+from src.errors import shorten
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-PATH = {"path": True}  # marks a key whose leading ~ is the user's home folder
+PATH = {"path": True}  # marks a key with a path, in which a leading ~ is expanded
 INFINITY = float("inf")
-MOST = 2**31 - 1  # of what MindSpore counts in 32 bits
-PositiveCount = restricted_number_type("PositiveCount", int, [(">=", 1), ("<=", MOST)], join="and")
-Count = restricted_number_type("Count", int, [(">=", 0), ("<=", MOST)], join="and")
+MAX_INT = 2**31 - 1  # MindSpore counts in 32 bits
+PositiveCount = restricted_number_type(
+    "PositiveCount", int, [(">=", 1), ("<=", MAX_INT)], join="and"
+)
+Count = restricted_number_type("Count", int, [(">=", 0), ("<=", MAX_INT)], join="and")
 Positive = restricted_number_type("Positive", float, [(">", 0), ("<", INFINITY)], join="and")
 NonNegative = restricted_number_type("NonNegative", float, [(">=", 0), ("<", INFINITY)], join="and")
 Fraction = restricted_number_type("Fraction", float, [(">=", 0), ("<", 1)], join="and")
 
 
 class ClassNames(list):
-    """Names of classes, checked at once: jsonargparse takes quadratic time for a list[str]."""
+    """A list of class names with a fast check: jsonargparse takes quadratic time for list[str]."""
 
 
 def _class_names(value: Any) -> ClassNames:
@@ -34,7 +36,7 @@ def _class_names(value: Any) -> ClassNames:
         raise ValueError("Expected a list of names")
     for name in value:
         if not isinstance(name, (str, int)) or isinstance(name, bool):
-            raise ValueError(f"Expected names; put quotes around {shown(name)}")
+            raise ValueError(f"Expected names; put quotes around {shorten(name)}")
     return ClassNames(map(str, value))  # [3, 8] is YAML for two numbers
 
 
@@ -48,26 +50,26 @@ register_type(
 
 @dataclass
 class RuntimeConfig:
-    """Where and how the graphs run.
+    """Device, precision and seed.
 
     Args:
-        device: auto takes the first of Ascend, GPU, CPU that MindSpore finds here.
+        device: auto takes the first of Ascend, GPU, CPU that MindSpore finds.
         device_id: index of the Ascend or GPU device.
         mode: graph compiles the whole step; pynative runs operator by operator, for debugging.
         precision: dtype of Linears, convolutions and attention products; norms, softmax and loss
             stay in float32.
-        flash_attention: compute attention in Ascend's fused kernel, which never holds the scores;
-            Atlas A2 or later, in float16 or bfloat16. Export and prediction do without it.
-        compiled_ops: on the CPU and in float32, compute in operators that the system's C++ compiler
-            builds at the first start; auto does so where there is one. Export does without them.
-        depthwise: conv runs CvT's depthwise convolutions in the framework's kernel; shifts as nine
-            shifted multiply-adds without transposes, in float32, for accelerators on which a
-            measurement shows that to be faster. Export does without it.
-        jit_level: MindSpore's compilation level; null leaves the device's default. O2 is Ascend's
+        flash_attention: compute attention in Ascend's fused kernel, which does not store the
+            scores; Atlas A2 or later, float16 or bfloat16. Export and prediction ignore it.
+        compiled_ops: on the CPU in float32, use operators that the system's C++ compiler builds at
+            the first start; auto does so if there is a compiler. Export ignores it.
+        depthwise: conv runs CvT's depthwise convolutions in the framework's kernel; shifts runs
+            them as nine shifted multiply-adds without transposes, in float32, for accelerators on
+            which a measurement shows that this is faster. Export ignores it.
+        jit_level: MindSpore's compilation level; null keeps the device's default. O2 is Ascend's
             graph engine.
-        deterministic: let a device compute the same operator alike each time, at some cost; on an
-            accelerator a resumed run equals an uninterrupted one only with it.
-        seed: of the initial weights, data order, augmentation, drop path and dropout.
+        deterministic: compute operators reproducibly, which costs time; on an accelerator, a
+            resumed run equals an uninterrupted one only with this.
+        seed: seed of the initial weights, data order, augmentation, drop path and dropout.
     """
 
     device: Literal["auto", "Ascend", "GPU", "CPU"] = "auto"
@@ -84,25 +86,25 @@ class RuntimeConfig:
 
 @dataclass
 class ModelConfig:
-    """The network; a key left at null keeps what the named variant has.
+    """The network; a key that is null keeps the variant's value.
 
-    The sizes and options of stages are CvT's; a key that the model does not have is refused.
+    The sizes and options of stages are CvT's; a key that the model does not have is rejected.
 
     Args:
         name: one of src.models.list_models().
         image_size: pixels, one number or [height, width].
-        num_classes: outputs of the head; null takes the number of classes in the data.
+        num_classes: outputs of the head; null is the number of classes in the data.
         embed_dims: channels of the three stages.
         depths: blocks in the three stages.
         num_heads: attention heads in the three stages.
         mlp_ratio: hidden over embedding dimension.
         kv_stride: stride of the convolutional projection of keys and values.
-        qkv_projection: what makes q, k and v.
+        qkv_projection: projection of q, k and v.
         cls_token: whether the last stage has a class token.
-        pos_embed: learned position embeddings, one switch or one per stage.
-        patch_embed: overlapping convolutions, or patches.
-        drop_path_rate: stochastic depth, one rate or one per stage.
-        drop_rate: dropout.
+        pos_embed: learned position embeddings, one value or one per stage.
+        patch_embed: overlapping convolutions or patches.
+        drop_path_rate: rate of stochastic depth, one value or one per stage.
+        drop_rate: rate of dropout.
     """
 
     name: str = "cvt_13"
@@ -123,36 +125,36 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    """Images and labels, and how evaluation and deployment prepare an image.
+    """Images, labels, and the preprocessing of evaluation and deployment.
 
     Args:
-        source: digits comes with the installation; the others need a path.
+        source: digits are included; the others need a path.
         path: the data set's folder.
         train_folder: folder of the training images (imagefolder, mindrecord).
         val_folder: folder of the evaluation images (imagefolder, mindrecord).
-        class_names: names in the order of the labels; null takes the data's own. A run writes
-            them into its config.yaml, so that a checkpoint always knows its classes.
-        classes: use only the classes of these names, labelled in this order.
-        labels: of the evaluation images; val is the folders' own, real and v2 are ImageNet's later
-            ones (eval.py): with v2 the class folders are ImageNet-V2's 0..999.
+        class_names: names in the order of the labels; null uses the data's own. A run writes them
+            to its config.yaml, so that every checkpoint has its classes.
+        classes: use only these classes, labelled in this order.
+        labels: labels of the evaluation images (eval.py): val are those of the folders; real and v2
+            are ImageNet's later ones, where v2 needs ImageNet-V2's class folders 0..999.
         labels_file: ReaL's real.json, for labels real.
-        train_images: use only so many training images, as many of each class as there can be;
-            which ones follows from runtime.seed.
-        val_from_train: evaluate on so many of the training images, as many of each class, which
-            training then leaves out: for tuning without the test images. null evaluates on the
-            data set's own evaluation images.
-        mean: of the three channels, for values in 0..1.
-        std: of the three channels, for values in 0..1.
+        train_images: use only this number of training images, balanced over the classes;
+            runtime.seed selects them.
+        val_from_train: evaluate on this number of training images, balanced over the classes, and
+            do not train on them: for tuning without the test images. null evaluates on the data
+            set's evaluation images.
+        mean: mean of the three channels, for values in 0..1.
+        std: standard deviation of the three channels, for values in 0..1.
         crop_ratio: evaluation resizes the short side to image size / crop_ratio and crops the
-            centre; null resizes straight to the image size, as the official 384 px evaluation.
+            centre; null resizes directly to the image size, as in the official 384 px evaluation.
         interpolation: filter of every resize, as in Pillow.
-        workers: threads that prepare images; 0 takes one per core, eight at most.
+        workers: threads that prepare images; 0 uses one per core, at most eight.
         check_images: read every image file once before the start (imagefolder).
-        index: file that keeps the result of that, for several runs on the same data, which then
-            read only new and changed images; null keeps it in the run's folder.
-        broken: what becomes of images that can't be read: skip leaves them out and counts them,
-            stop ends the run; auto skips training images and stops at evaluation images.
-        broken_share: fraction of broken images beyond which skipping stops as well.
+        index: file for the results of this check. Several runs on the same data can share it and
+            then read only new and changed images; null keeps it in the run's folder.
+        broken: action on unreadable images: skip leaves them out and counts them, stop ends the
+            run, auto skips training images and stops at evaluation images.
+        broken_share: fraction of broken images above which skip also ends the run.
     """
 
     source: Literal["digits", "imagefolder", "mindrecord", "cifar10", "cifar100", "mnist"] = (
@@ -180,27 +182,27 @@ class DataConfig:
 
 @dataclass
 class AugmentConfig:
-    """Random changes of training images.
+    """Augmentation of training images.
 
     Args:
-        crop: random_resized crops a random fraction of the area and resizes it; pad shifts by up to
-            `padding`.
-        scale: smallest and largest fraction of the area that random_resized keeps.
-        ratio: narrowest and widest aspect ratio of that crop.
+        crop: random_resized crops a random part and resizes it; pad shifts by up to `padding`.
+        scale: minimum and maximum fraction of the area that random_resized keeps.
+        ratio: minimum and maximum aspect ratio of that crop.
         padding: pixels of zeros around the image for pad.
         hflip: probability of a horizontal flip.
-        rand_augment: RandAugment in timm's notation, as rand-m9-mstd0.5-inc1; its parts are m
-            (magnitude 0..10), mstd (its deviation), n (operations an image, 2), p (probability of
-            each, 0.5) and inc1 (the set of operations, the only one there is).
-        color_jitter: brightness, contrast and saturation times factors up to this far from 1. The
-            official configs say 0.4, but timm skips it beside RandAugment; here both are done.
+        rand_augment: RandAugment in timm's notation, such as rand-m9-mstd0.5-inc1; its parts are m
+            (magnitude 0..10), mstd (its deviation), n (operations per image, 2), p (probability of
+            each, 0.5) and inc1 (the only supported set of operations).
+        color_jitter: maximum deviation from 1 of the factors on brightness, contrast and
+            saturation. The official configs have 0.4, but timm ignores it with RandAugment; here
+            both are applied.
         erasing_prob: probability that a rectangle becomes noise (random erasing, pixel mode).
-        repeats: how often an image comes in a row, each time augmented anew; an epoch stays as
-            long and has the fewer different images (repeated augmentation).
-        mixup: alpha of the Beta distribution of mixup's fraction; 0 turns mixup off.
-        cutmix: alpha of the Beta distribution of cutmix's fraction; 0 turns cutmix off.
+        repeats: consecutive repetitions of an image with different augmentation; the number of
+            steps per epoch stays the same, with fewer different images (repeated augmentation).
+        mixup: alpha of mixup's Beta distribution; 0 disables mixup.
+        cutmix: alpha of cutmix's Beta distribution; 0 disables cutmix.
         mixup_prob: probability that a batch is mixed.
-        mixup_switch_prob: probability of cutmix in a batch that is mixed, where both are on.
+        mixup_switch_prob: probability of cutmix in a mixed batch if both are enabled.
     """
 
     crop: Literal["random_resized", "pad"] = "random_resized"
@@ -220,25 +222,25 @@ class AugmentConfig:
 
 @dataclass
 class OptimizerConfig:
-    """The optimizer, with PyTorch's semantics, and the schedule of its learning rate.
+    """The optimizer, with PyTorch's semantics, and its learning rate schedule.
 
     Args:
         name: adamw, or sgd with momentum.
         lr: peak learning rate.
-        lr_batch_size: the global batch (all devices, all accumulated parts) that lr is meant for:
-            lr grows and shrinks in proportion to the actual one; null takes lr as it stands.
-        weight_decay: of the weights of Linears and convolutions, nothing else; decoupled in adamw.
+        lr_batch_size: the global batch (all devices, all accumulated parts) that lr is for; lr is
+            scaled in proportion to the actual batch. null does not scale.
+        weight_decay: decay of the weights of Linears and convolutions only; decoupled in adamw.
         betas: decay rates of adamw's moments.
         eps: added to the root of adamw's second moment.
-        momentum: of sgd.
-        clip_norm: upper bound of the gradients' global L2 norm; 0 does not clip.
+        momentum: momentum of sgd.
+        clip_norm: maximum global L2 norm of the gradients; 0 does not clip.
         warmup_epochs: epochs of linear warm-up.
         warmup_lr: learning rate at the start of the warm-up.
         min_lr: learning rate at the end of the cosine.
-        decay_epochs: the last epochs, in which the cosine runs; before them the rate is constant,
-            so that a run can be resumed with more epochs as if it had had them from the start.
-            null lets the cosine run over all epochs.
-        schedule_per: whether the rate changes every step, or every epoch as in the official code.
+        decay_epochs: number of last epochs with cosine decay; before them the rate is constant, so
+            that a run can be extended as if it had had more epochs from the start. null applies
+            the cosine to all epochs.
+        schedule_per: change the rate every step, or every epoch as in the official code.
     """
 
     name: Literal["adamw", "sgd"] = "adamw"
@@ -258,25 +260,26 @@ class OptimizerConfig:
 
 @dataclass
 class TrainingConfig:
-    """The run.
+    """The training run.
 
     Args:
         epochs: passes over the training images.
-        epoch_steps: let an epoch be so many steps, however many training images there are; their
-            passes then go on from one epoch to the next. null ends an epoch with the pass.
-        batch_size: images that one device takes at once.
-        accumulate: batches whose gradients make one step; equal to a batch so many times larger,
-            but for BatchNorm, whose statistics are those of each batch.
+        epoch_steps: steps per epoch, independent of the number of training images; passes over the
+            images continue across epochs. null ends an epoch with each pass.
+        batch_size: images per batch on one device.
+        accumulate: batches whose gradients form one step; equals a batch that many times larger
+            except for BatchNorm, which uses each batch's own statistics.
         label_smoothing: fraction of the target spread over all classes.
-        ema_decay: exponential moving average of the weights, evaluated and kept as best; 0 is off.
-        loss_scale: factor on the loss that keeps float16 gradients from underflow; dynamic starts
-            at 65,536, halves at an overflow, whose step is skipped, and doubles after 2,000 steps.
-        non_finite: what to do where loss or gradients are not finite: stop the run, or skip the
-            step; either way the weights stay as before it.
-        save_every: steps from one saved state to the next; 0 saves behind each epoch only.
-        keep: saved states that are kept, the newest ones; the best weights are kept besides.
-        sync_batchnorm: BatchNorm's statistics are those of all devices' batches.
-        freeze: parts of the network that stay as they are, by the beginning of their names
+        ema_decay: decay of the exponential moving average of the weights, which is evaluated and
+            saved as best; 0 disables it.
+        loss_scale: factor on the loss against underflow of float16 gradients; dynamic starts at
+            65,536, halves after an overflow, whose step is skipped, and doubles after 2,000 steps.
+        non_finite: action if loss or gradients are not finite: stop the run or skip the step; in
+            both cases the weights keep their values.
+        save_every: steps between saved states; 0 saves only after each epoch.
+        keep: number of newest saved states to keep, in addition to the best weights.
+        sync_batchnorm: compute BatchNorm's statistics over all devices' batches.
+        freeze: parts of the network that are not trained, by the beginning of their names
             ([stage0, stage1.patch_embed]); backbone is everything but the head. Their BatchNorms
             use their running statistics.
     """
@@ -297,11 +300,11 @@ class TrainingConfig:
 
 @dataclass
 class EvaluationConfig:
-    """Evaluation, in training and on its own.
+    """Evaluation during training and by eval.py.
 
     Args:
-        batch_size: images a step; every image counts once whatever the size.
-        every: epochs from one evaluation in training to the next; the last is always evaluated.
+        batch_size: images per step; the result does not depend on it.
+        every: epochs between evaluations during training; the last epoch is always evaluated.
     """
 
     batch_size: PositiveCount = 256
@@ -323,19 +326,18 @@ class Config:
 
 @dataclass
 class Study:
-    """A grid of runs: models x numbers of training images x seeds, of one budget.
+    """A grid of runs: models x numbers of training images x seeds.
 
     Args:
-        recipe: of every run; a path as seen from the study's file.
-        models: by their names here, what each changes in the recipe: groups of keys, as there. A
-            variant of a network or of its training is a model too; table.md compares all with the
-            first one.
+        recipe: recipe of every run, a path relative to the study's file.
+        models: changes to the recipe (groups of keys) by name of the model. A variant of a network
+            or of its training is a model too; table.md compares all with the first one.
         train_images: numbers of training images.
-        seeds: each chooses images, their order, augmentation and initial weights, for all models.
-        steps: of every run; one number, or one for each number of training images.
-        evaluate_every: steps from one evaluation to the next: an epoch, in the recipe's words, so
-            warm-up and saved states count in it too.
-        settings: what all models change in the recipe, groups of keys.
+        seeds: each selects images, their order, augmentation and initial weights for all models.
+        steps: steps of every run; one number, or one for each number of training images.
+        evaluate_every: steps between evaluations; they form an epoch of the recipe, in which
+            warm-up and saved states are counted.
+        settings: changes to the recipe (groups of keys) for all models.
     """
 
     recipe: str = field(metadata=PATH)
@@ -349,6 +351,6 @@ class Study:
 
 @dataclass
 class RuntimeOnly:
-    """The keys of a command whose recipe comes with its model."""
+    """The keys of a command that reads the recipe beside its model."""
 
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)

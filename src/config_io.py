@@ -1,6 +1,6 @@
 """Reads and writes configurations: YAML recipes, options and a run's config.yaml.
 
-Unknown keys and values of a wrong type are refused.
+Unknown keys and values of a wrong type are rejected.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
 
 from src.config import Config, DataConfig
-from src.errors import UserError, shown
+from src.errors import UserError, shorten
 from src.files import write_text
 from src.hints import nearest_key
-from src.yaml_reader import MOST_BYTES, read_yaml
+from src.yaml_reader import MAX_BYTES, read_yaml
 
 CONFIG = "config.yaml"  # in a run's folder
 _HEADER = "# Written by train.py"  # first line of a run's config.yaml
@@ -29,7 +29,7 @@ _read_yaml = get_loader("yaml")
 
 
 def _load_yaml(text: str) -> Any:
-    """YAML as jsonargparse reads it; its libyaml refuses the escapes of paths that are no UTF-8."""
+    """Load YAML like jsonargparse; libyaml rejects the escapes of paths that are not UTF-8."""
     try:
         return _read_yaml(text)
     except yaml.scanner.ScannerError:
@@ -40,7 +40,7 @@ set_loader("yaml", _load_yaml, (yaml.YAMLError,))
 
 
 class ConfigParser(ArgumentParser):
-    """jsonargparse's parser, its complaints turned into one line of ours."""
+    """jsonargparse's parser with one-line error messages."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise UserError(_one_line(message, [action.dest for action in self._actions]))
@@ -72,20 +72,20 @@ def _one_line(message: str, known: Sequence[str]) -> str:
             key = ".".join(part for part in found.groups() if part)
             near = nearest_key(key, known)
             hint = f"did you mean {near}? " if near else ""
-            return f"unknown key {shown(key)}: {hint}--help lists every key"
+            return f"unknown key {shorten(key)}: {hint}--help lists every key"
     message = re.sub(r'Parser key "([^"]+)":', r"\1:", message)
     message = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", message).replace("typing.", "")
     union = re.match(r"(\S+) Does not .*Subtypes: \[(.*)\] Errors: .*Given value: (.*)", message)
     names = re.match(r"(\S+) Does not .* Not of type ClassNames: (.*?) - Expected a", message)
     if names and union:
-        message = f"{names[1]} {names[2]}. Got value: {shown(union[3])}"
+        message = f"{names[1]} {names[2]}. Got value: {shorten(union[3])}"
     elif union:
-        message = f"{union[1]} Expected one of {union[2]}. Got value: {shown(union[3])}"
-    return shown(message, 600)
+        message = f"{union[1]} Expected one of {union[2]}. Got value: {shorten(union[3])}"
+    return shorten(message, 600)
 
 
 def run_config_of(checkpoint: str) -> Path | None:
-    """The config.yaml of the run that a checkpoint, or a folder, is of: beside it, or above."""
+    """Return the config.yaml of a checkpoint's or folder's run: beside it, or one level above."""
     place = Path(checkpoint).resolve()
     folder = place if place.is_dir() else place.parent
     return next((p for p in (folder / CONFIG, folder.parent / CONFIG) if p.is_file()), None)
@@ -104,7 +104,7 @@ _WEIGHTS = ("checkpoints/best.ckpt", "best.ckpt", "model.safetensors")
 
 
 def find_checkpoint(place: Path) -> Path:
-    """The best weights of a run or of a pretrained network's folder; any other path as it is."""
+    """Return the best weights in a run's or pretrained network's folder; other paths unchanged."""
     if place.is_dir():
         for file in (place / name for name in _WEIGHTS):
             if file.is_file():
@@ -113,7 +113,7 @@ def find_checkpoint(place: Path) -> Path:
 
 
 def default_output(recipe: str) -> str:
-    """The folder of a recipe's run where none is given."""
+    """Return the default folder of a recipe's run."""
     path = Path(recipe)
     return f"runs/{path.resolve().parent.name}_{path.stem}"
 
@@ -174,32 +174,34 @@ def read_settings(
 
 
 def _expand_paths(settings: Any) -> Any:
-    """Put the user's home folder for a leading ~ in every key that the schema marks as a path."""
+    """Expand a leading ~ in every key that the schema marks as a path."""
     for key in dataclasses.fields(settings):
         value = getattr(settings, key.name)
         if dataclasses.is_dataclass(value):
             _expand_paths(value)
         elif key.metadata.get("path") and value is not None:
             if "\0" in value:
-                raise UserError(f"{key.name} {shown(value)}: no path holds a zero byte; change it")
+                raise UserError(
+                    f"{key.name} {shorten(value)}: a path cannot contain a zero byte; change it"
+                )
             setattr(settings, key.name, os.path.expanduser(value))
     return settings
 
 
 def _check_mapping(path: Path, schema: type) -> None:
-    """Refuse what the parser takes in silence: a file or a group that is no mapping."""
+    """Reject files and groups that are not mappings, which the parser would accept."""
     try:
-        if path.is_file() and path.stat().st_size > MOST_BYTES:
-            raise UserError(f"--config {path}: has more than {MOST_BYTES >> 20} MiB; is no recipe")
+        if path.is_file() and path.stat().st_size > MAX_BYTES:
+            raise UserError(f"--config {path}: has more than {MAX_BYTES >> 20} MiB; not a recipe")
         text = path.read_text(encoding="utf-8")
         content = read_yaml(text)
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}; give a YAML file") from None
-    except (ValueError, yaml.YAMLError) as error:  # ValueError: also of a date that is none
-        reason = shown(" ".join(str(error).split()), 200)
-        raise UserError(f"--config {path}: no valid YAML: {reason}") from None
+    except (ValueError, yaml.YAMLError) as error:  # ValueError: also for an invalid date
+        reason = shorten(" ".join(str(error).split()), 200)
+        raise UserError(f"--config {path}: invalid YAML: {reason}") from None
     if text.startswith(_HEADER) and not text.splitlines()[-1].startswith("# "):
-        raise UserError(f"--config {path}: cut off, its last line is missing; restore the file")
+        raise UserError(f"--config {path}: truncated, its last line is missing; restore the file")
     if not isinstance(content, dict):
         raise UserError(
             f"--config {path}: expected keys and values, found {type(content).__name__}"
@@ -211,19 +213,19 @@ def _check_mapping(path: Path, schema: type) -> None:
             raise UserError(f"--config {path}: {group.name} is a group of keys, not a value")
     groups = [content, *(group for group in content.values() if isinstance(group, dict))]
     for key, value in (item for group in groups for item in group.items()):
-        if isinstance(value, list) and len(value) > _MOST_VALUES and key not in _LONG_LISTS:
+        if isinstance(value, list) and len(value) > _MAX_VALUES and key not in _LONG_LISTS:
             raise UserError(
-                f"--config {path}: {shown(key)} has {len(value):,} values; at most {_MOST_VALUES} "
-                "are read"
+                f"--config {path}: {shorten(key)} has {len(value):,} values; give at most "
+                f"{_MAX_VALUES}"
             )
 
 
-_MOST_VALUES = 1000  # jsonargparse takes time in proportion to the square of a list's length
+_MAX_VALUES = 1000  # jsonargparse takes time in proportion to the square of a list's length
 _LONG_LISTS = {key.name for key in dataclasses.fields(DataConfig) if "ClassNames" in str(key.type)}
 
 
 class _Quoting(yaml.SafeDumper):
-    """Quotes every text: readers of YAML disagree on whether a bare 1e5 is one."""
+    """Quotes every string, because YAML readers disagree on a bare 1e5."""
 
 
 _Quoting.add_representer(
@@ -232,7 +234,7 @@ _Quoting.add_representer(
 
 
 def _plain(items: list[tuple[str, Any]]) -> dict:
-    """Values as YAML's own types, without the subclasses that carry a range."""
+    """Convert values to YAML's own types, without the subclasses that have a range."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, (list, tuple)):

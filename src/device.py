@@ -1,4 +1,4 @@
-"""The device, the environment, seeds and logging: the only room that touches them."""
+"""The device, the environment, seeds and logging; no other module changes them."""
 
 from __future__ import annotations
 
@@ -17,40 +17,39 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
-from src.arithmetic import configure
 from src.config import RuntimeConfig
-from src.errors import UserError, printable
+from src.errors import UserError, printable, shorten
 
 if TYPE_CHECKING:
     from src.distributed import Ranks
 
 DEVICES = ("Ascend", "GPU", "CPU")
-NUMPY_2 = (2, 9)  # MindSpore from here on is installed with NumPy 2 too
+NUMPY_2 = (2, 9)  # the first MindSpore that supports NumPy 2
 SCRATCH = ("MS_OM_PATH", "MS_COMPILER_CACHE_PATH", "ASCEND_WORK_PATH")
 logger = logging.getLogger("cvt")
 
 
 def prepare_environment() -> None:
-    """Set what MindSpore reads from the environment when it is imported; what the user set stays.
+    """Set the variables that MindSpore reads when it is imported, unless the user has set them.
 
-    Its C++ log is quiet below "critical", because what matters reaches Python as an exception; and
-    its scratch files go to the temporary folder instead of the user's.
+    Its C++ log is limited to "critical", because errors also reach Python as exceptions. Its
+    scratch files go to the temporary folder instead of the current one.
 
     Raises:
-        UserError: a NumPy that the installed MindSpore can't work with.
+        UserError: the installed MindSpore does not support this NumPy.
     """
-    _require_fitting_numpy()
-    _keep_to_own_cores()
+    _require_compatible_numpy()
+    _bind_to_own_cores()
     os.environ.setdefault("GLOG_v", "4")
-    # OpenMP's threads sleep between two loops: MindSpore's other threads need the cores then.
+    # Let OpenMP's threads sleep between loops, when MindSpore's other threads need the cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     missing = [name for name in SCRATCH if name not in os.environ]
     if missing:
         os.environ.update(dict.fromkeys(missing, str(_scratch_folder())))
 
 
-def _require_fitting_numpy() -> None:
-    """Refuse NumPy 2 before MindSpore's import, which would fail at length."""
+def _require_compatible_numpy() -> None:
+    """Reject NumPy 2 before MindSpore's import, which would fail with a long traceback."""
     try:
         version = importlib.metadata.version("mindspore")
     except importlib.metadata.PackageNotFoundError:
@@ -64,7 +63,7 @@ def _require_fitting_numpy() -> None:
 
 
 def _scratch_folder() -> Path:
-    """A folder of this user's in the temporary folder, where others may have planted its name."""
+    """Return this user's folder in the temporary folder, where others may have created its name."""
     folder = Path(tempfile.gettempdir()) / f"cvt-mindspore-{os.getuid()}"
     try:
         folder.mkdir(mode=0o700)
@@ -79,11 +78,11 @@ def _scratch_folder() -> Path:
     return folder
 
 
-def _keep_to_own_cores() -> None:
-    """Give each of several CPU ranks of a host its share of the cores.
+def _bind_to_own_cores() -> None:
+    """Bind each of several CPU ranks on a host to its own cores.
 
-    Every thread of MindSpore inherits it; without it each rank starts a thread per core, and the
-    ranks take the cores from each other. The launcher sets the two variables on CPU hosts.
+    Every thread of MindSpore inherits this. Otherwise each rank would start a thread per core and
+    compete with the others. The launcher sets the two variables on CPU hosts.
     """
     ranks, rank = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), os.environ.get("DEVICE_ID", "0")
     if ranks > 1 and hasattr(os, "sched_setaffinity"):
@@ -93,36 +92,77 @@ def _keep_to_own_cores() -> None:
 
 
 def usable_cores() -> list[int]:
-    """Return the cores that this process may use."""
+    """Return the CPU cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))
 
 
 def setup(config: RuntimeConfig) -> tuple[str, Ranks]:
-    """Choose the device and the mode, join the other ranks, seed every generator.
+    """Choose device and mode, join the other ranks, seed all generators.
 
     Returns:
-        The device's kind, "Ascend", "GPU" or "CPU", and this process's place among the ranks.
+        The kind of device, "Ascend", "GPU" or "CPU", and this process's rank.
 
     Raises:
-        UserError: the device asked for is not here.
+        UserError: the requested device is not available.
     """
-    import mindspore as ms  # here, so that prepare_environment can come first
+    import mindspore as ms  # not at the top: prepare_environment must run first
 
     from src.distributed import is_distributed, join
 
     device = _choose_device(config.device)
-    if device == "CPU" and config.precision == "bfloat16":
-        raise UserError("runtime.precision bfloat16: the CPU has no such kernels; take float32")
-    # A launcher numbers the devices of its host by rank.
+    require_precision(config.precision, device)
+    # The launcher sets DEVICE_ID for each rank.
     own = os.environ.get("DEVICE_ID") if is_distributed() else None
     _set_device(device, config.device_id if own is None else int(own))
     ms.set_context(mode=ms.GRAPH_MODE if config.mode == "graph" else ms.PYNATIVE_MODE)
-    configure(config, device)
+    configure_arithmetic(config, device)
     ranks = join()
     seed_generators(config.seed)
     return device, ranks
+
+
+def configure_arithmetic(runtime: RuntimeConfig, device: str) -> None:
+    """Set the compilation level, determinism and full float32 precision.
+
+    Raises:
+        UserError: the device or MindSpore does not have the level.
+    """
+    import mindspore as ms
+
+    if runtime.jit_level is not None:
+        _set_jit_level(runtime, device)
+    if runtime.deterministic:  # before communication operators are initialised, which copy it
+        try:
+            ms.set_deterministic(True)
+        except RuntimeError as error:  # a process can set it only once
+            if "repeatedly" not in str(error):
+                raise
+    if device == "Ascend" and runtime.precision == "float32":
+        # By default Atlas A2 computes float32 convolutions in HF32, with 11 bits.
+        precision = ms.device_context.ascend.op_precision
+        precision.conv_allow_hf32(False)
+        precision.matmul_allow_hf32(False)
+
+
+def _set_jit_level(runtime: RuntimeConfig, device: str) -> None:
+    import mindspore as ms
+
+    level = runtime.jit_level
+    if runtime.mode != "graph":
+        raise UserError(f"runtime.jit_level {level}: needs graphs; set runtime.mode graph")
+    if level == "O2" and device != "Ascend":
+        raise UserError(
+            f"runtime.jit_level O2: is Ascend's graph engine, this runs on {device}; use O0 or O1"
+        )
+    try:
+        ms.set_context(jit_config={"jit_level": level})
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"runtime.jit_level {level}: MindSpore {ms.__version__} rejects it "
+            f"({str(error).splitlines()[0]}); leave out the key"
+        ) from None
 
 
 def seed_generators(seed: int) -> None:
@@ -134,50 +174,50 @@ def seed_generators(seed: int) -> None:
     np.random.seed(seed % 2**32)
 
 
-def _choose_device(asked: str) -> str:
-    """The kind of device to run on.
+def _choose_device(requested: str) -> str:
+    """Return the kind of device to run on.
 
     Raises:
-        UserError: it is not here, or auto would pass over Ascend cards that MindSpore can't use.
+        UserError: it is not available, or auto would ignore Ascend cards that MindSpore cannot use.
     """
     import mindspore as ms
 
     available = [kind for kind in DEVICES if _is_available(kind)]
     cards = sorted(Path("/dev").glob("davinci[0-9]*"))
-    if asked == "auto" and cards and "Ascend" not in available:
+    if requested == "auto" and cards and "Ascend" not in available:
         raise UserError(
-            f"runtime.device auto: {cards[0]} is here, but MindSpore {ms.__version__} can't use "
+            f"runtime.device auto: {cards[0]} exists, but MindSpore {ms.__version__} cannot use "
             f"Ascend{_plugin_fault()}; source CANN's set_env.sh and compare the versions in "
             "docs/install.md, or choose --runtime.device CPU"
         )
-    if asked != "auto" and asked not in available:
+    if requested != "auto" and requested not in available:
         raise UserError(
-            f"runtime.device {asked}: MindSpore {ms.__version__} finds only "
+            f"runtime.device {requested}: MindSpore {ms.__version__} finds only "
             f"{', '.join(available)} here{_plugin_fault()}; choose one of these or auto"
         )
-    return available[0] if asked == "auto" else asked
+    return available[0] if requested == "auto" else requested
 
 
 def _plugin_fault() -> str:
-    """Why MindSpore could not load a device's plugin, in parentheses; "" where it does not say."""
+    """Return why MindSpore could not load a plugin, in parentheses; "" if it does not report it."""
     try:
         from mindspore._c_expression import MSContext
 
         fault = " ".join(MSContext.get_instance().load_plugin_error().split())
     except (ImportError, AttributeError):
         return ""
-    return f" ({fault if len(fault) <= 300 else fault[:299] + '…'})" if fault else ""
+    return f" ({shorten(fault, 300)})" if fault else ""
 
 
 def _set_device(device: str, number: int) -> None:
-    """Choose the device; a process can do so once, so an equal earlier choice is fine.
+    """Set the device; a process can do so once, so setting the same one again is accepted.
 
     Raises:
-        UserError: the process has chosen another device before, or this one can't be used.
+        UserError: the process already uses another device, or this one cannot be used.
     """
     import mindspore as ms
 
-    # Before the attempt, because a refused one still changes device_target (2.8.0).
+    # Read first, because a failing set_device still changes device_target (2.8.0).
     before = ms.get_context("device_target"), ms.get_context("device_id")
     try:
         ms.set_device(device, number)
@@ -187,17 +227,17 @@ def _set_device(device: str, number: int) -> None:
         if is_second and before[0] == device and (device == "CPU" or before[1] == number):
             return
         if is_second:
-            reason = f"this process uses {before[0]} {before[1]} already; start a new one"
+            reason = f"this process uses {before[0]} {before[1]} already; start a new process"
         raise UserError(f"runtime.device {device}, runtime.device_id {number}: {reason}") from None
 
 
 def cache_folder() -> Path:
-    """Where what was built for this machine is kept."""
+    """Return the folder for what is compiled for this machine."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cvt-mindspore"
 
 
 def mindspore_version() -> tuple[int, int]:
-    """Of the installed one, its first two numbers."""
+    """Return the first two numbers of MindSpore's version."""
     import mindspore as ms
 
     major, minor = ms.__version__.split(".")[:2]
@@ -205,10 +245,20 @@ def mindspore_version() -> tuple[int, int]:
 
 
 def current_device() -> str:
-    """The kind of device that graphs run on now: "Ascend", "GPU" or "CPU"."""
+    """Return the kind of device that graphs run on now: "Ascend", "GPU" or "CPU"."""
     import mindspore as ms
 
     return ms.get_context("device_target")
+
+
+def require_precision(precision: str, device: str) -> None:
+    """Check that a device supports a precision.
+
+    Raises:
+        UserError: bfloat16 on the CPU.
+    """
+    if precision == "bfloat16" and device == "CPU":
+        raise UserError("runtime.precision bfloat16: the CPU has no such kernels; use float32")
 
 
 def _is_available(kind: str) -> bool:
@@ -218,9 +268,9 @@ def _is_available(kind: str) -> bool:
 
 
 def log_to(file: Path | None = None) -> None:
-    """Send the log to the console, and to a file as well where one is given.
+    """Send the log to the console, and also to a file if given.
 
-    The file also gets what was logged since the last call, before it was known.
+    The file also gets the messages logged since the last call.
     """
     logger.setLevel(logging.INFO)
     earlier = [h for h in logger.handlers if isinstance(h, logging.handlers.MemoryHandler)]
@@ -234,7 +284,7 @@ def log_to(file: Path | None = None) -> None:
         logger.addHandler(logging.handlers.MemoryHandler(1000, logging.CRITICAL + 1, None, False))
         return
     to_file = logging.FileHandler(file, encoding="utf-8", errors="backslashreplace")
-    # A full disk ends the run with one line where it can lose something: at the next state.
+    # Ignore a full disk here; the next saved state ends the run with one line.
     to_file.handleError = lambda record: None
     to_file.setFormatter(_PrintableFormatter("%(asctime)s %(levelname)s %(message)s"))
     for record in (record for handler in earlier for record in handler.buffer):
@@ -243,10 +293,10 @@ def log_to(file: Path | None = None) -> None:
 
 
 class _PrintableFormatter(logging.Formatter):
-    """Escapes control characters of file and class names; line breaks are the message's own."""
+    """Escapes control characters of file and class names; line breaks stay."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The record as text."""
+        """Return the record as text."""
         return "\n".join(map(printable, super().format(record).split("\n")))
 
 
@@ -254,5 +304,5 @@ class ConsoleHandler(logging.Handler):
     """Prints above a progress bar instead of through it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write one record."""
+        """Print one record."""
         tqdm.write(self.format(record))

@@ -1,4 +1,4 @@
-"""The exception for what a user can put right, and how an executable reports it."""
+"""The exception for users' errors, and how executables report it."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-_JOINERS = "\u200c\u200d"  # invisible, but letters of Persian, Indic scripts and emoji
+_JOINERS = "\u200c\u200d"  # invisible, but part of words in Persian and Indic scripts, and of emoji
 
-# What the disk, its permissions or the system's limits refuse, wherever it happens.
-_OF_THE_SYSTEM = {
+# Failures of the disk, its permissions or the system's limits, reported like users' errors.
+_SYSTEM_ERRORS = {
     errno.EACCES, errno.EDQUOT, errno.EIO, errno.ELOOP, errno.EMFILE, errno.ENAMETOOLONG,
     errno.ENFILE, errno.ENOSPC, errno.EPERM, errno.EROFS,
 }  # fmt: skip
 
 
 class UserError(ValueError):
-    """Something the user can put right; executables print it as one line and exit with code 2."""
+    """An error that the user can correct; executables print it as one line and exit with 2."""
 
 
 def printable(text: object) -> str:
-    """Escape what a terminal would obey or can't show, so that text from files is safe to print.
+    """Escape characters of untrusted text that a terminal interprets or cannot show.
 
     Control characters, those that reorder text, and bytes of a file name that are not UTF-8 become
-    `\\n`, `\\x1b`, `\\u202e`, `\\xff`; every other letter stays.
+    `\\n`, `\\x1b`, `\\u202e`, `\\xff`; all other characters stay.
     """
     return "".join(map(_printable, str(text)))
 
 
-def shown(value: object, most: int = 120) -> str:
-    """A value for a message, shortened where it is long."""
+def shorten(value: object, limit: int = 120) -> str:
+    """Return a value as text of at most `limit` characters, for a message."""
     text = str(value)
-    return text if len(text) <= most else f"{text[: most - 1]}…"
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
 def join_names(names: Sequence[object], limit: int = 10) -> str:
@@ -49,12 +49,12 @@ def join_names(names: Sequence[object], limit: int = 10) -> str:
 def _printable(letter: str) -> str:
     if letter.isprintable() or letter in _JOINERS or unicodedata.category(letter) == "Zs":
         return letter
-    if "\udc80" <= letter <= "\udcff":  # how Python holds a byte that is not UTF-8
+    if "\udc80" <= letter <= "\udcff":  # how Python represents a byte that is not UTF-8
         return f"\\x{ord(letter) - 0xDC00:02x}"
     return letter.encode("unicode_escape").decode("ascii")
 
 
-def _end(fault: object) -> NoReturn:
+def _exit(fault: object) -> NoReturn:
     message = printable(f"{_program()}: error: {fault}")
     print(message, file=sys.stderr)
     sys.exit(2)
@@ -67,10 +67,10 @@ def _program() -> str:
 
 
 def executable(main: Callable[[list[str]], None]) -> Callable[[], None]:
-    """Make `main(argv)` a program: a UserError becomes one line on stderr and exit code 2.
+    """Decorate `main(argv)`: a UserError becomes one line on stderr and exit code 2.
 
-    A lack of memory, and what the system refuses, as on a full disk, are reported the same way.
-    Letters that the terminal's encoding lacks are printed as escapes instead of ending the program.
+    Lack of memory and system errors such as a full disk are reported the same way. Characters that
+    the terminal's encoding lacks are escaped.
     """
 
     @functools.wraps(main)
@@ -81,16 +81,16 @@ def executable(main: Callable[[list[str]], None]) -> Callable[[], None]:
         try:
             main(sys.argv[1:])
         except UserError as error:
-            _end(error)
+            _exit(error)
         except OSError as error:
-            if isinstance(error, BrokenPipeError):  # the reader of a pipe went away, as head does
+            if isinstance(error, BrokenPipeError):  # the reader of a pipe has exited, as head does
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 sys.exit(128 + signal.SIGPIPE)
-            if error.errno not in _OF_THE_SYSTEM:
+            if error.errno not in _SYSTEM_ERRORS:
                 raise
-            where = f"{shown(error.filename)}: " if error.filename else ""
-            _end(f"{where}{error.strerror}")
+            where = f"{shorten(error.filename)}: " if error.filename else ""
+            _exit(f"{where}{error.strerror}")
         except MemoryError as error:
-            _end(f"not enough memory: {error or 'make the network, images or batch smaller'}")
+            _exit(f"not enough memory: {error or 'make the network, images or batch smaller'}")
 
     return program

@@ -1,4 +1,4 @@
-"""Atomic writers for text, JSON, CSV and whatever else writes a file by its name."""
+"""Atomic writers for text, JSON, CSV and other files; checks of output files; checksums."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from typing import Any
 
 from src.errors import UserError
 
-PARTIAL = ".partial-"  # between the hidden name of an unfinished file's folder and its random end
+PARTIAL = ".partial-"  # in the name of a temporary folder, before its random end
 
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a path to write to; when the block ends without an error, it replaces `path`.
 
-    The path yielded has the same name in a new private folder beside the target, so no link that
-    somebody planted is followed, and a reader sees the old file or the new one, whole. Missing
-    parent folders are created. The file gets the permissions that the user's umask gives, even if
-    the library that wrote it chose others, and survives a power failure.
+    The path yielded has the same name in a new private folder beside the target, so links
+    of other users are not followed, and a reader sees either the whole old file or the whole new
+    one. Missing parent folders are created. The file gets the permissions of the user's umask, even
+    if the library that wrote it chose others, and survives a power failure.
 
     Raises:
-        OSError: the file can't be written; the old one is untouched.
+        OSError: the file cannot be written; the old one is unchanged.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -37,7 +37,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     try:
         unfinished = folder / path.name
         yield unfinished
-        with open(folder / ".mode", "xb") as usual:  # created for the mode that it gets
+        with open(folder / ".mode", "xb") as usual:  # created to read the default mode
             mode = os.fstat(usual.fileno()).st_mode
         unfinished.chmod(mode & 0o777)
         with open(unfinished, "rb") as file:
@@ -49,7 +49,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what a killed process left behind in `replacing`."""
+    """Remove the temporary folders of processes killed inside `replacing`."""
     for left in folder.glob(f".*{PARTIAL}*"):
         shutil.rmtree(left, ignore_errors=True)
 
@@ -58,7 +58,7 @@ def write_json(content: Any, path: str | Path) -> None:
     """Write JSON.
 
     Raises:
-        UserError: the file can't be written.
+        UserError: the file cannot be written.
     """
     write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", path)
 
@@ -67,7 +67,7 @@ def write_csv(head: Sequence[str], rows: Iterable[Sequence[Any]], path: str | Pa
     """Write a table.
 
     Raises:
-        UserError: the file can't be written.
+        UserError: the file cannot be written.
     """
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([head, *rows])
@@ -78,51 +78,50 @@ def write_text(text: str, path: str | Path) -> None:
     """Write a UTF-8 text file; bytes of a file name that are not UTF-8 are escaped as \\udcXX.
 
     Raises:
-        UserError: the file can't be written.
+        UserError: the file cannot be written.
     """
     try:
         with replacing(path) as unfinished:
             unfinished.write_bytes(text.encode("utf-8", "backslashreplace"))
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; give a file that can be written") from None
+        raise UserError(f"{path}: {error.strerror}; give a writable file") from None
 
 
 def require_writable(path: str | Path, option: str) -> None:
-    """Check that an output file can be written, before the work whose result it will hold.
+    """Check early that an output file can be written.
 
     Args:
         path: the file; its parent folders need not exist yet.
-        option: how the user named it, as "--json".
+        option: the user's option, such as "--json".
 
     Raises:
-        UserError: it is a folder or a device, a parent is a file, or the folder can't be written
-            to.
+        UserError: it is a folder or a device, a parent is a file, or the folder is not writable.
     """
     path = Path(path)
     if path.is_dir():
         raise UserError(f"{option} {path}: is a folder; give a file")
     if path.exists() and not path.is_file():  # a device or a pipe would be replaced, not written to
-        raise UserError(f"{option} {path}: is no regular file; give the name of a file")
+        raise UserError(f"{option} {path}: is not a regular file; give another file")
     parent = next(each for each in path.absolute().parents if os.path.lexists(each))
     if not parent.is_dir():
-        raise UserError(f"{option} {path}: {parent} is no folder; give another file")
+        raise UserError(f"{option} {path}: {parent} is not a folder; give another file")
     if not os.access(parent, os.W_OK | os.X_OK):
-        raise UserError(f"{option} {path}: {parent} can't be written to; give another file")
+        raise UserError(f"{option} {path}: {parent} is not writable; give another file")
 
 
 def require_replaceable(
     path: str | Path, option: str, is_ours: Callable[[Path], bool], force: bool = False
 ) -> None:
-    """Check that an output file can be written without losing a file of the user's.
+    """Check that an output file can be written without overwriting another file of the user.
 
     Args:
         path: the file; it may be missing, empty, or an earlier result.
-        option: how the user named it, as "--json".
-        is_ours: whether an existing file is an earlier result, as `is_json` and `is_csv` tell.
+        option: the user's option, such as "--json".
+        is_ours: returns whether an existing file is an earlier result (`is_json`, `is_csv`).
         force: replace any file.
 
     Raises:
-        UserError: it can't be written, or holds something else.
+        UserError: it cannot be written, or is another file.
     """
     require_writable(path, option)
     path = Path(path)
@@ -134,16 +133,15 @@ def require_replaceable(
         ours = False
     if not ours:
         raise UserError(
-            f"{option} {path}: exists and is no earlier result of this command; give another name, "
-            "or add --force to replace it"
+            f"{option} {path}: exists and is not an earlier result of this command; give another "
+            "name, or add --force to replace it"
         )
 
 
 def is_json(path: Path, fits: Callable[[Any], bool]) -> bool:
-    """Whether a file holds JSON of a structure that `fits` recognises.
+    """Return whether a file is JSON that `fits` accepts.
 
-    An escaped or foreign byte, or a structure in which `fits` does not find what it looks for,
-    means no.
+    Invalid JSON, or an error of `fits` on an unexpected structure, means no.
     """
     try:
         return bool(fits(json.loads(path.read_text(encoding="utf-8"))))
@@ -152,7 +150,7 @@ def is_json(path: Path, fits: Callable[[Any], bool]) -> bool:
 
 
 def is_csv(path: Path, head: Sequence[str]) -> bool:
-    """Whether a file is a table of `write_csv` with these first columns."""
+    """Return whether a file is a table of `write_csv` with these first columns."""
     text = io.StringIO()
     csv.writer(text, lineterminator="").writerow(head)
     with open(path, "rb") as file:
@@ -160,7 +158,7 @@ def is_csv(path: Path, head: Sequence[str]) -> bool:
 
 
 def _flush_folder(folder: Path) -> None:
-    """Let a new name in a folder survive a power failure, where the system can."""
+    """Make a new name in a folder survive a power failure, if the system supports it."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

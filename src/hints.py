@@ -1,12 +1,12 @@
-"""Which key a user probably means by an unknown one."""
+"""Suggests a known key for an unknown one."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
 
-# What other training programs call a key; difflib would not find it.
-_HABITS = {
+# Names of keys in other training programs, which difflib would not match.
+_ALIASES = {
     "lr": "optimizer.lr", "learning_rate": "optimizer.lr", "min_lr": "optimizer.min_lr",
     "weight_decay": "optimizer.weight_decay", "wd": "optimizer.weight_decay",
     "momentum": "optimizer.momentum", "opt": "optimizer.name", "optimizer": "optimizer.name",
@@ -44,9 +44,9 @@ _HABITS = {
 
 
 def nearest_key(key: str, known: Sequence[str]) -> str | None:
-    """The known key that an unknown one probably means."""
-    habit = _HABITS.get(key.replace("-", "_"))
-    if habit in known:
-        return habit
+    """Return the known key that an unknown one probably means, or None."""
+    alias = _ALIASES.get(key.replace("-", "_"))
+    if alias in known:
+        return alias
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
     return near[0] if near else None

@@ -1,4 +1,4 @@
-"""Progress on a terminal; silent where the output goes to a file."""
+"""A progress bar on terminals; nothing is shown if the output goes to a file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 
 def progress_bar(images: int, title: str) -> tqdm:
-    """A bar that counts images, with img/s and the time left; update it by images."""
+    """Create a bar that counts images and shows img/s and the time left."""
     return tqdm(
         total=images,
         desc=title,

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from src import arithmetic
-from src.arithmetic import check_arithmetic, configure
+from src.arithmetic import check_arithmetic
 from src.config import Config, RuntimeConfig
+from src.device import configure_arithmetic
 from src.errors import UserError
 from tests.conftest import ROOT
 
@@ -43,7 +44,7 @@ def precision(monkeypatch):
     ],
 )
 def test_float32_on_ascend_is_asked_to_be_float32(precision, device, kind, asked):
-    configure(RuntimeConfig(precision=kind), device)
+    configure_arithmetic(RuntimeConfig(precision=kind), device)
     assert precision.asked == asked
 
 
@@ -57,7 +58,7 @@ def test_deterministic_is_set_once_and_may_be_asked_for_again(monkeypatch):
 
     monkeypatch.setattr(ms, "set_deterministic", set_deterministic)
     for runtime in (RuntimeConfig(), *[RuntimeConfig(deterministic=True)] * 2):
-        configure(runtime, "CPU")
+        configure_arithmetic(runtime, "CPU")
     assert calls == [True, True]
 
 
@@ -70,7 +71,7 @@ def test_deterministic_is_set_once_and_may_be_asked_for_again(monkeypatch):
 )
 def test_a_level_without_effect_is_refused(keys, device, message):
     with pytest.raises(UserError, match=message):
-        configure(RuntimeConfig(**keys), device)
+        configure_arithmetic(RuntimeConfig(**keys), device)
 
 
 def test_a_level_that_mindspore_does_not_know_is_told(monkeypatch):
@@ -78,8 +79,8 @@ def test_a_level_that_mindspore_does_not_know_is_told(monkeypatch):
         raise ValueError("the keyword argument jit_config is not recognized!")
 
     monkeypatch.setattr(ms, "set_context", set_context)
-    with pytest.raises(UserError, match=r"jit_level O1: MindSpore 2\..* refuses it .*jit_config"):
-        configure(RuntimeConfig(jit_level="O1"), "CPU")
+    with pytest.raises(UserError, match=r"jit_level O1: MindSpore 2\..* rejects it .*jit_config"):
+        configure_arithmetic(RuntimeConfig(jit_level="O1"), "CPU")
 
 
 def config_of(**keys):

@@ -224,10 +224,10 @@ def test_a_class_without_a_readable_image_and_a_lone_class_are_refused(photos, c
     keys = {"broken": "skip"}
     settings = photo_config(photos, **keys)
     settings.data.broken_share = 1.0
-    with pytest.raises(UserError, match="train.: not one image of a can be read"):
+    with pytest.raises(UserError, match="train.: no image of a can be read"):
         open_checked(settings, "train")
     assert len(open_checked(settings, "val")) == 1
-    assert "val): not one image of a can be read" in caplog.text
+    assert "val): no image of a can be read" in caplog.text
     shutil.rmtree(photos / "train" / "a")
     shutil.rmtree(photos / "val" / "a")
     with pytest.raises(UserError, match=r"only one class \('b'\)"):
@@ -235,15 +235,15 @@ def test_a_class_without_a_readable_image_and_a_lone_class_are_refused(photos, c
 
 
 WRONG_VALUES = {
-    "data.mean .123.675, 116.28, 103.53.: .*MindSpore's convention of 0..255, divide them by 255": {
+    "data.mean .123.675, 116.28, 103.53.: .*pixels of 0..255, divide them by 255": {
         "data": {"mean": (123.675, 116.28, 103.53)}
     },
     "data.std .58.395, 57.12, 57.375.: .*divide them by 255": {
         "data": {"std": (58.395, 57.12, 57.375)}
     },
-    "data.mean .-1, 0, 0.: each must lie in 0 to 1": {"data": {"mean": (-1, 0, 0)}},
+    "data.mean .-1, 0, 0.: each must be from 0 to 1": {"data": {"mean": (-1, 0, 0)}},
     "data.mean .nan": {"data": {"mean": (float("nan"), 0, 0)}},
-    "data.std .0, 0.2, 0.2.: each must lie in 1e-06 to 1": {"data": {"std": (0, 0.2, 0.2)}},
+    "data.std .0, 0.2, 0.2.: each must be from 1e-06 to 1": {"data": {"std": (0, 0.2, 0.2)}},
     "data.std .-0.2": {"data": {"std": (-0.2, 0.2, 0.2)}},
     "data.crop_ratio 1e-09": {"data": {"crop_ratio": 1e-9}},
     "augment.padding 1000: must be below the image size": {
@@ -330,7 +330,7 @@ def test_without_a_compiler_the_log_says_so(monkeypatch, caplog):
     monkeypatch.setattr("src.kernels.library.COMPILERS", ("no-such-compiler",))
     net = accelerate(build_model(config()), RuntimeConfig())
     assert has_plain_convolutions(net)
-    assert "without compiled operators, so slower: no C++ compiler" in caplog.text
+    assert "running without compiled operators, which is slower: no C++ compiler" in caplog.text
     with pytest.raises(UserError, match="compiled_ops always: no C.. compiler found"):
         uses_compiled(RuntimeConfig(compiled_ops="always"))
 

@@ -10,7 +10,7 @@ from src.cli import parse
 from src.config import Config, DataConfig, Study
 from src.config_io import is_run_config, load_config, run_config_of, save_config
 from src.errors import UserError
-from src.hints import _HABITS
+from src.hints import _ALIASES
 
 FILES = sorted((Path(__file__).parents[1] / "config").rglob("*.yaml"))
 RECIPES = [path for path in FILES if path.parent.name != "study"]
@@ -53,7 +53,9 @@ def test_a_key_of_a_saved_configuration_can_be_edited(tmp_path):
     assert load_config(file).optimizer.weight_decay == 0.06
     for lines in range(1, text.count("\n")):
         file.write_text("".join(text.splitlines(keepends=True)[:lines]))
-        with pytest.raises(UserError, match="config.yaml: cut off" if lines > 1 else "config.yaml"):
+        with pytest.raises(
+            UserError, match="config.yaml: truncated" if lines > 1 else "config.yaml"
+        ):
             load_config(file)
 
 
@@ -100,7 +102,7 @@ def test_the_config_of_a_run_is_found_beside_its_checkpoint(tmp_path):
         ("lr: 1", "unknown key lr"),
         ("optimizer: 3", "optimizer is a group of keys"),
         ("optimizer:", "optimizer is a group of keys"),
-        ("a: [", "no valid YAML"),
+        ("a: [", "invalid YAML"),
         ("- 1", "expected keys and values"),
         ("", "expected keys and values"),
         ("model: {image_size: big}", "model.image_size: .*Got value: big"),
@@ -113,7 +115,7 @@ def test_the_config_of_a_run_is_found_beside_its_checkpoint(tmp_path):
         ("optimizer: {lr: -1}", "optimizer.lr: .*-1"),
         ("augment: {hflip: 1.5}", "augment.hflip: .*1.5"),
         ("runtime: {device: TPU}", "runtime.device: .*TPU"),
-        ("\x00", "no valid YAML"),
+        ("\x00", "invalid YAML"),
     ],
 )
 def test_recipes_that_are_refused(tmp_path, text, words):
@@ -170,7 +172,7 @@ def test_names_of_other_programs_are_answered_with_ours(option, meant):
 def test_every_hint_is_a_key_or_an_option_of_some_command():
     keys = {f"{group}.{key}" for group, keys in vars(Config()).items() for key in vars(keys)}
     sources = "".join(path.read_text() for path in Path(__file__).parents[1].glob("*.py"))
-    for meant in set(_HABITS.values()) - keys:
+    for meant in set(_ALIASES.values()) - keys:
         assert "." not in meant and (f'"--{meant}"' in sources or meant == "config"), meant
 
 
@@ -208,12 +210,12 @@ def bomb(levels, width):
             f"data: {{class_names: &a [{'x' * 50_000}]}}\nmodel: [{','.join(['*a'] * 100)}]",
             "expand",
         ),
-        ("model: &a {name: *a}", "alias a of nothing"),
+        ("model: &a {name: *a}", "alias a refers to nothing"),
         ("model: " + "[" * 3000, "nested deeper than 20"),
         ("model: " + "[" * 3000 + "]" * 3000, "nested deeper than 20"),
         ("model: " + "{a: " * 3000, "nested deeper than 20"),
         ("- " * 3000, "nested deeper than 20"),
-        ("model: {name: 2020-99-99}", "no valid YAML"),
+        ("model: {name: 2020-99-99}", "invalid YAML"),
         ("#" * (5 << 20), "more than 4 MiB"),
         ("training: {freeze: [" + "a, " * 100_000 + "]}", "freeze has 100,000 values"),
         ("data: {class_names: [" + "a, " * 100_000 + "[]]}", r"data.class_names: .*around \[\]\."),

@@ -102,7 +102,7 @@ def test_auto_does_not_pass_over_cards_that_it_cannot_use(monkeypatch):
     with pytest.raises(UserError, match=r"finds only CPU here \(.*lib\w+\.so.*\); choose"):
         setup(RuntimeConfig(device="Ascend"))
     monkeypatch.setattr(Path, "glob", lambda self, pattern: [Path("/dev/davinci0")])
-    with pytest.raises(UserError, match=r"auto: /dev/davinci0 is here.*\.so.*set_env.sh"):
+    with pytest.raises(UserError, match=r"auto: /dev/davinci0 exists.*\.so.*set_env.sh"):
         setup(RuntimeConfig())
     assert setup(RuntimeConfig(device="CPU"))[0] == "CPU"
 

@@ -100,7 +100,7 @@ class Reader:
             return
         if name == "scripts/check_device.sh":
             arguments = check_device.parse(words)
-            assert check_device.choose(arguments.only, arguments.full)
+            assert check_device.select_checks(arguments.only, arguments.full)
             return
         if name == "scripts/run_distribute_train.sh":
             self.furnish(words, "data")

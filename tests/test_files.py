@@ -80,16 +80,16 @@ def test_outputs_are_checked_before_the_work(tmp_path):
     require_writable(tmp_path / "new/folders/a.json", "--json")
     with pytest.raises(UserError, match=r"--json .*: is a folder; give a file"):
         require_writable(tmp_path, "--json")
-    with pytest.raises(UserError, match=r"--json .*file is no folder"):
+    with pytest.raises(UserError, match=r"--json .*file is not a folder"):
         require_writable(tmp_path / "file/a.json", "--json")
     assert os.listdir(tmp_path) == ["file"]
 
 
 def test_a_device_is_no_output(tmp_path):
-    with pytest.raises(UserError, match="--json /dev/null: is no regular file"):
+    with pytest.raises(UserError, match="--json /dev/null: is not a regular file"):
         require_writable("/dev/null", "--json")
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(UserError, match="is no regular file"):
+    with pytest.raises(UserError, match="is not a regular file"):
         require_writable(tmp_path / "pipe", "--json")
 
 
@@ -104,7 +104,7 @@ def ours(path):
 def test_a_file_of_the_users_is_not_replaced(tmp_path, text):
     path = tmp_path / "a.json"
     path.write_text(text)
-    with pytest.raises(UserError, match="--json .*no earlier result of this command.*--force"):
+    with pytest.raises(UserError, match="--json .*not an earlier result of this command.*--force"):
         require_replaceable(path, "--json", ours)
     require_replaceable(path, "--json", ours, force=True)
     assert path.read_text() == text
@@ -117,7 +117,7 @@ def test_an_earlier_result_may_be_replaced(tmp_path):
     (tmp_path / "empty").touch()
     require_replaceable(tmp_path / "empty", "--json", ours)
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="no earlier result"):
+    with pytest.raises(UserError, match="not an earlier result"):
         require_replaceable(tmp_path / "dangling", "--json", ours)
     write_csv(["class", "images, all"], [[1, 2]], tmp_path / "a.csv")
     assert is_csv(tmp_path / "a.csv", ["class", "images, all"])

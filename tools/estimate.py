@@ -1,8 +1,8 @@
-"""What a training step takes, by arithmetic: memory on a card, time of its all-reduce.
+"""Estimates the memory of a training step on a card and the time of its all-reduce.
 
-Nothing runs. Memory is counted from the network's structure, as the sum of what the step must hold
-at the end of the forward pass; what a back end adds (workspace, fragmentation, buffers) is not in
-it. Tests compare the activations with those that a compiled graph keeps.
+Nothing runs. Memory is computed from the network's structure, as the sum of what the step holds at
+the end of the forward pass, without a back end's workspace, fragmentation and buffers. Tests
+compare the activations with those that a compiled graph keeps.
 """
 
 from __future__ import annotations
@@ -14,18 +14,19 @@ from dataclasses import dataclass
 from mindspore import nn
 
 from src.errors import UserError
+from src.models.arguments import as_size
 from src.models.attention import ScaledDotProductAttention
 from src.models.cvt import CvT, Stage
 from src.models.layers import Attention, Block
 
 FLOAT32 = 4  # bytes of weights, gradients, moments, averages, norms and softmax
-FLASH_STATISTICS = 2 * 8  # float32 numbers that flash_attention_score keeps for a query in a head
-MOMENTS = {"adamw": 2, "sgd": 1}  # numbers a parameter
+FLASH_STATISTICS = 2 * 8  # float32 numbers that flash_attention_score keeps per query and head
+MOMENTS = {"adamw": 2, "sgd": 1}  # numbers per parameter
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on a card: all that is held at the end of the forward pass."""
+    """Bytes on a card at the end of the forward pass."""
 
     parameters: int
     moments: int
@@ -35,20 +36,20 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """Everything together."""
+        """Sum of all parts."""
         parts = (self.parameters, self.moments, self.average, self.gradients, self.activations)
         return sum(parts)
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Bandwidths that a card can use, bytes a second in each direction.
+    """Bandwidths of a card in bytes per second in each direction.
 
     Args:
-        name: of the machines.
-        cards: in a node.
-        within: to the other cards of its node.
-        between: to cards of other nodes.
+        name: name of the machines.
+        cards: cards per node.
+        within: bandwidth to the other cards of its node.
+        between: bandwidth to cards of other nodes.
     """
 
     name: str
@@ -59,7 +60,7 @@ class Cluster:
 
 # An Ascend 910 server. Within: one HCCS port of 240 Gb/s (Huawei's talk at Hot Chips 31, 2019).
 # Between: a card's 100G Ethernet (Huawei's support document EDOC1100164821).
-ASCEND_910 = Cluster("Ascend 910, 8 cards a node", 8, within=30e9, between=12.5e9)
+ASCEND_910 = Cluster("Ascend 910, 8 cards per node", 8, within=30e9, between=12.5e9)
 
 
 def step_memory(
@@ -70,22 +71,22 @@ def step_memory(
     optimizer: str = "adamw",
     average: bool = True,
 ) -> Memory:
-    """Memory of a training step on one card.
+    """Estimate the memory of a training step on one card.
 
     Args:
         net: only shapes are read; see `src.models.complexity.uninitialised`.
         image_size: pixels, one number or (H, W).
         batch_size: images on the card.
-        precision: of Linears and convolutions; below float32 the backward pass also keeps a copy
-            of their weights, counted with the activations.
+        precision: precision of Linears and convolutions; below float32 the backward pass also keeps
+            a copy of their weights, counted with the activations.
         optimizer: "adamw" or "sgd".
-        average: whether a moving average of the weights is kept.
+        average: whether there is a moving average of the weights.
 
     Raises:
-        UserError: a size that the network can't take, or a network that is no CvT.
+        UserError: the network does not accept the size, or is not a CvT.
     """
     if not isinstance(net, CvT):
-        raise UserError("memory is estimated for CvT only: set model.name to one of the cvt models")
+        raise UserError("memory is estimated for CvT only; set model.name to one of the cvt models")
     trained = sum(p.size for p in net.trainable_params())
     held = sum(p.size for p in net.get_parameters())
     compute = FLOAT32 if precision == "float32" else 2
@@ -101,18 +102,18 @@ def step_memory(
 
 
 def activation_bytes(net: CvT, image_size: int | Sequence[int], compute: int = FLOAT32) -> int:
-    """Bytes that the forward pass keeps for the backward pass, for one image.
+    """Return the bytes that the forward pass keeps for the backward pass, for one image.
 
-    The rule: the inputs of every convolution, Linear, norm and matrix product; what softmax and
-    sigmoid gave; both factors of the activation; the masks of dropout. A norm also keeps its two
-    statistics. Left out is what has a number per image or channel only.
+    These are the inputs of every convolution, Linear, norm and matrix product; the outputs of
+    softmax and sigmoid; both factors of the activation; dropout's masks; and two statistics of each
+    norm. Tensors with one number per image or channel are ignored.
 
     Args:
         net: only shapes are read.
         image_size: pixels, one number or (H, W).
-        compute: bytes of a number in Linears and convolutions; 4 or 2.
+        compute: bytes per number in Linears and convolutions; 4 or 2.
     """
-    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    size = as_size(image_size)
     total, channels = 0, net.in_channels
     for stage, grid in zip((net.stage0, net.stage1, net.stage2), net.grids(size)):
         total += compute * channels * math.prod(size) + _stage(stage, grid, compute)
@@ -125,7 +126,7 @@ def _norm(tokens: int, dim: int) -> int:
 
 
 def _stage(stage: Stage, grid: tuple[int, int], compute: int) -> int:
-    """Bytes of a stage behind the input of its convolution."""
+    """Return the bytes of a stage after the input of its convolution."""
     tokens = math.prod(grid) + stage.has_cls_token
     embedding = _norm(math.prod(grid), stage.dim)
     if stage.pos_drop.rate:
@@ -146,7 +147,7 @@ def _attention(cell: Attention, grid: tuple[int, int], tokens: int, compute: int
     if cell.qkv_projection == "conv":
         stride = cell.conv_proj_k.conv.stride[0]
         kv_grid = [(edge - 1) // stride + 1 for edge in grid]
-        total += compute * dim * math.prod(grid)  # the map that all three convolutions read
+        total += compute * dim * math.prod(grid)  # the input of all three convolutions
         total += FLOAT32 * dim * (math.prod(grid) + 2 * math.prod(kv_grid))  # BatchNorms' inputs
     elif cell.qkv_projection == "avg":
         kv_grid = [len(cell.pool_kv._windows(edge)[1]) for edge in grid]
@@ -157,7 +158,7 @@ def _attention(cell: Attention, grid: tuple[int, int], tokens: int, compute: int
 
 
 def _product(cell: ScaledDotProductAttention, tokens: int, kv_tokens: int, compute: int) -> int:
-    """What the attention product keeps besides q, k and v."""
+    """Return the bytes that the attention product keeps besides q, k and v."""
     if cell.flash:
         output = compute * cell.num_heads * cell.head_dim
         return tokens * (FLOAT32 * FLASH_STATISTICS * cell.num_heads + output)
@@ -166,14 +167,14 @@ def _product(cell: ScaledDotProductAttention, tokens: int, kv_tokens: int, compu
 
 
 def all_reduce_seconds(size: int, cards: int, cluster: Cluster) -> float:
-    """Time to sum `size` bytes over the cards and give each the sum, without overlap or latency.
+    """Estimate the time of an all-reduce of `size` bytes, without overlap or latency.
 
-    A ring in each node, then one between the nodes for each card's share, and back: the least that
-    a card must send is 2 (n - 1) / n of its part of the data (Patarasuk and Yuan, 2009).
+    It uses a ring in each node, then one between the nodes for each card's part. A card must send
+    at least 2 (n - 1) / n of its part of the data (Patarasuk and Yuan, 2009).
 
     Args:
         size: bytes of the gradients.
-        cards: all of them; whole nodes, or fewer than one.
+        cards: total number; whole nodes, or fewer than one node.
         cluster: the bandwidths.
     """
     local = min(cards, cluster.cards)

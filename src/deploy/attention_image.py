@@ -54,7 +54,7 @@ def save_attention(predictor: Predictor, inputs: np.ndarray, name: str, path: st
     """
     maps = attention_maps(predictor.network, Tensor(inputs[None]))
     best = predictor.classify(inputs[None], top_k=1)[0][0]
-    even = maps.even()
+    even = maps.uniform()
     (to_keys, to_self), (to_tokens, rollout_self) = maps.heads(), maps.rollout()
     heads = maps.to_image(to_keys / even.heads()[0])[0]  # [h, H, W]
     rollout = maps.to_image(to_tokens / even.rollout()[0])[0]

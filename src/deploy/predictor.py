@@ -17,7 +17,6 @@ from src.build import (
     accelerate,
     build_model,
     build_preprocessing,
-    require_precision,
     without_flash_attention,
 )
 from src.config_io import find_checkpoint, load_config, run_config_of
@@ -33,6 +32,7 @@ from src.deploy.engines import (
     mindspore_session,
     open_model,
 )
+from src.device import current_device, require_precision
 from src.errors import UserError
 from src.weights import load_weights, weight_files
 
@@ -304,7 +304,7 @@ def _open_weights(
         settings = without_flash_attention(settings)
     settings.runtime = dataclasses.replace(settings.runtime, **runtime)
     claim_mindspore()
-    require_precision(settings.runtime.precision)
+    require_precision(settings.runtime.precision, current_device())
     net = build_model(settings)
     load_weights(net, path)
     accelerate(net, settings.runtime).set_train(False)

@@ -1,8 +1,8 @@
-"""The compiled operators as cells, each with its gradient: float32 tensors in and out.
+"""Cells for the compiled operators and their gradients, on float32 tensors.
 
 Shapes: B batch, H x W the token grid, T tokens (class token first where there is one, so T = H * W
-or 1 + H * W), C channels, h heads. `src/kernels/cpp` holds the arithmetic;
-`library` is what `src.kernels.library` made of it.
+or 1 + H * W), C channels, h heads. The arithmetic is in `src/kernels/cpp`; `library` is the path
+that `src.kernels.library` returns.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ def _operator(
     outputs: int = 1,
     recompute: bool = False,
 ) -> ops.Custom:
-    """A function of the library.
+    """Create an operator from a function of the library.
 
-    `shapes` leads from those of the inputs to that of the output, or to a tuple of those of the
-    outputs. It and `bprop` may look at nothing else of the cell: to MindSpore two operators of one
-    name are the same. With `recompute` a training step in graph mode does not keep the outputs
-    until the backward pass, but computes them there again: for what is large and cheap.
+    Args:
+        shapes: maps the inputs' shapes to the output's, or to a tuple for several outputs. Like
+            `bprop` it must not depend on the cell: MindSpore identifies operators by their name.
+        recompute: whether a training step in graph mode computes the outputs again in the backward
+            pass instead of keeping them, for large and cheap outputs.
     """
     types = mstype.float32 if outputs == 1 else (mstype.float32,) * outputs
     made = ops.Custom(f"{library}:{name}", shapes, lambda *_: types, func_type="aot", bprop=bprop)
@@ -37,7 +38,7 @@ def _operator(
 
 
 def _sizes(*numbers: int) -> Tensor:
-    """Integers for an operator, as the shape of a tensor; each must be 1 or more."""
+    """Pass integers to an operator as the shape of a tensor; each must be 1 or more."""
     return Tensor(np.zeros(numbers, np.float32))
 
 
@@ -84,7 +85,7 @@ class Softmax(nn.Cell):
 
 
 class ConvNorm(nn.Cell):
-    """Depthwise 3x3 convolution with padding 1, then BatchNorm; the class token goes past both."""
+    """Depthwise 3x3 convolution with padding 1, then BatchNorm; the class token bypasses both."""
 
     def __init__(self, library: Path, stride: int, eps: float) -> None:
         super().__init__()
@@ -128,7 +129,7 @@ class ConvNorm(nn.Cell):
     def construct(
         self, x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, height: int, width: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalise by the batch's own statistics.
+        """Normalise by the batch's statistics.
 
         Args:
             x: [B, T, C] on a grid of height x width.
@@ -145,7 +146,7 @@ class ConvNorm(nn.Cell):
     def affine(
         self, x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, height: int, width: int
     ) -> Tensor:
-        """scale * convolution + shift, both [C]: inference, or a frozen part of a training."""
+        """Return scale * convolution + shift, both [C], for inference and frozen parts."""
         grid = ops.zeros((height, width), mstype.float32)
         return self.frozen(x, weight, scale, shift, self.stride, grid)
 
@@ -154,8 +155,8 @@ class BiasActivation(nn.Cell):
     """activation(x + bias).
 
     Args:
-        library: as everywhere here.
-        activation: "quick_gelu" or "gelu" (the exact one, with erf).
+        library: path of the library.
+        activation: "quick_gelu" or "gelu" (exact, with erf).
     """
 
     def __init__(self, library: Path, activation: str) -> None:
@@ -174,7 +175,7 @@ class BiasActivation(nn.Cell):
 
 
 class SplitHeads(nn.Cell):
-    """x + bias, its channels split over the heads."""
+    """x + bias with its channels split over the heads."""
 
     def __init__(self, library: Path, num_heads: int) -> None:
         super().__init__()
@@ -201,7 +202,7 @@ def _merged(x, heads):
 
 
 class MergeHeads(nn.Cell):
-    """The heads' channels side by side again."""
+    """Concatenates the heads' channels."""
 
     def __init__(self, library: Path, num_heads: int) -> None:
         super().__init__()
@@ -219,7 +220,7 @@ class MergeHeads(nn.Cell):
 
 
 class BiasResidual(nn.Cell):
-    """x + keep * (z + bias): the end of a residual branch, under drop path."""
+    """x + keep * (z + bias): the end of a residual branch with drop path."""
 
     def __init__(self, library: Path) -> None:
         super().__init__()
@@ -239,7 +240,7 @@ class BiasResidual(nn.Cell):
 
 
 class Unfold(nn.Cell):
-    """The windows of a k x k convolution as the rows of a matrix."""
+    """The windows of a k x k convolution as rows of a matrix."""
 
     def __init__(self, library: Path, kernel_size: int, stride: int, padding: int) -> None:
         super().__init__()

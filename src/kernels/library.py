@@ -1,4 +1,4 @@
-"""The compiled library: built once with the system's C++ compiler, then kept."""
+"""Builds the compiled library with the system's C++ compiler and caches it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 SOURCES = Path(__file__).with_name("cpp")
-# Neither errno nor trapping keeps loops from becoming vector code; NaN and infinity stay exact.
+# The two -fno flags allow more vectorisation and keep NaN and infinity exact.
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp-simd", "-pthread", "-fPIC", "-shared",
          "-fno-math-errno", "-fno-trapping-math")  # fmt: skip
 COMPILERS = ("g++", "clang++", "c++")
@@ -24,13 +24,13 @@ _threads: int | None = None
 
 
 class BuildError(Exception):
-    """Why there is no library here; one line."""
+    """The library cannot be built; the message is one line."""
 
 
 def set_threads(number: int | None) -> None:
     """Set the number of threads of the operators in this process.
 
-    Results do not depend on it, to the bit.
+    Results are bitwise independent of it.
 
     Args:
         number: None takes OMP_NUM_THREADS if it is set, else the cores that the process may use.
@@ -53,17 +53,17 @@ def _default_threads() -> int:
 
 
 def library(folder: Path) -> Path:
-    """The path of the library, which is compiled where it is missing.
+    """Return the path of the library; compile it if it is missing.
 
-    Its name follows from the source, the flags, the compiler and the processor, so that none is
-    used where it does not belong.
+    Its name depends on source, flags, compiler and processor, so that each library is used only
+    where it fits.
 
     Args:
-        folder: where libraries are kept; created for this user alone where it is missing.
+        folder: cache folder; created with access for this user only if it is missing.
 
     Raises:
-        BuildError: no compiler, it failed, the folder can't be written, or what is there can't be
-            loaded or could be another user's work.
+        BuildError: there is no compiler, it fails, the folder cannot be written, or the library
+            cannot be loaded or could be written by another user.
     """
     compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None:
@@ -75,7 +75,7 @@ def library(folder: Path) -> Path:
     folder = folder.resolve()
     built = folder / f"kernels-{name}.so"
     if ":" in str(built):  # MindSpore splits "path:function" there
-        raise BuildError(f"{built}: MindSpore can't read a path with a colon")
+        raise BuildError(f"{built}: MindSpore cannot read a path with a colon")
     if built in _loaded and built.exists():
         return built
     try:
@@ -90,28 +90,28 @@ def library(folder: Path) -> Path:
     try:
         _loaded[built] = ctypes.CDLL(str(built))
     except OSError as error:  # damaged, or on a file system without execution
-        raise BuildError(f"can't be loaded, remove it: {error}") from None
+        raise BuildError(f"cannot be loaded, remove it: {error}") from None
     set_threads(_threads)
     return built
 
 
 def _require_own(path: Path) -> None:
-    """Refuse what another user could have put there: its code would run here."""
+    """Reject a file or folder that another user can write: its code would run here."""
     found = os.lstat(path)
     if not (stat.S_ISDIR(found.st_mode) or stat.S_ISREG(found.st_mode)):
         raise BuildError(f"{path}: is a link or a special file; remove it")
     if found.st_uid not in (0, os.getuid()):
         raise BuildError(f"{path}: belongs to another user; remove it, or set XDG_CACHE_HOME")
     if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise BuildError(f"{path}: others may write to it; remove it")
+        raise BuildError(f"{path}: is writable by others; remove it")
 
 
 def _compile(compiler: str, built: Path) -> None:
-    """Compile aside, then rename: ranks that start together may all do it."""
+    """Compile to a temporary folder, then rename, because several ranks may compile at once."""
     with tempfile.TemporaryDirectory(dir=built.parent) as folder:
-        aside = Path(folder) / built.name
+        partial = Path(folder) / built.name
         sources = map(str, sorted(SOURCES.glob("*.cpp")))
-        command = [compiler, *FLAGS, "-o", str(aside), *sources]
+        command = [compiler, *FLAGS, "-o", str(partial), *sources]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS)
         except subprocess.TimeoutExpired:
@@ -119,12 +119,12 @@ def _compile(compiler: str, built: Path) -> None:
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["no message"])[0]
             raise BuildError(f"{compiler} failed: {reason}")
-        aside.chmod(0o700)
-        os.replace(aside, built)
+        partial.chmod(0o700)
+        os.replace(partial, built)
 
 
 def _processor() -> str:
-    """What -march=native looks at."""
+    """Return the CPU features that -march=native depends on."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""The attention product, behind one door: plain operators, or Ascend's fused kernel."""
+"""Scaled dot-product attention in plain operators or Ascend's fused kernel."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ BATCH_MAX, TOKENS_MAX = 2 * 1024, 512 * 1024
 
 
 class ScaledDotProductAttention(nn.Cell):
-    """softmax(scale q k^T) v in every head, the softmax in float32.
+    """Compute softmax(scale q k^T) v in every head, the softmax in float32.
 
     Args:
-        num_heads, head_dim: of what it will see.
+        num_heads, head_dim: sizes of its inputs.
         scale: factor on the scores.
     """
 
@@ -32,26 +32,26 @@ class ScaledDotProductAttention(nn.Cell):
     def use_flash(self) -> None:
         """Compute in `mindspore.ops.flash_attention_score` (Ascend; float16 or bfloat16 inputs).
 
-        It never holds the scores [B, h, T, T'], forward or backward.
+        It does not store the scores [B, h, T, T'], forward or backward.
 
         Raises:
-            UserError: heads that the kernel does not take.
+            UserError: the kernel does not support the heads.
         """
         if self.head_dim % HEAD_DIM_MULTIPLE or self.head_dim > HEAD_DIM_MAX:
             raise UserError(
-                f"flash attention takes {HEAD_DIM_MULTIPLE}, {2 * HEAD_DIM_MULTIPLE}, ... "
-                f"{HEAD_DIM_MAX} channels a head, the model has {self.head_dim}; change "
-                "model.embed_dims or model.num_heads, or leave runtime.flash_attention out"
+                f"flash attention needs {HEAD_DIM_MULTIPLE}, {2 * HEAD_DIM_MULTIPLE}, ... "
+                f"{HEAD_DIM_MAX} channels per head, the model has {self.head_dim}; change "
+                "model.embed_dims or model.num_heads, or leave out runtime.flash_attention"
             )
         if self.num_heads > HEADS_MAX:
             raise UserError(
-                f"flash attention takes {HEADS_MAX} heads at most, the model has {self.num_heads}; "
-                "change model.num_heads, or leave runtime.flash_attention out"
+                f"flash attention supports at most {HEADS_MAX} heads, the model has "
+                f"{self.num_heads}; change model.num_heads, or leave out runtime.flash_attention"
             )
         self.flash = True
 
     def weights(self, q: Tensor, k: Tensor) -> Tensor:
-        """q [B, h, T, C / h], k [B, h, T', C / h] -> what v is weighted by, [B, h, T, T']."""
+        """q [B, h, T, C / h], k [B, h, T', C / h] -> weights of v [B, h, T, T']."""
         return ops.softmax(self.scores(q * self.scale, k).astype(mstype.float32), -1)
 
     def construct(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -62,10 +62,10 @@ class ScaledDotProductAttention(nn.Cell):
 
     def _flash(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if q.dtype not in (mstype.float16, mstype.bfloat16):
-            raise ValueError(f"flash attention takes float16 or bfloat16, not {q.dtype}")
+            raise ValueError(f"flash attention needs float16 or bfloat16, not {q.dtype}")
         if q.shape[0] > BATCH_MAX or q.shape[2] > TOKENS_MAX:
             raise ValueError(
-                f"flash attention takes {BATCH_MAX} images and {TOKENS_MAX} tokens at most, "
+                f"flash attention supports at most {BATCH_MAX} images and {TOKENS_MAX} tokens, "
                 f"not {q.shape[0]} and {q.shape[2]}"
             )
         # scalar_value multiplies q k^T; BNSD names the axes [batch, heads, tokens, channels].
@@ -75,10 +75,10 @@ class ScaledDotProductAttention(nn.Cell):
 
 
 def use_flash_attention(net: nn.Cell) -> nn.Cell:
-    """Let every attention of a network compute in Ascend's fused kernel.
+    """Switch every attention of a network to Ascend's fused kernel, in place.
 
     Raises:
-        UserError: heads that the kernel does not take, or no attention at all.
+        UserError: the kernel does not support the heads, or the network has no attention.
     """
     cells = [c for _, c in net.cells_and_names() if isinstance(c, ScaledDotProductAttention)]
     if not cells:

@@ -1,8 +1,8 @@
-"""What the class token looks at: the attention weights of the last stage, and where they lie.
+"""Attention maps of the class token in the last stage, mapped to image pixels.
 
-The grid of keys is coarser than that of queries (`kv_stride`), and a token does not stand in the
-middle of the pixels that an even division of the image would give it: the convolutions put token
-(0, 0) of CvT-13 on pixel (1, 1) and its neighbour 16 pixels further. Both are followed here.
+The grid of keys is coarser than that of queries (`kv_stride`), and a token is not centred in an
+equal division of the image: the convolutions centre token (0, 0) of CvT-13 on pixel (1, 1) and its
+neighbour 16 pixels further. This module accounts for both.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from src.models.layers import Attention
 
 @dataclass(frozen=True)
 class AttentionMaps:
-    """The attention of the last stage's blocks, first block first, as `attention_maps` reads it.
+    """The attention weights of the last stage's blocks, first block first.
 
     Shapes: h heads, H x W the grid of queries, H' x W' that of keys; the class token comes first.
 
     Args:
-        from_cls: of each block, the class token's weights in each head, float32 [B, h, 1 + H'W'].
-        mean: of each block, all weights in the mean over heads, float32 [B, 1 + HW, 1 + H'W'].
-        queries: rows [H] and columns [W] of the image, in pixels, where the queries are centred.
-        keys: rows [H'] and columns [W'] where the keys are centred.
+        from_cls: the class token's weights of each block, float32 [B, h, 1 + H'W'].
+        mean: all weights of each block, averaged over heads, float32 [B, 1 + HW, 1 + H'W'].
+        queries: pixel rows [H] and columns [W] of the queries' centres.
+        keys: pixel rows [H'] and columns [W'] of the keys' centres.
         image_size: (height, width) in pixels.
     """
 
@@ -40,78 +40,77 @@ class AttentionMaps:
     image_size: tuple[int, int]
 
     def heads(self) -> tuple[np.ndarray, np.ndarray]:
-        """The class token's attention in the last block.
+        """Return the class token's attention in the last block.
 
         Returns:
-            To the keys of the image, [B, h, H', W'], and to itself, [B, h]. A head's sum is 1.
+            Weights of the image's keys [B, h, H', W'] and of itself [B, h]. A head's sum is 1.
         """
         weights = self.from_cls[-1]
         maps = weights[..., 1:].reshape(*weights.shape[:2], *(len(axis) for axis in self.keys))
         return maps, weights[..., 0]
 
     def rollout(self) -> tuple[np.ndarray, np.ndarray]:
-        """Attention rollout (Abnar and Zuidema, 2020, arXiv 2005.00928) from the class token.
+        """Compute attention rollout (Abnar and Zuidema, 2020, arXiv 2005.00928) of the class token.
 
-        How much of what enters the stage at each token reaches the class token at its end, if every
-        block passed on half of its input and half of its attention's mean over heads. Weights on
-        keys are carried back to the tokens by `spread`.
+        It estimates how much each of the stage's input tokens contributes to the class token at the
+        end, assuming that a block passes on half of its input and half of its attention, averaged
+        over heads. `spread` maps weights of keys back to the tokens.
 
         Returns:
-            To the tokens of the image, [B, H, W], and to the class token, [B]. An image's sum is 1.
+            Weights of the image's tokens [B, H, W] and of the class token [B]. An image's sum is 1.
         """
         rows, columns = (spread(*axes) for axes in zip(self.keys, self.queries))
         grid, kv_grid = (tuple(len(axis) for axis in axes) for axes in (self.queries, self.keys))
-        share = np.zeros(self.mean[-1].shape[:2], np.float32)  # [B, 1 + HW]
-        share[:, 0] = 1.0
+        fraction = np.zeros(self.mean[-1].shape[:2], np.float32)  # [B, 1 + HW]
+        fraction[:, 0] = 1.0
         for weights in reversed(self.mean):
-            on_keys = np.einsum("bt,btk->bk", share, weights)  # [B, 1 + H'W']
+            on_keys = np.einsum("bt,btk->bk", fraction, weights)  # [B, 1 + H'W']
             tokens = rows.T @ on_keys[:, 1:].reshape(-1, *kv_grid) @ columns  # [B, H, W]
             attended = np.concatenate((on_keys[:, :1], tokens.reshape(len(tokens), -1)), axis=1)
-            share = 0.5 * share + 0.5 * attended
-        return share[:, 1:].reshape(-1, *grid), share[:, 0]
+            fraction = 0.5 * fraction + 0.5 * attended
+        return fraction[:, 1:].reshape(-1, *grid), fraction[:, 0]
 
-    def even(self) -> AttentionMaps:
-        """The maps of a network that looks everywhere alike, to compare with.
+    def uniform(self) -> AttentionMaps:
+        """Return the maps of a network with uniform attention, for comparison.
 
-        Its rollout is not flat: tokens at the border are near fewer keys, or near only one.
+        Its rollout is not flat, because tokens at the border are near fewer keys.
         """
 
-        def even(blocks: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
+        def uniform(blocks: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
             return tuple(np.full_like(weights, 1 / weights.shape[-1]) for weights in blocks)
 
-        return replace(self, from_cls=even(self.from_cls), mean=even(self.mean))
+        return replace(self, from_cls=uniform(self.from_cls), mean=uniform(self.mean))
 
     def to_image(self, maps: np.ndarray) -> np.ndarray:
-        """Maps on either grid, [..., H, W] or [..., H', W'], to pixels, [..., height, width].
+        """Interpolate maps [..., H, W] or [..., H', W'] to pixels [..., height, width].
 
-        Linear between the centres, and held beyond the outermost ones. Values are kept, so sums
-        are not.
+        Linear between the centres, constant beyond the outermost ones. This preserves values, not
+        sums.
         """
         for axes in (self.keys, self.queries):
             if maps.shape[-2:] == tuple(len(axis) for axis in axes):
                 pixels = (np.arange(edge) for edge in self.image_size)
                 rows, columns = (interpolation(*pair) for pair in zip(axes, pixels))
                 return rows @ maps @ columns.T
-        raise ValueError(f"maps {maps.shape} lie on neither of the two grids")
+        raise ValueError(f"maps {maps.shape} match neither grid")
 
 
 def attention_maps(net: nn.Cell, images: Tensor) -> AttentionMaps:
-    """Run a network on images and read the attention weights of its last stage.
+    """Run a network on images and record the attention weights of its last stage.
 
-    Needs PyNative mode, `mindspore.set_context(mode=mindspore.PYNATIVE_MODE)`: hooks read the
-    inputs of each attention, and a compiled graph has none. The network stays as it is.
+    This needs PyNative mode, `mindspore.set_context(mode=mindspore.PYNATIVE_MODE)`: hooks read the
+    inputs of each attention, and a compiled graph runs no hooks. The network is not changed.
 
     Args:
         net: a CvT with a class token, in inference mode.
         images: float32 [B, C, height, width].
 
     Raises:
-        UserError: a network without a class token, or graph mode.
+        UserError: the network has no class token, or the mode is graph mode.
     """
     if not isinstance(net, CvT) or not net.stage2.has_cls_token:
         raise UserError(
-            "attention maps start at the class token of a CvT, and this network has none "
-            "(model.cls_token) or is no CvT"
+            "attention maps need a CvT with a class token (model.cls_token); this network is none"
         )
     if ms.get_context("mode") != ms.PYNATIVE_MODE:
         raise UserError("attention maps need PyNative mode: ms.set_context(mode=ms.PYNATIVE_MODE)")
@@ -138,10 +137,10 @@ def attention_maps(net: nn.Cell, images: Tensor) -> AttentionMaps:
 
 
 def attention_weights(cell: Attention, x: Tensor, height: int, width: int) -> Tensor:
-    """The weights that an attention gives its values: softmax(q k^T / sqrt(C)), rows sum to 1.
+    """Compute the attention weights softmax(q k^T / sqrt(C)); rows sum to 1.
 
     Args:
-        cell: of a network in PyNative mode.
+        cell: an attention of a network in PyNative mode.
         x: the cell's input, tokens [B, T, C] on a grid of height x width.
 
     Returns:
@@ -153,7 +152,7 @@ def attention_weights(cell: Attention, x: Tensor, height: int, width: int) -> Te
 
 
 def _key_positions(cell: Attention, edge: int) -> np.ndarray:
-    """Where along an axis of `edge` queries the keys are centred, in queries."""
+    """Return the keys' centres along an axis of `edge` queries, in units of queries."""
     if cell.qkv_projection == "linear":
         return np.arange(edge)
     if cell.qkv_projection == "avg":
@@ -165,14 +164,14 @@ def _key_positions(cell: Attention, edge: int) -> np.ndarray:
 
 
 def token_centres(patches: Sequence[tuple[int, int, int]], positions: np.ndarray) -> np.ndarray:
-    """The pixel under the middle of each token's window, along one axis.
+    """Return the pixel at the centre of each token's window along one axis.
 
     Args:
-        patches: (size, stride, padding) of the embeddings that the image goes through.
-        positions: of tokens of the last embedding, counted from 0.
+        patches: (size, stride, padding) of the successive embeddings.
+        positions: tokens of the last embedding, counted from 0.
 
     Returns:
-        float32, of the same shape; pixel 0 is the first one's centre.
+        float32 of the same shape; 0 is the centre of the first pixel.
     """
     for size, stride, padding in reversed(patches):
         positions = positions * stride + (size - 1) / 2 - padding
@@ -180,7 +179,7 @@ def token_centres(patches: Sequence[tuple[int, int, int]], positions: np.ndarray
 
 
 def interpolation(centres: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """The matrix [points, centres] of linear interpolation, held beyond the first and last centre.
+    """Return the matrix [points, centres] of linear interpolation, constant beyond the ends.
 
     Rows sum to 1.
     """
@@ -189,13 +188,13 @@ def interpolation(centres: np.ndarray, points: np.ndarray) -> np.ndarray:
 
 
 def spread(keys: np.ndarray, queries: np.ndarray) -> np.ndarray:
-    """The matrix [H', H] that hands the weight on a key back to the tokens around it, on one axis.
+    """Return the matrix [H', H] that maps a key's weight to the tokens around it along one axis.
 
-    A choice of ours, as rollout was defined for equal grids: at stride 2 a key gives half of its
-    weight to the token under its centre and a quarter to each neighbour, the three that its
-    convolution reads; at stride 1, all to its own token. It is the transpose of `interpolation`
-    with rows that sum to 1, so rollout loses no weight, and it is even about the centre: cells of
-    2 x 2 tokens would move the map by half a token in each block.
+    Rollout was defined for equal grids, so this is our choice. At stride 2, half of a key's weight
+    goes to the token at its centre and a quarter to each neighbour, the three tokens that its
+    convolution reads; at stride 1, all of it goes to its own token. The matrix is the transpose of
+    `interpolation` with rows that sum to 1, so rollout loses no weight. It is symmetric: cells of
+    2 x 2 tokens would shift the map by half a token in each block.
     """
     matrix = interpolation(keys, queries).T
     return matrix / matrix.sum(axis=1, keepdims=True)

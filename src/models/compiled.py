@@ -1,7 +1,7 @@
-"""The same layers in compiled operators, for CPUs: fewer passes over memory, no transposes.
+"""Layers in compiled operators for CPUs: fewer passes over memory, no transposes.
 
-`use_compiled` turns the cells of a network into the ones below, in place: parameters, their names
-and what is computed stay, rounding does not. Float32 only.
+`use_compiled` replaces the cells of a network in place. Parameters, their names and the computation
+stay the same except for rounding. Float32 only.
 """
 
 from __future__ import annotations
@@ -13,14 +13,21 @@ from mindspore import dtype as mstype
 
 from src.kernels import functions
 from src.models import vit
-from src.models.layers import Attention, BatchNorm2d, Block, ConvEmbed, LayerNorm
+from src.models.layers import (
+    Attention,
+    BatchNorm2d,
+    Block,
+    ConvEmbed,
+    LayerNorm,
+    update_running_statistic,
+)
 
 
 class CompiledLayerNorm(LayerNorm):
     """LayerNorm in one operator."""
 
     def prepare(self, library: Path) -> None:
-        """Make what computes."""
+        """Create the fused operators."""
         self.operator = functions.LayerNorm(library, self.epsilon)
 
     def construct(self, x: Tensor) -> Tensor:
@@ -32,7 +39,7 @@ class CompiledConvEmbed(ConvEmbed):
     """The convolution as a matrix product over its windows, on tokens."""
 
     def prepare(self, library: Path) -> None:
-        """Make what computes."""
+        """Create the fused operators."""
         conv = self.proj
         self.unfold = functions.Unfold(library, conv.kernel_size[0], conv.stride[0], conv.padding)
         self.grid = lambda edge: (
@@ -41,7 +48,7 @@ class CompiledConvEmbed(ConvEmbed):
         self.product = ops.MatMul(transpose_b=True)
 
     def construct(self, x: Tensor, height: int, width: int) -> tuple[Tensor, int, int]:
-        """As `ConvEmbed`."""
+        """Compute as `ConvEmbed`."""
         if x.ndim == 4:
             x = x.transpose((0, 2, 3, 1)).reshape((-1, height * width, x.shape[1]))
         weight = self.proj.weight.transpose((0, 2, 3, 1)).reshape((self.proj.weight.shape[0], -1))
@@ -50,8 +57,8 @@ class CompiledConvEmbed(ConvEmbed):
         return self.norm(x.reshape((-1, height * width, x.shape[1]))), height, width
 
 
-class Products:
-    """Linears without their bias, for the cells below: theirs goes into the next operator."""
+class BiasFreeLinear:
+    """A mixin for Linears without bias; the next operator adds it."""
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
         """x [B, T, C], weight [C', C] -> [B, T, C']."""
@@ -59,11 +66,11 @@ class Products:
         return y.reshape((-1, x.shape[1], y.shape[1]))
 
 
-class CompiledAttention(Products, Attention):
-    """Convolution and BatchNorm as one operator on tokens; biases and heads in one pass."""
+class CompiledAttention(BiasFreeLinear, Attention):
+    """CvT's attention: convolution and BatchNorm in one operator, biases and heads in one pass."""
 
     def prepare(self, library: Path) -> None:
-        """Make what computes."""
+        """Create the fused operators."""
         self.norms = nn.CellList(
             [
                 functions.ConvNorm(library, each.conv.stride[0], each.bn.eps)
@@ -83,18 +90,20 @@ class CompiledAttention(Products, Attention):
             return norm.affine(x, weight, scale, shift, height, width)
         y, mean, variance = norm(x, weight, bn.gamma, bn.beta, height, width)
         count = y.shape[0] * (y.shape[1] - int(self.has_cls_token))
-        follow(bn.moving_mean, mean, bn.momentum)
-        follow(bn.moving_variance, variance * (count / max(count - 1, 1)), bn.momentum)
+        update_running_statistic(bn.moving_mean, mean, bn.momentum)
+        update_running_statistic(
+            bn.moving_variance, variance * (count / max(count - 1, 1)), bn.momentum
+        )
         return y
 
     def construct(
         self, x: Tensor, height: int, width: int, bits: Tensor | None, only_cls: bool = False
     ) -> Tensor:
-        """As `Attention`, but without the last Linear's bias."""
+        """Compute as `Attention`, without the last Linear's bias."""
         q = x[:, :1]
         if not only_cls:
             q = self._norm(0, self.conv_proj_q, x, height, width)
-        elif self.conv_proj_q.bn.training:  # for its statistics
+        elif self.conv_proj_q.bn.training:  # to update its statistics
             q = ops.depend(q, self._norm(0, self.conv_proj_q, x, height, width))
         k = self._norm(1, self.conv_proj_k, x, height, width)
         v = self._norm(2, self.conv_proj_v, x, height, width)
@@ -105,18 +114,18 @@ class CompiledAttention(Products, Attention):
         return self.linear(self.merge(self.attend.mix(weights, v)), self.proj.weight)
 
 
-class CompiledViTAttention(Products, vit.Attention):
-    """Biases and heads in one pass."""
+class CompiledViTAttention(BiasFreeLinear, vit.Attention):
+    """ViT's attention: biases and heads in one pass."""
 
     def prepare(self, library: Path) -> None:
-        """Make what computes."""
+        """Create the fused operators."""
         self.split = functions.SplitHeads(library, self.num_heads)
         self.softmax = functions.Softmax(library, self.attend.scale)
         self.merge = functions.MergeHeads(library, self.num_heads)
         self.product = ops.MatMul(transpose_b=True)
 
     def construct(self, x: Tensor, bits: Tensor | None) -> Tensor:
-        """As `vit.Attention`, but without the last Linear's bias."""
+        """Compute as `vit.Attention`, without the last Linear's bias."""
         dim = x.shape[2]
         weight, bias = self.qkv.weight, self.qkv.bias
         q = self.split(self.linear(x, weight[:dim]), bias[:dim])
@@ -126,19 +135,19 @@ class CompiledViTAttention(Products, vit.Attention):
         return self.linear(self.merge(self.attend.mix(weights, v)), self.proj.weight)
 
 
-class Branches(Products):
-    """The ends of a block's two branches: biases, activation and residuals in one pass each."""
+class CompiledBranches(BiasFreeLinear):
+    """A mixin for a block's two branches: biases, activation and residuals in one pass each."""
 
     activation = ""
 
     def prepare(self, library: Path) -> None:
-        """Make what computes."""
+        """Create the fused operators."""
         self.end = functions.BiasResidual(library)
         self.act = functions.BiasActivation(library, self.activation)
         self.product = ops.MatMul(transpose_b=True)
 
     def finish(self, x: Tensor, attended: Tensor, bits: Tensor | None) -> Tensor:
-        """x and its attention without the last bias, both [B, T, C] -> [B, T, C]."""
+        """Add attention and MLP to x: x and attended (without bias) [B, T, C] -> [B, T, C]."""
         ones = ops.ones((x.shape[0],), mstype.float32)
         keep = self.drop_path1.factors(bits)
         x = self.end(x, attended, self.attn.proj.bias, ones if keep is None else keep)
@@ -149,47 +158,41 @@ class Branches(Products):
         return self.end(x, y, self.mlp.fc2.bias, ones if keep is None else keep)
 
 
-class CompiledBlock(Branches, Block):
-    """CvT's block."""
+class CompiledBlock(CompiledBranches, Block):
+    """CvT's block in compiled operators."""
 
     activation = "quick_gelu"
 
     def construct(
         self, x: Tensor, height: int, width: int, bits: Tensor | None, only_cls: bool = False
     ) -> Tensor:
-        """As `Block`."""
+        """Compute as `Block`."""
         attended = self.attn(self.norm1(x), height, width, bits, only_cls)
         return self.finish(x[:, :1] if only_cls else x, attended, bits)
 
 
-class CompiledViTBlock(Branches, vit.Block):
-    """ViT's block."""
+class CompiledViTBlock(CompiledBranches, vit.Block):
+    """ViT's block in compiled operators."""
 
     activation = "gelu"
 
     def construct(self, x: Tensor, bits: Tensor | None) -> Tensor:
-        """As `vit.Block`."""
+        """Compute as `vit.Block`."""
         return self.finish(x, self.attn(self.norm1(x), bits), bits)
 
 
-def follow(statistic: Tensor, value: Tensor, momentum: float) -> None:
-    """Move a running statistic."""
-    value = ops.stop_gradient(value)
-    ops.assign(statistic, statistic + momentum * (value - statistic))
-
-
 def use_compiled(net: nn.Cell, library: Path) -> nn.Cell:
-    """Let a network compute in compiled operators where it has them.
+    """Replace a network's cells by compiled ones where they exist, in place.
 
-    library: what `src.kernels.library` built.
+    library: the path that `src.kernels.library` returns.
     """
     for _, cell in list(net.cells_and_names()):
         if type(cell) in (Block, vit.Block):
             if _is_plain(cell.attn):
                 for each in (cell, cell.attn):
-                    _become(each, COMPILED[type(each)], library)
+                    _replace_class(each, COMPILED[type(each)], library)
         elif type(cell) in (LayerNorm, ConvEmbed):
-            _become(cell, COMPILED[type(cell)], library)
+            _replace_class(cell, COMPILED[type(cell)], library)
     return net
 
 
@@ -204,7 +207,7 @@ COMPILED = {
 
 
 def _is_plain(attn: nn.Cell) -> bool:
-    """Whether an attention has no option that the compiled one does not know."""
+    """Return whether the compiled attention supports all options of an attention."""
     if attn.proj_drop.rate > 0.0 or attn.attend.flash:
         return False
     if isinstance(attn, vit.Attention):
@@ -214,13 +217,13 @@ def _is_plain(attn: nn.Cell) -> bool:
     return type(attn.conv_proj_q.bn) is BatchNorm2d
 
 
-def _become(cell: nn.Cell, kind: type, library: Path) -> None:
+def _replace_class(cell: nn.Cell, kind: type, library: Path) -> None:
     cell.__class__ = kind
     cell.prepare(library)
 
 
 def has_plain_convolutions(net: nn.Cell) -> bool:
-    """Whether convolutions of a network run in the framework's kernel."""
+    """Return whether any convolution of a network runs in the framework's kernel."""
     compiled = set()
     for _, cell in net.cells_and_names():
         if isinstance(cell, (CompiledAttention, CompiledConvEmbed)):

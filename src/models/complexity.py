@@ -1,13 +1,12 @@
-"""Parameters and multiply-accumulates (MACs) of a network, counted from its cells and their shapes.
+"""Counts parameters and multiply-accumulates (MACs) of a network from its cells and their shapes.
 
 One MAC is one multiplication and one addition. The "FLOPs" of the CvT paper (tables 3 and 5) are
-MACs and contain the attention products q k^T and weights v; here these stand apart. Counted are
-convolutions, Linears and the attention products; not counted are norms, softmax, activations,
-biases, pooling and sums, as usual.
+MACs and include the attention products q k^T and weights v, which are listed separately here. As
+usual, norms, softmax, activations, biases, pooling and sums are not counted.
 
-Nothing runs, so that CvT-W24 at 384 px (193 GMACs) or an image of any size takes milliseconds: a
-rule per composite cell carries the token grid through the real cells and reads every size off their
-weights. A layer that no rule visits raises, and tests compare the counts with recorded calls.
+The network does not run, so CvT-W24 at 384 px (193 GMACs) takes milliseconds: a rule for each
+composite cell passes the token grid through the cells and reads the sizes of their weights. A layer
+without a rule raises an error, and tests compare the counts with recorded calls.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from src.models.vit import VisionTransformer
 
 try:
     from mindspore.nn.utils import no_init_parameters as uninitialised
-except ImportError:  # announced to go after MindSpore 2.9; creation then only takes longer
+except ImportError:  # to be removed after MindSpore 2.9; creation then takes longer
     uninitialised = contextlib.nullcontext
 
 _RUNNING_STATISTICS = ("moving_mean", "moving_variance")
@@ -36,10 +35,10 @@ _RUNNING_STATISTICS = ("moving_mean", "moving_variance")
 
 @dataclass(frozen=True)
 class StageComplexity:
-    """One stage's share, for one image.
+    """Parameters and MACs of one stage for one image.
 
-    `grid` is the stage's output (H, W) in tokens, None for the head; `parameters` counts numbers
-    that training changes, without BatchNorm's running statistics; the rest are MACs.
+    `grid` is the stage's output (H, W) in tokens, None for the head; `parameters` are trained ones,
+    without BatchNorm's running statistics; the rest are MACs.
     """
 
     name: str
@@ -51,11 +50,11 @@ class StageComplexity:
 
     @property
     def total_macs(self) -> int:
-        """Convolutions, Linears and attention products together."""
+        """Sum of convolutions, Linears and attention products."""
         return self.convolution_macs + self.linear_macs + self.attention_macs
 
     def to_dict(self) -> dict[str, str | int | list[int]]:
-        """Plain values, ready for JSON; without a grid where there is none."""
+        """Return plain values for JSON; without `grid` if it is None."""
         grid = {} if self.grid is None else {"grid": list(self.grid)}
         return {
             "name": self.name,
@@ -70,29 +69,26 @@ class StageComplexity:
 
 @dataclass(frozen=True)
 class Complexity:
-    """The stages in their order, and what comes behind them as "head"."""
+    """The stages in order; everything after them is the last one, "head"."""
 
     stages: tuple[StageComplexity, ...]
 
     @property
     def total(self) -> StageComplexity:
-        """The sums over the stages; total.parameters and total.total_macs are the paper's figures.
-
-        Its `name` is "total".
-        """
+        """The sums over the stages, named "total"; the paper gives parameters and total_macs."""
         names = ("parameters", "convolution_macs", "linear_macs", "attention_macs")
         sums = {name: sum(getattr(stage, name) for stage in self.stages) for name in names}
         return StageComplexity("total", None, **sums)
 
     def to_dict(self) -> dict[str, list | dict]:
-        """Plain values, ready for JSON: `stages`, a list, and `total`."""
+        """Return plain values for JSON: the list `stages`, and `total`."""
         return {
             "stages": [stage.to_dict() for stage in self.stages],
             "total": self.total.to_dict(),
         }
 
     def __str__(self) -> str:
-        """An aligned table; MACs in units of 10^9 (G), those of a small network of 10^6 (M)."""
+        """Return an aligned table; MACs in units of 10^9 (G), or 10^6 (M) for small networks."""
         unit, size = ("G", 1e9) if self.total.total_macs >= 1e9 else ("M", 1e6)
         kinds = (f"{unit}MACs: conv", "linear", "attention", "total")
         rows = [["stage", "output", "parameters", *kinds]]
@@ -111,42 +107,40 @@ class Complexity:
 
 
 def complexity(net: nn.Cell, image_size: int | Sequence[int]) -> Complexity:
-    """Count a network for one image.
+    """Count a network's parameters and MACs for one image.
 
     Args:
-        net: a network of `src.models.create_model`. Only shapes are read: one that was created
-            under `uninitialised()` does and saves the time and memory of initialisation.
+        net: a network of `src.models.create_model`. Only shapes are read, so creating it under
+            `uninitialised()` saves the time and memory of initialisation.
         image_size: pixels, one number or (H, W).
 
     Raises:
-        UserError: a size that the network can't take.
-        TypeError: a network, or a layer in it, that no rule here knows.
+        UserError: the network does not accept the size.
+        TypeError: there is no rule for the network or a layer in it.
     """
     rule = _RULES.get(type(net))
     if rule is None:
-        raise TypeError(f"no rule counts a {type(net).__name__}; add one to {__name__}")
+        raise TypeError(f"no rule for a {type(net).__name__}; add one to {__name__}")
     stages, visited = rule(net, image_size)
     for name, cell in net.cells_and_names():
         if isinstance(getattr(cell, "weight", None), Parameter) and id(cell) not in visited:
-            raise TypeError(
-                f"no rule counts {name}, a {type(cell).__name__}; add one to {__name__}"
-            )
+            raise TypeError(f"no rule for {name}, a {type(cell).__name__}; add one to {__name__}")
     return Complexity(stages)
 
 
 @dataclass
 class _Count:
-    """MACs gathered on the way through a stage, and the ids of the cells that were counted."""
+    """MACs of a stage so far, and the ids of the counted cells."""
 
     convolution: int = 0
     linear: int = 0
     attention: int = 0
     visited: set[int] = field(default_factory=set)
 
-    def convolve(self, cell: nn.Conv2d, grid: tuple[int, int]) -> tuple[int, int]:
+    def add_convolution(self, cell: nn.Conv2d, grid: tuple[int, int]) -> tuple[int, int]:
         """Count a convolution over (H, W) and return its output's (H', W')."""
         if cell.pad_mode != "pad" or not isinstance(cell.padding, int):
-            raise TypeError(f"no rule counts a convolution with padding {cell.padding!r}")
+            raise TypeError(f"no rule for a convolution with padding {cell.padding!r}")
         grid = tuple(
             (edge + 2 * cell.padding - dilation * (kernel - 1) - 1) // stride + 1
             for edge, kernel, stride, dilation in zip(
@@ -157,13 +151,13 @@ class _Count:
         self.visited.add(id(cell))
         return grid
 
-    def apply(self, cell: nn.Dense, tokens: int) -> None:
-        """Count a Linear over so many tokens."""
+    def add_linear(self, cell: nn.Dense, tokens: int) -> None:
+        """Count a Linear over a number of tokens."""
         self.linear += cell.weight.size * tokens
         self.visited.add(id(cell))
 
-    def entry(self, name: str, grid: tuple[int, int] | None, parameters: int) -> StageComplexity:
-        """What was gathered, as a row of the result."""
+    def to_stage(self, name: str, grid: tuple[int, int] | None, parameters: int) -> StageComplexity:
+        """Return the counts as a stage of the result."""
         macs = (self.convolution, self.linear, self.attention)
         return StageComplexity(name, grid, parameters, *macs)
 
@@ -172,8 +166,8 @@ _Counted = tuple[tuple[StageComplexity, ...], set[int]]
 
 
 def _cvt(net: CvT, image_size: int | Sequence[int]) -> _Counted:
-    """The rows of a CvT, and the ids of the cells that they count."""
-    net.grids(image_size)  # raises where the strides can't take the size
+    """Return the stages of a CvT and the ids of the counted cells."""
+    net.grids(image_size)  # raises if the strides do not accept the size
     grid = as_size(image_size)
     rows, visited = [], set()
     for i, stage in enumerate((net.stage0, net.stage1, net.stage2)):
@@ -182,29 +176,29 @@ def _cvt(net: CvT, image_size: int | Sequence[int]) -> _Counted:
         if stage.pos_embed_grid not in (None, grid):
             raise UserError(
                 f"image_size {image_size}: the position embedding of stage{i} has a grid of "
-                f"{stage.pos_embed_grid}, this size gives {grid}: create the model with it"
+                f"{stage.pos_embed_grid}, this size gives {grid}; create the model with it"
             )
-        rows.append(count.entry(f"stage{i}", grid, _parameters(stage)))
+        rows.append(count.to_stage(f"stage{i}", grid, _parameters(stage)))
     return _with_head(net, rows, visited)
 
 
 def _with_head(net: nn.Cell, rows: Sequence[StageComplexity], visited: set[int]) -> _Counted:
-    """The rows and a last one, of the head and of what else is in none of them."""
+    """Append a stage for the head and all remaining parameters."""
     count = _Count(visited=visited)
     if net.num_classes:
-        count.apply(net.head, 1)
+        count.add_linear(net.head, 1)
     rest = _parameters(net) - sum(row.parameters for row in rows)
-    return (*rows, count.entry("head", None, rest)), visited
+    return (*rows, count.to_stage("head", None, rest)), visited
 
 
 def _stage(stage: Stage, size: tuple[int, int], count: _Count) -> tuple[int, int]:
-    """Count a stage for a map of `size` (H, W) and return its grid of tokens."""
-    grid = count.convolve(stage.patch_embed.proj, size)
+    """Count a stage for a map of `size` (H, W); returns its grid of tokens."""
+    grid = count.add_convolution(stage.patch_embed.proj, size)
     tokens = stage.has_cls_token + math.prod(grid)
     for block in stage.blocks:
         _attention(block.attn, grid, count)
-        count.apply(block.mlp.fc1, tokens)
-        count.apply(block.mlp.fc2, tokens)
+        count.add_linear(block.mlp.fc1, tokens)
+        count.add_linear(block.mlp.fc2, tokens)
     return grid
 
 
@@ -212,59 +206,59 @@ def _attention(cell: Attention, grid: tuple[int, int], count: _Count) -> None:
     """Count the projections and both products of an attention over a grid of tokens (H, W)."""
     kv_grid = grid
     if cell.qkv_projection == "conv":
-        count.convolve(cell.conv_proj_q.conv, grid)
-        kv_grid = count.convolve(cell.conv_proj_k.conv, grid)
-        count.convolve(cell.conv_proj_v.conv, grid)
+        count.add_convolution(cell.conv_proj_q.conv, grid)
+        kv_grid = count.add_convolution(cell.conv_proj_k.conv, grid)
+        count.add_convolution(cell.conv_proj_v.conv, grid)
     elif cell.qkv_projection == "avg":
         kv_grid = [len(cell.pool_kv._windows(edge)[1]) for edge in grid]
     tokens = cell.has_cls_token + math.prod(grid)
     kv_tokens = cell.has_cls_token + math.prod(kv_grid)
-    count.apply(cell.proj_q, tokens)
-    count.apply(cell.proj_k, kv_tokens)
-    count.apply(cell.proj_v, kv_tokens)
-    count.apply(cell.proj, tokens)
+    count.add_linear(cell.proj_q, tokens)
+    count.add_linear(cell.proj_k, kv_tokens)
+    count.add_linear(cell.proj_v, kv_tokens)
+    count.add_linear(cell.proj, tokens)
     count.attention += 2 * cell.num_heads * cell.head_dim * tokens * kv_tokens
 
 
 def _vit(net: VisionTransformer, image_size: int | Sequence[int]) -> _Counted:
-    """The rows of a ViT, and the ids of the cells that they count."""
-    grid = net.grid(image_size)  # raises where the patches can't take the size
+    """Return the stages of a ViT and the ids of the counted cells."""
+    grid = net.grid(image_size)  # raises if the patches do not divide the size
     if as_size(image_size) != net.image_size:
         raise UserError(
-            f"image_size {image_size}: the position embedding is of an image of {net.image_size}: "
+            f"image_size {image_size}: the position embedding is for {net.image_size}; "
             "create the model with this size"
         )
     tokens = 1 + math.prod(grid)
     embedding, blocks = _Count(), _Count()
-    embedding.convolve(net.patch_embed.proj, as_size(image_size))
+    embedding.add_convolution(net.patch_embed.proj, as_size(image_size))
     for block in net.blocks:
         for linear in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2):
-            blocks.apply(linear, tokens)
+            blocks.add_linear(linear, tokens)
         blocks.attention += 2 * block.attn.num_heads * block.attn.head_dim * tokens**2
     own = net.cls_token.size + net.pos_embed.size
     rows = (
-        embedding.entry("embedding", grid, _parameters(net.patch_embed) + own),
-        blocks.entry("blocks", grid, _parameters(net.blocks)),
+        embedding.to_stage("embedding", grid, _parameters(net.patch_embed) + own),
+        blocks.to_stage("blocks", grid, _parameters(net.blocks)),
     )
     return _with_head(net, rows, embedding.visited | blocks.visited)
 
 
 def _resnet(net: ResNet, image_size: int | Sequence[int]) -> _Counted:
-    """The rows of a ResNet, and the ids of the cells that they count."""
+    """Return the stages of a ResNet and the ids of the counted cells."""
     visited: set[int] = set()
     count = _Count(visited=visited)
-    grid = count.convolve(net.stem.conv, net.check_size(image_size))
+    grid = count.add_convolution(net.stem.conv, net.check_size(image_size))
     if net.pools:
         grid = tuple((edge - 1) // 2 + 1 for edge in grid)
-    rows = [count.entry("stem", grid, _parameters(net.stem))]
+    rows = [count.to_stage("stem", grid, _parameters(net.stem))]
     for i, stage in enumerate(net.stages):
         count = _Count(visited=visited)
         for block in stage.blocks:
             if block.projects:
-                count.convolve(block.shortcut.conv, grid)
+                count.add_convolution(block.shortcut.conv, grid)
             for layer in block.layers:
-                grid = count.convolve(layer.conv, grid)
-        rows.append(count.entry(f"stage{i}", grid, _parameters(stage)))
+                grid = count.add_convolution(layer.conv, grid)
+        rows.append(count.to_stage(f"stage{i}", grid, _parameters(stage)))
     return _with_head(net, rows, visited)
 
 

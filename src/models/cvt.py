@@ -1,9 +1,9 @@
 """CvT: Introducing Convolutions to Vision Transformers (Wu et al., ICCV 2021, arXiv 2103.15808).
 
-Three stages; each opens with a convolutional token embedding that shrinks the grid and widens the
-channels, and goes on with transformer blocks whose q, k and v come from depthwise convolutions. It
-needs no position embedding. Faithful to the official `lib/models/cls_cvt.py` to float rounding:
-tools/check_device/golden holds that code's numbers.
+Each of the three stages starts with a convolutional token embedding, which shrinks the grid and
+widens the channels, followed by transformer blocks that compute q, k and v with depthwise
+convolutions. CvT needs no position embedding. This implementation equals the official
+`lib/models/cls_cvt.py` up to float rounding; tools/check_device/golden has that code's numbers.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from src.models.registry import register_model
 from src.models.stochastic import Dropout, StochasticNet
 
 STAGES = 3
-MOST = 65_536  # channels, blocks, heads, pixels of a stride: beyond all networks, within memory
+MAX_SIZE = 65_536  # of channels, blocks, heads, strides: beyond all networks, within memory
 QKV_PROJECTIONS = ("conv", "avg", "linear")
 PATCH_EMBEDS = ("conv", "patch")
 
 
 class Stage(nn.Cell):
-    """Token embedding, then blocks; drop path ramps linearly from 0 to its rate in the stage."""
+    """Token embedding, then blocks; drop path increases linearly from 0 within the stage."""
 
-    def __init__(self, stage: StageConfig, rng_slots: Iterator[int]) -> None:
+    def __init__(self, stage: StageConfig, slots: Iterator[int]) -> None:
         super().__init__()
         self.patch_embed = ConvEmbed(stage)
         self.dim, self.depth = stage.dim, stage.depth
@@ -50,9 +50,9 @@ class Stage(nn.Cell):
             self.pos_embed = token_parameter(1, math.prod(stage.pos_embed_grid), stage.dim)
         if stage.cls_token:
             self.cls_token = token_parameter(1, 1, stage.dim)
-        self.pos_drop = Dropout(stage.drop_rate, next(rng_slots))
+        self.pos_drop = Dropout(stage.drop_rate, next(slots))
         rates = np.linspace(0, stage.drop_path_rate, stage.depth).tolist()
-        self.blocks = nn.CellList([Block(stage, rate, rng_slots) for rate in rates])
+        self.blocks = nn.CellList([Block(stage, rate, slots) for rate in rates])
 
     def construct(
         self, x: Tensor, height: int, width: int, bits: Tensor | None, only_cls: bool = False
@@ -60,18 +60,18 @@ class Stage(nn.Cell):
         """Run a stage.
 
         Args:
-            x: images [B, C_in, height, width] or tokens [B, N_in, C_in] on such a grid.
-            only_cls: give the class token alone, for which the last block then works alone.
+            x: images [B, C_in, height, width] or tokens [B, N_in, C_in] on this grid.
+            only_cls: return only the class token; the last block then computes only that.
 
         Returns:
-            Tokens [B, T, C], the class token first where there is one, or [B, 1, C]; H, W.
+            Tokens [B, T, C], the class token first if there is one, or [B, 1, C]; H, W.
         """
         x, height, width = self.patch_embed(x, height, width)  # [B, N, C]
         if self.pos_embed_grid is not None:
             if self.pos_embed_grid != (height, width):
                 raise ValueError(
                     f"the position embedding has a grid of {self.pos_embed_grid}, the image gives "
-                    f"{(height, width)}: create the model with this image_size"
+                    f"{(height, width)}; create the model with this image_size"
                 )
             x = x + self.pos_embed
         if self.has_cls_token:
@@ -84,25 +84,25 @@ class Stage(nn.Cell):
 
 
 class CvT(StochasticNet):
-    """The network. Every sequence has one entry for each of the three stages.
+    """The CvT network. Every sequence has one entry for each of the three stages.
 
     Args:
         embed_dims, depths, num_heads: sizes; each dimension is a multiple of its heads.
-        patch_sizes, patch_strides, patch_paddings: of the token embeddings.
-        num_classes: 0 leaves the head out; the network then returns the feature [B, C].
+        patch_sizes, patch_strides, patch_paddings: arguments of the token embeddings.
+        num_classes: outputs of the head; 0 for no head, then the network returns features [B, C].
         mlp_ratio: hidden over embedding dimension.
-        kv_stride: stride of the key and value projection (1: dearer, more accurate; table 5).
+        kv_stride: stride of the key and value projection (1: slower, more accurate; table 5).
         qkv_projection: "conv" | "avg" (pooled k and v, plain q) | "linear" (section 3.2; table 6).
-        cls_token: whether the last stage has a class token; else the head sees the tokens' mean.
+        cls_token: whether the last stage has a class token; else the head gets the tokens' mean.
         pos_embed: learned position embedding, in all stages or in each; needs `image_size`.
         patch_embed: "conv", or "patch" for embeddings that do not overlap (table 4).
         drop_path_rate: stochastic depth, one rate or one per stage.
         drop_rate: dropout after the embeddings, the attention's output and the MLP's Linears.
-        in_channels: of the images.
-        image_size: int or (H, W); only a position embedding needs it. Checked against the strides.
+        in_channels: channels of the images.
+        image_size: int or (H, W), checked against the strides; only `pos_embed` needs it.
 
     Raises:
-        UserError: an argument that makes no network.
+        UserError: an argument is invalid.
     """
 
     def __init__(
@@ -149,9 +149,9 @@ class CvT(StochasticNet):
         self.min_size = math.prod(patch_strides)
         grids = self.grids(image_size) if image_size is not None else [None] * STAGES
         if any(pos_embeds) and image_size is None:
-            raise UserError("pos_embed: its size follows from image_size; give that too")
+            raise UserError("pos_embed: needs image_size; give that too")
 
-        rng_slots = itertools.count()
+        slots = itertools.count()
 
         def stage(i: int) -> Stage:
             config = StageConfig(
@@ -168,10 +168,10 @@ class CvT(StochasticNet):
                 drop_rate=drop_rate,
                 drop_path_rate=drop_path_rates[i],
             )
-            return Stage(config, rng_slots)
+            return Stage(config, slots)
 
         self.stage0, self.stage1, self.stage2 = stage(0), stage(1), stage(2)
-        self.set_rng_slots(next(rng_slots), (drop_rate, *drop_path_rates))
+        self.set_rng_slots(next(slots), (drop_rate, *drop_path_rates))
         self.in_channels = in_channels
         self.num_classes = num_classes
         dim = embed_dims[-1]
@@ -181,10 +181,10 @@ class CvT(StochasticNet):
             self.head = nn.Dense(dim, num_classes, weight_init=trunc_normal(), bias_init=bias)
 
     def grids(self, image_size: int | Sequence[int]) -> list[tuple[int, int]]:
-        """The token grid (H, W) of each stage for an image size.
+        """Return the token grid (H, W) of each stage for an image size.
 
         Raises:
-            UserError: the strides can't take this size.
+            UserError: the size is too small for the strides.
         """
         size = as_size(image_size)
         if min(size) < self.min_size:
@@ -222,7 +222,7 @@ class CvT(StochasticNet):
     ) -> tuple[Tensor, Tensor | None]:
         """Images [B, C, H, W] -> the last stage's map [B, C', H', W'], class token [B, C'] or None.
 
-        The class token is as it leaves the last block, before the final LayerNorm.
+        The class token is the last block's output, before the final LayerNorm.
         """
         x, height, width = self._forward_stages(images, keys)[-1]
         if self.stage2.has_cls_token:
@@ -232,8 +232,8 @@ class CvT(StochasticNet):
     def construct(self, images: Tensor, keys: Tensor | None = None) -> Tensor:
         """Images float32 [B, C, H, W] -> logits float32 [B, num_classes].
 
-        keys: int32 [B], one for each image, that determine drop path and dropout in training;
-        without them they are drawn from MindSpore's generator.
+        keys: int32 [B], one for each image, which determine drop path and dropout in training; by
+        default they are drawn from MindSpore's generator.
         """
         has_cls = self.stage2.has_cls_token
         x, _, _ = self._forward_stages(images, keys, has_cls)[-1]
@@ -257,20 +257,20 @@ def _check_sizes(sizes: dict[str, Sequence[int]]) -> None:
         lowest = 0 if name == "patch_paddings" else 1
         if len(values) != STAGES or not all(isinstance(v, int) and v >= lowest for v in values):
             raise UserError(f"{name} {list(values)}: must be {STAGES} integers, {lowest} or more")
-        if max(values) > MOST:
-            raise UserError(f"{name} {list(values)}: must be at most {MOST}")
+        if max(values) > MAX_SIZE:
+            raise UserError(f"{name} {list(values)}: must be at most {MAX_SIZE}")
     for dim, heads in zip(sizes["embed_dims"], sizes["num_heads"]):
         if dim % heads:
-            raise UserError(f"embed_dims: {dim} is no multiple of its num_heads, {heads}")
+            raise UserError(f"embed_dims: {dim} is not a multiple of its num_heads, {heads}")
 
 
 def _check_choices(embed_dims, mlp_ratio, kv_stride, qkv_projection, patch_embed) -> None:
     if not mlp_ratio >= 1 / min(embed_dims) or mlp_ratio == math.inf:
-        raise UserError(f"mlp_ratio {mlp_ratio}: must leave a hidden channel or more")
-    if mlp_ratio * max(embed_dims) > MOST:
-        raise UserError(f"mlp_ratio {mlp_ratio}: makes more than {MOST} hidden channels")
-    if not 1 <= kv_stride <= MOST:
-        raise UserError(f"kv_stride {kv_stride}: must be 1 or more, at most {MOST}")
+        raise UserError(f"mlp_ratio {mlp_ratio}: must give at least one hidden channel")
+    if mlp_ratio * max(embed_dims) > MAX_SIZE:
+        raise UserError(f"mlp_ratio {mlp_ratio}: gives more than {MAX_SIZE} hidden channels")
+    if not 1 <= kv_stride <= MAX_SIZE:
+        raise UserError(f"kv_stride {kv_stride}: must be from 1 to {MAX_SIZE}")
     if qkv_projection not in QKV_PROJECTIONS:
         raise UserError(f"qkv_projection {qkv_projection!r}: choose from {QKV_PROJECTIONS}")
     if patch_embed not in PATCH_EMBEDS:
@@ -300,7 +300,7 @@ def cvt_w24(**kwargs) -> CvT:
 
 @register_model
 def cvt_nano(**kwargs) -> CvT:
-    """CvT for 32 x 32 images, sizes of our own: shrinks 8 times, so stage 3 sees a 4 x 4 grid."""
+    """CvT for 32 x 32 images with our own sizes; the last stage has a 4 x 4 grid."""
     sizes = {
         "embed_dims": (32, 64, 128),
         "depths": (1, 1, 2),

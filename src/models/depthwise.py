@@ -1,7 +1,7 @@
 """Depthwise 3 x 3 convolution on [B, H, W, C] as nine shifted multiply-adds.
 
-For devices whose matrix units gain nothing from a depthwise convolution and whose vector units do
-not mind it: the tokens of a CvT lie as [B, H, W, C], so nothing is transposed. Always in float32.
+For devices on which vector units are faster at it than the convolution kernel. CvT's tokens are
+stored as [B, H, W, C], so no transpose is needed. Always in float32.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ KERNEL_SIZE, PADDING = 3, 1
 class ShiftedDepthwise(nn.Cell):
     """y[o] = sum over i, j of x[stride * o + (i, j) - 1] * weight[i, j], zeros outside.
 
-    A map padded to stride * a cells is seen as [a, stride]: tap i = stride * d + r then reads phase
-    r at offset d, a contiguous slice at any stride. The gradient is written out, because automatic
-    differentiation would keep all nine slices of the input until the backward pass.
+    A map padded to stride * a cells is viewed as [a, stride]: tap i = stride * d + r then reads
+    phase r at offset d, a contiguous slice at any stride. The gradient is explicit, because
+    automatic differentiation would keep all nine slices of the input until the backward pass.
 
     Args:
-        stride: of the convolution, 1 or more.
+        stride: stride of the convolution, 1 or more.
     """
 
     def __init__(self, stride: int) -> None:
         super().__init__()
         self.stride = stride
-        # The operator itself: ops.pad is Python code that the compiler loses inside nested loops.
+        # Not ops.pad, which is Python code that fails to compile inside nested loops.
         self.pad = ops.PadV3(paddings_contiguous=True)
         self.zero = Tensor(0.0, mstype.float32)
-        self.reach = -(-KERNEL_SIZE // stride) - 1  # cells that a window reaches beyond its first
-        # Above 2 the last window may end before the last row, which one more cell then holds.
+        self.reach = -(-KERNEL_SIZE // stride) - 1  # cells of a window beyond its first
+        # Above stride 2 the last window may end before the last row, which needs one more cell.
         self.spare = int(stride > 2)
         taps = [divmod(i, stride) for i in range(KERNEL_SIZE)]
         self.taps = tuple(
@@ -38,7 +38,7 @@ class ShiftedDepthwise(nn.Cell):
         )
 
     def outputs(self, size: int) -> int:
-        """Cells of an axis of `size` cells after the convolution."""
+        """Return the output size of an axis of `size` cells."""
         return (size + 2 * PADDING - KERNEL_SIZE) // self.stride + 1
 
     def construct(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -50,11 +50,11 @@ class ShiftedDepthwise(nn.Cell):
         return total
 
     def bprop(self, x: Tensor, weight: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of `construct`'s arguments."""
+        """Return the gradients of `construct`'s arguments."""
         return self._input_gradient(x, weight, dout), self._weight_gradient(x, weight, dout)
 
     def _phases(self, x: Tensor) -> Tensor:
-        """[B, H, W, C] -> padded, [B, a, stride, b, stride, C]."""
+        """Pad and view: [B, H, W, C] -> [B, a, stride, b, stride, C]."""
         stride, height, width = self.stride, x.shape[1], x.shape[2]
         a, b = self._axis(height), self._axis(width)
         below, right = a * stride - height - PADDING, b * stride - width - PADDING
@@ -65,7 +65,7 @@ class ShiftedDepthwise(nn.Cell):
         return self.outputs(size) + self.reach + self.spare
 
     def _tap(self, phases: Tensor, x: Tensor, d: int, r: int, e: int, s: int) -> Tensor:
-        """What the windows of x see through one tap: [B, H', W', C]."""
+        """Return the input of one tap in every window: [B, H', W', C]."""
         rows, columns = self.outputs(x.shape[1]), self.outputs(x.shape[2])
         batch, channels = x.shape[0], x.shape[3]
         window = ops.slice(phases, (0, d, r, e, s, 0), (batch, rows, 1, columns, 1, channels))
@@ -78,7 +78,7 @@ class ShiftedDepthwise(nn.Cell):
         return ops.stack(sums, 1).reshape(weight.shape)
 
     def _input_gradient(self, x: Tensor, weight: Tensor, dout: Tensor) -> Tensor:
-        """Phase by phase: each cell of a phase gathers the windows that read it."""
+        """Gather, phase by phase, the windows that read each cell."""
         batch, rows, columns, channels = dout.shape
         stride, reach = self.stride, self.reach
         a, b = rows + reach + self.spare, columns + reach + self.spare

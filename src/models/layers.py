@@ -1,7 +1,7 @@
 """The parts of a CvT stage (Wu et al., ICCV 2021, section 3), after the official `cls_cvt.py`.
 
 Shapes: B batch, C channels, H x W the token grid, N = H * W tokens, T = N or 1 + N with a class
-token in front, h heads. Parameters bear the official names; MindSpore's norms say gamma, beta,
+token in front, h heads. Parameters have the official names, except for the norms' gamma, beta,
 moving_mean and moving_variance.
 """
 
@@ -23,7 +23,7 @@ from src.models.stochastic import Dropout, DropPath
 
 @dataclass(frozen=True)
 class StageConfig:
-    """What one stage is made of; `src.models.cvt.CvT` documents the fields."""
+    """Arguments of one stage; `src.models.cvt.CvT` documents them."""
 
     in_channels: int
     dim: int
@@ -42,17 +42,17 @@ class StageConfig:
 
 
 def trunc_normal() -> Normal:
-    """The official initialiser: std .02, cut at +-2 (100 standard deviations), so in effect not."""
+    """Return the official initialiser: std .02, truncated at +-2, which has no effect."""
     return Normal(sigma=0.02)
 
 
 def dense(in_channels: int, out_channels: int) -> nn.Dense:
-    """A Linear as the official code initialises it: weight trunc-normal, bias 0."""
+    """Create a Linear with the official initialisation: weight trunc-normal, bias 0."""
     return nn.Dense(in_channels, out_channels, weight_init=trunc_normal(), bias_init="zeros")
 
 
 def conv2d(in_channels: int, out_channels: int, kernel_size: int, **kwargs) -> nn.Conv2d:
-    """A convolution with PyTorch's default initialisation: uniform within 1 / sqrt(fan_in)."""
+    """Create a convolution with PyTorch's default initialisation, +-1 / sqrt(fan_in)."""
     fan_in = in_channels // kwargs.get("group", 1) * kernel_size**2
     return nn.Conv2d(
         in_channels,
@@ -77,7 +77,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm in float32 at any precision; momentum .9 is what PyTorch calls .1."""
+    """BatchNorm in float32 at any precision; momentum .9 is PyTorch's .1."""
 
     def __init__(self, dim: int) -> None:
         super().__init__(dim, eps=1e-5, momentum=0.9)
@@ -91,8 +91,14 @@ class BatchNorm2d(nn.BatchNorm2d):
         return (self.bn_train if self.training else self.bn_infer)(x, *statistics)[0]
 
 
+def update_running_statistic(statistic: Parameter, value: Tensor, momentum: float) -> None:
+    """Move a running mean or variance [C] towards a batch's value by the fraction `momentum`."""
+    value = ops.stop_gradient(value)
+    ops.assign(statistic, statistic + momentum * (value - statistic))
+
+
 class QuickGELU(nn.Cell):
-    """x * sigmoid(1.702 x); erf-GELU moves the logits by 4 %."""
+    """x * sigmoid(1.702 x); exact GELU would change the logits by 4 %."""
 
     def construct(self, x: Tensor) -> Tensor:
         """x of any shape -> the same shape."""
@@ -134,9 +140,9 @@ class ConvEmbed(nn.Cell):
 
 
 class FrontToken(nn.Cell):
-    """Take the class token off the others.
+    """Split the class token off the other tokens.
 
-    Two `Slice` and, backwards, one `Concat`. Automatic differentiation of `x[:, :1]` and `x[:, 1:]`
+    Two `Slice` and, backward, one `Concat`. Automatic differentiation of `x[:, :1]` and `x[:, 1:]`
     would add two padded copies, and Ascend may run their `StridedSliceGrad` on the AI CPU.
     """
 
@@ -147,14 +153,14 @@ class FrontToken(nn.Cell):
         return front, ops.slice(x, (0, 1, 0), (batch, tokens - 1, channels))
 
     def bprop(self, x: Tensor, out: tuple, dout: tuple) -> tuple[Tensor]:
-        """Gradient of `construct`'s argument."""
+        """Return the gradient of `construct`'s argument."""
         return (ops.cat((dout[0], dout[1]), 1),)
 
 
 class ConvProjection(nn.Cell):
-    """Depthwise 3x3 convolution and BatchNorm, the projection up to its Linear (3.2).
+    """Depthwise 3x3 convolution and BatchNorm, the projection without its Linear (3.2).
 
-    `shifts` is None, or computes the convolution on [B, H, W, C] (`use_shifts`).
+    `shifts` is None or computes the convolution on [B, H, W, C] (`use_shifts`).
     """
 
     def __init__(self, dim: int, stride: int) -> None:
@@ -175,10 +181,10 @@ class ConvProjection(nn.Cell):
 
 
 def use_shifts(net: nn.Cell) -> nn.Cell:
-    """Let a network's depthwise convolutions run as shifted multiply-adds, in place.
+    """Replace a network's depthwise convolutions by shifted multiply-adds, in place.
 
     Raises:
-        UserError: it has none.
+        UserError: the network has none.
     """
     cells = [cell for _, cell in net.cells_and_names()]
     if not any(isinstance(cell, ConvProjection) for cell in cells):
@@ -194,8 +200,8 @@ def use_shifts(net: nn.Cell) -> nn.Cell:
 class AvgProjection(nn.Cell):
     """PyTorch's AvgPool2d(3, stride, padding=1, ceil_mode=True), the official "avg" projection.
 
-    A window that reaches over the padded border divides by the cells that it shares with the padded
-    map, not by nine. So: pad, pool without padding, correct by the ratio of the two divisors.
+    A window beyond the padded border divides by the number of its cells inside the padded map, not
+    by nine. So this pads, pools without padding, and corrects by the ratio of the two divisors.
     """
 
     def __init__(self, stride: int) -> None:
@@ -204,7 +210,7 @@ class AvgProjection(nn.Cell):
         self.pool = nn.AvgPool2d(KERNEL_SIZE, stride)
 
     def _windows(self, size: int) -> tuple[int, list[float]]:
-        """Padding behind an axis of `size` cells, and each window's correction along that axis."""
+        """Return the padding after an axis of `size` cells, and each window's correction."""
         count = -(-(size + 2 * PADDING - KERNEL_SIZE) // self.stride) + 1
         if (count - 1) * self.stride >= size + PADDING:
             count -= 1  # PyTorch: a window starts inside the map or the padding before it
@@ -224,18 +230,18 @@ class AvgProjection(nn.Cell):
 class Attention(nn.Cell):
     """Multi-head attention over convolutional projections (section 3.2).
 
-    `rng_slots` numbers the RNG slots of the model (see `stochastic`).
+    `slots` yields the model's slots of random bits (see `stochastic`).
     """
 
-    def __init__(self, stage: StageConfig, rng_slots: Iterator[int]) -> None:
+    def __init__(self, stage: StageConfig, slots: Iterator[int]) -> None:
         super().__init__()
         dim = stage.dim
         self.num_heads = stage.num_heads
         self.head_dim = dim // stage.num_heads
         self.has_cls_token = stage.cls_token
         self.qkv_projection = stage.qkv_projection
-        self.channels_last = False  # of the map that the projections see, with `use_shifts`
-        self.take_front = FrontToken()
+        self.channels_last = False  # layout of the projections' input; True with `use_shifts`
+        self.split_front = FrontToken()
         if stage.qkv_projection == "conv":
             self.conv_proj_q = ConvProjection(dim, stride=1)
             self.conv_proj_k = ConvProjection(dim, stage.kv_stride)
@@ -246,7 +252,7 @@ class Attention(nn.Cell):
         self.proj_k = dense(dim, dim)
         self.proj_v = dense(dim, dim)
         self.proj = dense(dim, dim)
-        self.proj_drop = Dropout(stage.drop_rate, next(rng_slots))
+        self.proj_drop = Dropout(stage.drop_rate, next(slots))
         # The official code scales by the whole dimension, not the head's.
         self.attend = ScaledDotProductAttention(stage.num_heads, self.head_dim, scale=dim**-0.5)
 
@@ -254,7 +260,7 @@ class Attention(nn.Cell):
         self, x: Tensor, height: int, width: int, only_cls: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens [B, T, C] -> q [B, T or 1, C], k and v [B, T', C] before their Linears."""
-        cls, tokens = self.take_front(x) if self.has_cls_token else (None, x)
+        cls, tokens = self.split_front(x) if self.has_cls_token else (None, x)
         if self.qkv_projection == "linear":
             return (cls if only_cls else x), x, x
         if self.qkv_projection == "conv":
@@ -265,7 +271,7 @@ class Attention(nn.Cell):
             q, k = tokens, self.pool_kv(to_map(tokens, height, width))
             v = k
         if self.has_cls_token:  # it bypasses the convolution
-            # Alone it leaves the query's convolution to update BatchNorm's statistics.
+            # With `only_cls`, the query's convolution runs only to update BatchNorm's statistics.
             q = ops.depend(cls, q) if only_cls else ops.cat((cls, q), 1)
             k, v = ops.cat((cls, k), 1), ops.cat((cls, v), 1)
         return q, k, v
@@ -279,7 +285,8 @@ class Attention(nn.Cell):
     ) -> Tensor:
         """x [B, T, C] on a grid of height x width -> [B, T, C], or [B, 1, C] for the class token.
 
-        Its query bypasses the convolution, which then runs for BatchNorm's statistics alone.
+        The class token's query bypasses the convolution, which then only updates BatchNorm's
+        statistics.
         """
         q, k, v = self._project(x, height, width, only_cls)
         q = self._heads(self.proj_q(q))
@@ -293,14 +300,14 @@ class Attention(nn.Cell):
 class Mlp(nn.Cell):
     """Linear, QuickGELU, Linear."""
 
-    def __init__(self, stage: StageConfig, rng_slots: Iterator[int]) -> None:
+    def __init__(self, stage: StageConfig, slots: Iterator[int]) -> None:
         super().__init__()
         hidden_dim = int(stage.dim * stage.mlp_ratio)
         self.fc1 = dense(stage.dim, hidden_dim)
         self.act = QuickGELU()
         self.fc2 = dense(hidden_dim, stage.dim)
-        self.drop1 = Dropout(stage.drop_rate, next(rng_slots))
-        self.drop2 = Dropout(stage.drop_rate, next(rng_slots))
+        self.drop1 = Dropout(stage.drop_rate, next(slots))
+        self.drop2 = Dropout(stage.drop_rate, next(slots))
 
     def construct(self, x: Tensor, bits: Tensor | None) -> Tensor:
         """x [B, T, C] -> [B, T, C]."""
@@ -309,27 +316,27 @@ class Mlp(nn.Cell):
 
 
 class Block(nn.Cell):
-    """Pre-norm transformer block: x + attention, then x + MLP, each branch under drop path."""
+    """Pre-norm transformer block: x + attention, then x + MLP, each with drop path."""
 
-    def __init__(self, stage: StageConfig, drop_path_rate: float, rng_slots: Iterator[int]) -> None:
+    def __init__(self, stage: StageConfig, drop_path_rate: float, slots: Iterator[int]) -> None:
         super().__init__()
         self.norm1 = LayerNorm(stage.dim)
-        self.attn = Attention(stage, rng_slots)
-        self.drop_path1 = DropPath(drop_path_rate, next(rng_slots))
+        self.attn = Attention(stage, slots)
+        self.drop_path1 = DropPath(drop_path_rate, next(slots))
         self.norm2 = LayerNorm(stage.dim)
-        self.mlp = Mlp(stage, rng_slots)
-        self.drop_path2 = DropPath(drop_path_rate, next(rng_slots))
-        self.take_front = FrontToken()
+        self.mlp = Mlp(stage, slots)
+        self.drop_path2 = DropPath(drop_path_rate, next(slots))
+        self.split_front = FrontToken()
 
     def construct(
         self, x: Tensor, height: int, width: int, bits: Tensor | None, only_cls: bool = False
     ) -> Tensor:
         """x [B, T, C] on a grid of height x width -> [B, T, C], or the class token's [B, 1, C]."""
         attended = self.attn(self.norm1(x), height, width, bits, only_cls)
-        x = (self.take_front(x)[0] if only_cls else x) + self.drop_path1(attended, bits)
+        x = (self.split_front(x)[0] if only_cls else x) + self.drop_path1(attended, bits)
         return x + self.drop_path2(self.mlp(self.norm2(x), bits), bits)
 
 
 def token_parameter(*shape: int) -> Parameter:
-    """A learned token or position embedding, initialised trunc-normal .02."""
+    """Create a learned token or position embedding, initialised trunc-normal .02."""
     return Parameter(initializer(trunc_normal(), shape, mstype.float32))

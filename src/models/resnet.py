@@ -21,7 +21,7 @@ from src.models.layers import BatchNorm2d
 from src.models.registry import register_model
 from src.models.stochastic import Dropout, DropPath, StochasticNet
 
-EXPANSION = {"basic": 1, "bottleneck": 4}  # channels of a block over its width
+EXPANSION = {"basic": 1, "bottleneck": 4}  # output channels / width of a block
 STEMS = ("conv7", "conv3", "conv3_s2")
 
 
@@ -48,15 +48,15 @@ class ConvBatchNorm(nn.Cell):
 
 
 class Residual(nn.Cell):
-    """relu(shortcut + branch), the branch under drop path.
+    """relu(shortcut + branch), with drop path on the branch.
 
     Args:
-        in_channels: of the input.
-        width: of the 3x3 convolutions.
-        stride: of the block; where it or the channels change the shape, the shortcut is a 1x1
+        in_channels: channels of the input.
+        width: channels of the 3x3 convolutions.
+        stride: stride of the block; if it or the channels change the shape, the shortcut is a 1x1
             convolution.
         block: "basic" or "bottleneck", see `ResNet`.
-        drop_path_rate, rng_slot: see `DropPath`.
+        drop_path_rate, slot: see `DropPath`.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Residual(nn.Cell):
         stride: int,
         block: str,
         drop_path_rate: float,
-        rng_slot: int,
+        slot: int,
     ) -> None:
         super().__init__()
         channels = EXPANSION[block] * width
@@ -82,7 +82,7 @@ class Residual(nn.Cell):
         self.projects = stride != 1 or in_channels != channels
         if self.projects:
             self.shortcut = ConvBatchNorm(in_channels, channels, 1, stride)
-        self.drop_path = DropPath(drop_path_rate, rng_slot)
+        self.drop_path = DropPath(drop_path_rate, slot)
 
     def construct(self, x: Tensor, bits: Tensor | None) -> Tensor:
         """x [B, C_in, H, W] -> [B, C, H', W']."""
@@ -107,22 +107,22 @@ class Stage(nn.Cell):
 
 
 class ResNet(StochasticNet):
-    """The network.
+    """The ResNet network.
 
     Args:
         depths: blocks in each stage; every stage but the first halves the map.
         block: "basic" (two 3x3 convolutions) | "bottleneck" (1x1, 3x3, 1x1).
-        width: of the first stage's 3x3 convolutions; it doubles with every stage.
+        width: channels of the first stage's 3x3 convolutions; doubles with every stage.
         stem: "conv7" (7x7, stride 2, then max-pooling) | "conv3" (3x3, for small images) |
             "conv3_s2" (3x3, stride 2).
-        num_classes: 0 leaves the head out; the network then returns the feature [B, C].
+        num_classes: outputs of the head; 0 for no head, then the network returns features [B, C].
         drop_path_rate: stochastic depth of the last block; the first has 0.
         drop_rate: dropout before the head.
-        in_channels: of the images.
+        in_channels: channels of the images.
         image_size: int or (H, W), checked against the strides; the weights do not depend on it.
 
     Raises:
-        UserError: an argument that makes no network.
+        UserError: an argument is invalid.
     """
 
     def __init__(
@@ -159,7 +159,7 @@ class ResNet(StochasticNet):
             self.pool = nn.MaxPool2d(3, 2)
         else:
             self.stem = ConvBatchNorm(in_channels, width, 3, stride=shrinkage)
-        rng_slots = itertools.count()
+        slots = itertools.count()
         rates = iter(np.linspace(0, drop_path_rate, sum(depths)).tolist())
         channels, stages = width, []
         for i, depth in enumerate(depths):
@@ -167,13 +167,13 @@ class ResNet(StochasticNet):
             for j in range(depth):
                 stride = 2 if i > 0 and j == 0 else 1
                 blocks.append(
-                    Residual(channels, width * 2**i, stride, block, next(rates), next(rng_slots))
+                    Residual(channels, width * 2**i, stride, block, next(rates), next(slots))
                 )
                 channels = EXPANSION[block] * width * 2**i
             stages.append(Stage(blocks))
         self.stages = nn.CellList(stages)
-        self.drop = Dropout(drop_rate, next(rng_slots))
-        self.set_rng_slots(next(rng_slots), (drop_rate, drop_path_rate))
+        self.drop = Dropout(drop_rate, next(slots))
+        self.set_rng_slots(next(slots), (drop_rate, drop_path_rate))
         self.in_channels = in_channels
         self.num_classes = num_classes
         if num_classes:
@@ -182,10 +182,10 @@ class ResNet(StochasticNet):
             self.head = nn.Dense(channels, num_classes, weight_init=weight, bias_init=bias)
 
     def check_size(self, image_size: int | Sequence[int]) -> tuple[int, int]:
-        """(H, W) of an image that the strides can take.
+        """Return (H, W) of an image size.
 
         Raises:
-            UserError: they can't.
+            UserError: the size is too small for the strides.
         """
         size = as_size(image_size)
         if min(size) < self.min_size:
@@ -202,7 +202,7 @@ class ResNet(StochasticNet):
             raise ValueError(f"images {images.shape}: H and W must be {self.min_size} or more")
         x = ops.relu(self.stem(images))
         if self.pools:
-            x = self.pool(ops.pad(x, (1, 1, 1, 1)))  # behind a ReLU, zeros pad as -infinity does
+            x = self.pool(ops.pad(x, (1, 1, 1, 1)))  # after a ReLU, zero padding equals -infinity
         for stage in self.stages:
             x = stage(x, bits)
         return x
@@ -214,8 +214,8 @@ class ResNet(StochasticNet):
     def construct(self, images: Tensor, keys: Tensor | None = None) -> Tensor:
         """Images float32 [B, C, H, W] -> logits float32 [B, num_classes].
 
-        keys: int32 [B], one for each image, that determine drop path and dropout in training;
-        without them they are drawn from MindSpore's generator.
+        keys: int32 [B], one for each image, which determine drop path and dropout in training; by
+        default they are drawn from MindSpore's generator.
         """
         bits = self.random_bits_of(images, keys)
         feature = self._forward(images, bits).mean((2, 3), keep_dims=True)  # [B, C', 1, 1]
@@ -233,7 +233,7 @@ def resnet_50(**kwargs) -> ResNet:
 
 @register_model
 def resnet_nano(**kwargs) -> ResNet:
-    """ResNet for 32 x 32 images (section 4.2), its width for as many parameters as `cvt_nano`."""
+    """ResNet for 32 x 32 images (section 4.2) with about as many parameters as `cvt_nano`."""
     sizes = {"depths": (3, 3, 3), "block": "basic", "width": 20, "stem": "conv3"}
     return ResNet(**{**sizes, **kwargs})
 
@@ -242,8 +242,8 @@ def resnet_nano(**kwargs) -> ResNet:
 def resnet_nano_s2(**kwargs) -> ResNet:
     """`resnet_nano` with a stem of stride 2: parameters and MACs of `cvt_nano` (420,325, 11.4 M).
 
-    `cvt_nano` halves the image at once too. Blocks move to the last stage, which holds most of the
-    parameters, so that both counts match.
+    `cvt_nano` halves the image at once too. Most blocks are in the last stage, which has most of
+    the parameters, so that both counts match.
     """
     sizes = {"depths": (1, 2, 3), "block": "basic", "width": 21, "stem": "conv3_s2"}
     return ResNet(**{**sizes, **kwargs})

@@ -1,30 +1,31 @@
-"""Randomness inside the network that is a pure function of a key.
+"""Drop path and dropout with a counter-based random generator.
 
-The random kernels of a compiled graph keep a state that can neither be saved nor restored, so a
-resumed run would draw other masks. Here every mask follows from an int32 key per image that the
-training step derives from (seed, step, place in the global batch): a counter-based generator made
-of plain integer operations. So it neither depends on how many devices share that batch.
+The state of a compiled graph's random kernels can be neither saved nor restored, so a resumed run
+would draw other masks. Here, plain integer operations compute every mask from an int32 key per
+image, which the training step derives from (seed, step, position in the global batch). The masks do
+not depend on the number of devices that share the batch either.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
-_GOLDEN_RATIO = 0x9E3779B9 - 2**32  # as int32 sees these bits
+_GOLDEN_RATIO = 0x9E3779B9 - 2**32  # these bits as int32
 _MULTIPLIER_1 = 0x7FEB352D
 _MULTIPLIER_2 = 0x846CA68B - 2**32
 
 
 def _times(x: Tensor, factor: int) -> Tensor:
-    """int32 product modulo 2**32."""
+    """Return the int32 product modulo 2**32."""
     return x * Tensor(factor, mstype.int32)
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Logical shift: the shift of an int32 copies the sign, so the copies are masked off."""
+    """Shift right logically: an int32 shift copies the sign, so mask the copies."""
     return ops.bitwise_and(
         ops.bitwise_right_shift(x, Tensor(bits, mstype.int32)),
         Tensor((1 << (32 - bits)) - 1, mstype.int32),
@@ -32,7 +33,7 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
 
 
 def hash_bits(x: Tensor) -> Tensor:
-    """Mix int32 bits so that neighbouring inputs give unrelated outputs.
+    """Hash int32 bits so that neighbouring inputs give unrelated outputs.
 
     Source: the 32-bit finaliser "lowbias32" of C. Wellons' hash-prospector (2018).
     """
@@ -42,41 +43,39 @@ def hash_bits(x: Tensor) -> Tensor:
 
 
 def sample_keys(key: Tensor, positions: Tensor) -> Tensor:
-    """One int32 key for each of the int32 positions [B], from an int32 scalar key."""
+    """Return an int32 key for each of the int32 positions [B] from an int32 scalar key."""
     return hash_bits(ops.bitwise_xor(_times(positions, _GOLDEN_RATIO), hash_bits(key)))
 
 
-def random_bits(keys: Tensor, num_slots: int) -> Tensor:
-    """Random bits, int32 [slots, B], from int32 keys [B], one for each image."""
-    counter = _times(ops.arange(num_slots).astype(mstype.int32), _GOLDEN_RATIO).reshape((-1, 1))
+def random_bits(keys: Tensor, slots: int) -> Tensor:
+    """Return random bits int32 [slots, B] for int32 keys [B], one per image."""
+    counter = _times(ops.arange(slots).astype(mstype.int32), _GOLDEN_RATIO).reshape((-1, 1))
     return hash_bits(ops.bitwise_xor(counter, hash_bits(keys).reshape((1, -1))))
 
 
 def uniform(bits: Tensor) -> Tensor:
-    """Turn random bits into float32 numbers uniform on [0, 1), from their lower 24 bits."""
+    """Return float32 numbers uniform on [0, 1) from the lower 24 of random bits."""
     return ops.bitwise_and(bits, Tensor(0xFFFFFF, mstype.int32)).astype(mstype.float32) * 2.0**-24
 
 
 class DropPath(nn.Cell):
-    """Stochastic depth (Huang et al., 2016), drops residual branches per sample.
+    """Stochastic depth (Huang et al., 2016): drops residual branches per sample.
 
     Args:
-        rate: the probability of dropping.
-        rng_slot: this cell's row of the model's random bits.
+        rate: probability of dropping.
+        slot: this cell's row of the model's random bits.
     """
 
-    def __init__(self, rate: float, rng_slot: int) -> None:
+    def __init__(self, rate: float, slot: int) -> None:
         super().__init__()
         self.rate = rate
-        self.rng_slot = rng_slot
+        self.slot = slot
 
     def factors(self, bits: Tensor | None) -> Tensor | None:
-        """bits [slots, B] -> float32 [B], 0 or 1 / (1 - rate); None where nothing is dropped."""
+        """bits [slots, B] -> float32 [B], 0 or 1 / (1 - rate); None if nothing is dropped."""
         if self.rate == 0.0 or bits is None or not self.training:
             return None
-        return (uniform(bits[self.rng_slot]) >= self.rate).astype(mstype.float32) / (
-            1.0 - self.rate
-        )
+        return (uniform(bits[self.slot]) >= self.rate).astype(mstype.float32) / (1.0 - self.rate)
 
     def construct(self, x: Tensor, bits: Tensor | None) -> Tensor:
         """x [B, ...], bits [slots, B] -> [B, ...]; kept samples are scaled by 1 / (1 - rate)."""
@@ -87,17 +86,17 @@ class DropPath(nn.Cell):
 
 
 class Dropout(nn.Cell):
-    """Dropout of single elements, keyed like `DropPath`.
+    """Dropout of single elements, with random bits as for `DropPath`.
 
     Args:
-        rate: the probability of dropping.
-        rng_slot: this cell's row of the model's random bits.
+        rate: probability of dropping.
+        slot: this cell's row of the model's random bits.
     """
 
-    def __init__(self, rate: float, rng_slot: int) -> None:
+    def __init__(self, rate: float, slot: int) -> None:
         super().__init__()
         self.rate = rate
-        self.rng_slot = rng_slot
+        self.slot = slot
 
     def construct(self, x: Tensor, bits: Tensor | None) -> Tensor:
         """x [B, N, C], bits [slots, B] -> [B, N, C]; kept elements are scaled by 1 / (1 - rate)."""
@@ -105,28 +104,28 @@ class Dropout(nn.Cell):
             return x
         counter = ops.arange(x.shape[1] * x.shape[2]).astype(mstype.int32)
         counter = _times(counter, _GOLDEN_RATIO)
-        sample = bits[self.rng_slot].reshape((-1, 1))
+        sample = bits[self.slot].reshape((-1, 1))
         element = hash_bits(ops.bitwise_xor(counter.reshape((1, -1)), sample))  # [B, N * C]
         keep = (uniform(element) >= self.rate).astype(x.dtype).reshape(x.shape)
         return x * (keep / (1.0 - self.rate))
 
 
 class StochasticNet(nn.Cell):
-    """A network whose `DropPath` and `Dropout` cells are keyed by image.
+    """A network whose `DropPath` and `Dropout` cells draw from a key per image.
 
-    Its constructor calls `set_rng_slots`; its `construct` hands `random_bits_of` to those cells.
+    Its constructor calls `set_rng_slots`; its `construct` passes `random_bits_of` to those cells.
     """
 
-    def set_rng_slots(self, num_slots: int, rates: Sequence[float]) -> None:
-        """Set the number of RNG slots and the drop rates of the cells that use them."""
-        self.num_rng_slots = num_slots
+    def set_rng_slots(self, slots: int, rates: Sequence[float]) -> None:
+        """Set the number of slots and their drop rates."""
+        self.num_rng_slots = slots
         self.stochastic = any(rate > 0 for rate in rates)
         self.draw_key = ops.UniformInt()
 
     def random_bits_of(self, images: Tensor, keys: Tensor | None) -> Tensor | None:
-        """The random bits [slots, B] of this pass, or None where nothing is random.
+        """Return random bits [slots, B] for a pass, or None if nothing is dropped.
 
-        keys: int32 [B], one for each image; without them they are drawn from MindSpore's generator.
+        keys: int32 [B], one for each image; by default drawn from MindSpore's generator.
         """
         if not (self.training and self.stochastic):
             return None
@@ -134,3 +133,12 @@ class StochasticNet(nn.Cell):
             key = self.draw_key((), Tensor(0, mstype.int32), Tensor(2**31 - 1, mstype.int32))
             keys = sample_keys(key, ops.arange(images.shape[0]).astype(mstype.int32))
         return random_bits(keys, self.num_rng_slots)
+
+
+def hash_equals_numpy() -> bool:
+    """Return whether the device computes `hash_bits` like NumPy: int32 products modulo 2**32."""
+    values = (np.arange(1024, dtype=np.uint32) * np.uint32(0x9E3779B9)).view(np.int32)
+    expected = values.view(np.uint32)
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):
+        expected = (expected ^ (expected >> np.uint32(shift))) * np.uint32(factor)
+    return np.array_equal(hash_bits(Tensor(values)).asnumpy().view(np.uint32), expected)

@@ -1,7 +1,7 @@
 """BatchNorm over the batches of all devices.
 
-Own operations and not `nn.SyncBatchNorm`, which only Ascend has: so it runs, and is tested against
-one large batch, on every backend.
+`nn.SyncBatchNorm` exists on Ascend only; this one runs on every backend and is tested against one
+large batch.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from __future__ import annotations
 from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
-from src.models.layers import BatchNorm2d
+from src.models.layers import BatchNorm2d, update_running_statistic
 
 PARTS = ("gamma", "beta", "moving_mean", "moving_variance")
 
 
 class SyncBatchNorm2d(BatchNorm2d):
-    """BatchNorm2d whose statistics are those of `world` devices' batches of one size."""
+    """BatchNorm2d with the statistics of `world` devices' batches, which must be equally large."""
 
     def __init__(self, dim: int, world: int) -> None:
         super().__init__(dim)
@@ -37,19 +37,16 @@ class SyncBatchNorm2d(BatchNorm2d):
         centred = x - mean
         variance = self._mean(ops.square(centred))
         count = self.world * x.size // x.shape[1]
-        self._follow(self.moving_mean, mean)
-        self._follow(self.moving_variance, variance * (count / max(count - 1, 1)))  # unbiased
+        unbiased = variance * (count / max(count - 1, 1))
+        update_running_statistic(self.moving_mean, mean.reshape((-1,)), self.momentum)
+        update_running_statistic(self.moving_variance, unbiased.reshape((-1,)), self.momentum)
         shape = (1, -1, 1, 1) if x.ndim == 4 else (1, -1)
         scale = self.gamma.reshape(shape) * ops.rsqrt(variance + self.eps)
         return centred * scale + self.beta.reshape(shape)
 
-    def _follow(self, statistic: Tensor, value: Tensor) -> None:
-        value = ops.stop_gradient(value).reshape((-1,))
-        ops.assign(statistic, statistic + self.momentum * (value - statistic))
-
 
 def synchronise_batchnorm(net: nn.Cell, world: int) -> nn.Cell:
-    """Let every BatchNorm2d of a network share statistics; parameters and their names stay."""
+    """Replace every BatchNorm2d of a network by SyncBatchNorm2d, in place; parameters stay."""
     for _, parent in list(net.cells_and_names()):
         for name, cell in parent.name_cells().items():
             if type(cell) is BatchNorm2d:
@@ -57,7 +54,7 @@ def synchronise_batchnorm(net: nn.Cell, world: int) -> nn.Cell:
                 names = {part: getattr(cell, part).name for part in PARTS}
                 for part in PARTS:
                     setattr(shared, part, getattr(cell, part))
-                setattr(parent, name, shared)  # renames them
+                setattr(parent, name, shared)  # renames the parameters
                 for part in PARTS:
                     getattr(shared, part).name = names[part]
     return net

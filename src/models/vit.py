@@ -2,7 +2,7 @@
 
 As in DeiT (Touvron et al., ICML 2021, arXiv 2012.12877, official `models.py`) without distillation:
 class token, learned positions, pre-norm blocks, bias on q, k and v, drop path ramped over all
-blocks, head on the class token. Parameters bear timm's names, norms excepted (gamma, beta).
+blocks, head on the class token. Parameters have timm's names, except for the norms' gamma, beta.
 Shapes: B batch, C channels, N tokens of the image, T = 1 + N, h heads.
 """
 
@@ -22,11 +22,11 @@ from src.models.layers import LayerNorm, conv2d, dense, to_tokens, token_paramet
 from src.models.registry import register_model
 from src.models.stochastic import Dropout, DropPath, StochasticNet
 
-EPS = 1e-6  # of DeiT's LayerNorms
+EPS = 1e-6  # as in DeiT's LayerNorms
 
 
 class PatchEmbed(nn.Cell):
-    """A Linear on patches that do not overlap, as a strided convolution."""
+    """A Linear on non-overlapping patches, as a strided convolution."""
 
     def __init__(self, in_channels: int, dim: int, patch_size: int) -> None:
         super().__init__()
@@ -40,16 +40,16 @@ class PatchEmbed(nn.Cell):
 
 
 class Attention(nn.Cell):
-    """Multi-head self-attention, q, k and v from one Linear."""
+    """Multi-head self-attention with q, k and v from one Linear."""
 
-    def __init__(self, dim: int, num_heads: int, drop_rate: float, rng_slot: int) -> None:
+    def __init__(self, dim: int, num_heads: int, drop_rate: float, slot: int) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
         self.qkv = dense(dim, 3 * dim)
         self.attend = ScaledDotProductAttention(num_heads, self.head_dim, self.head_dim**-0.5)
         self.proj = dense(dim, dim)
-        self.proj_drop = Dropout(drop_rate, rng_slot)
+        self.proj_drop = Dropout(drop_rate, slot)
 
     def construct(self, x: Tensor, bits: Tensor | None) -> Tensor:
         """x [B, T, C] -> [B, T, C]."""
@@ -61,17 +61,15 @@ class Attention(nn.Cell):
 
 
 class Mlp(nn.Cell):
-    """Linear, GELU in its exact form with erf, Linear."""
+    """Linear, exact GELU, Linear."""
 
-    def __init__(
-        self, dim: int, hidden_dim: int, drop_rate: float, rng_slots: Iterator[int]
-    ) -> None:
+    def __init__(self, dim: int, hidden_dim: int, drop_rate: float, slots: Iterator[int]) -> None:
         super().__init__()
         self.fc1 = dense(dim, hidden_dim)
         self.act = nn.GELU(approximate=False)
         self.fc2 = dense(hidden_dim, dim)
-        self.drop1 = Dropout(drop_rate, next(rng_slots))
-        self.drop2 = Dropout(drop_rate, next(rng_slots))
+        self.drop1 = Dropout(drop_rate, next(slots))
+        self.drop2 = Dropout(drop_rate, next(slots))
 
     def construct(self, x: Tensor, bits: Tensor | None) -> Tensor:
         """x [B, T, C] -> [B, T, C]."""
@@ -80,7 +78,7 @@ class Mlp(nn.Cell):
 
 
 class Block(nn.Cell):
-    """x + attention, then x + MLP, each branch behind a LayerNorm and under drop path."""
+    """Pre-norm transformer block: x + attention, then x + MLP, each with drop path."""
 
     def __init__(
         self,
@@ -89,15 +87,15 @@ class Block(nn.Cell):
         hidden_dim: int,
         drop_rate: float,
         drop_path_rate: float,
-        rng_slots: Iterator[int],
+        slots: Iterator[int],
     ) -> None:
         super().__init__()
         self.norm1 = LayerNorm(dim, EPS)
-        self.attn = Attention(dim, num_heads, drop_rate, next(rng_slots))
-        self.drop_path1 = DropPath(drop_path_rate, next(rng_slots))
+        self.attn = Attention(dim, num_heads, drop_rate, next(slots))
+        self.drop_path1 = DropPath(drop_path_rate, next(slots))
         self.norm2 = LayerNorm(dim, EPS)
-        self.mlp = Mlp(dim, hidden_dim, drop_rate, rng_slots)
-        self.drop_path2 = DropPath(drop_path_rate, next(rng_slots))
+        self.mlp = Mlp(dim, hidden_dim, drop_rate, slots)
+        self.drop_path2 = DropPath(drop_path_rate, next(slots))
 
     def construct(self, x: Tensor, bits: Tensor | None) -> Tensor:
         """x [B, T, C] -> [B, T, C]."""
@@ -106,20 +104,20 @@ class Block(nn.Cell):
 
 
 class VisionTransformer(StochasticNet):
-    """The network.
+    """The ViT network.
 
     Args:
-        embed_dim, depth, num_heads: sizes; the dimension is a multiple of its heads.
-        patch_size: edge of a patch, in pixels.
-        num_classes: 0 leaves the head out; the network then returns the feature [B, C].
+        embed_dim, depth, num_heads: sizes; the dimension is a multiple of the heads.
+        patch_size: edge of a patch in pixels.
+        num_classes: outputs of the head; 0 for no head, then the network returns features [B, C].
         mlp_ratio: hidden over embedding dimension.
         drop_path_rate: stochastic depth of the last block; the first has 0.
         drop_rate: dropout after the embeddings, the attention's output and the MLP's Linears.
-        in_channels: of the images.
-        image_size: int or (H, W), multiples of the patch; the position embedding fits no other.
+        in_channels: channels of the images.
+        image_size: int or (H, W), multiples of the patch; the position embedding fits only this.
 
     Raises:
-        UserError: an argument that makes no network.
+        UserError: an argument is invalid.
     """
 
     def __init__(
@@ -140,9 +138,9 @@ class VisionTransformer(StochasticNet):
         for name, value in {**sizes, "patch_size": patch_size}.items():
             check_count(name, value)
         if embed_dim % num_heads:
-            raise UserError(f"embed_dim: {embed_dim} is no multiple of its num_heads, {num_heads}")
+            raise UserError(f"embed_dim: {embed_dim} is not a multiple of num_heads, {num_heads}")
         if not 1 <= embed_dim * mlp_ratio < float("inf"):
-            raise UserError(f"mlp_ratio {mlp_ratio}: must leave a hidden channel or more")
+            raise UserError(f"mlp_ratio {mlp_ratio}: must give at least one hidden channel")
         check_num_classes(num_classes)
         check_rate("drop_path_rate", drop_path_rate)
         check_rate("drop_rate", drop_rate)
@@ -150,17 +148,17 @@ class VisionTransformer(StochasticNet):
         self.patch_size = patch_size
         rows, columns = self.grid(self.image_size)
 
-        rng_slots = itertools.count()
+        slots = itertools.count()
         self.patch_embed = PatchEmbed(in_channels, embed_dim, patch_size)
         self.cls_token = token_parameter(1, 1, embed_dim)
         self.pos_embed = token_parameter(1, 1 + rows * columns, embed_dim)
-        self.pos_drop = Dropout(drop_rate, next(rng_slots))
+        self.pos_drop = Dropout(drop_rate, next(slots))
         hidden_dim = int(embed_dim * mlp_ratio)
         rates = np.linspace(0, drop_path_rate, depth).tolist()
         self.blocks = nn.CellList(
-            [Block(embed_dim, num_heads, hidden_dim, drop_rate, rate, rng_slots) for rate in rates]
+            [Block(embed_dim, num_heads, hidden_dim, drop_rate, rate, slots) for rate in rates]
         )
-        self.set_rng_slots(next(rng_slots), (drop_rate, drop_path_rate))
+        self.set_rng_slots(next(slots), (drop_rate, drop_path_rate))
         self.norm = LayerNorm(embed_dim, EPS)
         self.in_channels = in_channels
         self.num_classes = num_classes
@@ -169,10 +167,10 @@ class VisionTransformer(StochasticNet):
             self.head = dense(embed_dim, num_classes)
 
     def grid(self, image_size: int | Sequence[int]) -> tuple[int, int]:
-        """Rows and columns of patches in an image.
+        """Return rows and columns of patches in an image.
 
         Raises:
-            UserError: patches don't fill it.
+            UserError: patches do not divide the size.
         """
         height, width = as_size(image_size)
         if height % self.patch_size or width % self.patch_size:
@@ -183,12 +181,12 @@ class VisionTransformer(StochasticNet):
         return height // self.patch_size, width // self.patch_size
 
     def forward_features(self, images: Tensor, keys: Tensor | None = None) -> Tensor:
-        """Images [B, C, H, W] -> tokens [B, T, C'] behind the last LayerNorm, class token first."""
+        """Images [B, C, H, W] -> tokens [B, T, C'] after the last LayerNorm, class token first."""
         if images.ndim != 4 or images.shape[1:] != (self.in_channels, *self.image_size):
             raise ValueError(
                 f"images must be [B, {self.in_channels}, {self.image_size[0]}, "
-                f"{self.image_size[1]}], which the position embedding was made for, not "
-                f"{images.shape}: create the model with this image_size"
+                f"{self.image_size[1]}], the size of the position embedding, not "
+                f"{images.shape}; create the model with this image_size"
             )
         bits = self.random_bits_of(images, keys)
         x = self.patch_embed(images)  # [B, N, C']
@@ -201,8 +199,8 @@ class VisionTransformer(StochasticNet):
     def construct(self, images: Tensor, keys: Tensor | None = None) -> Tensor:
         """Images float32 [B, C, H, W] -> logits float32 [B, num_classes].
 
-        keys: int32 [B], one for each image, that determine drop path and dropout in training;
-        without them they are drawn from MindSpore's generator.
+        keys: int32 [B], one for each image, which determine drop path and dropout in training; by
+        default they are drawn from MindSpore's generator.
         """
         feature = self.forward_features(images, keys)[:, 0]  # [B, C']
         if self.num_classes:
@@ -224,7 +222,7 @@ def deit_small_16(**kwargs) -> VisionTransformer:
 
 @register_model
 def vit_nano(**kwargs) -> VisionTransformer:
-    """ViT for 32 x 32 images, sizes of our own: 408,010 parameters at 10 classes, as `cvt_nano`."""
+    """ViT for 32 x 32 images with our own sizes: 408,010 parameters at 10 classes."""
     sizes = {"embed_dim": 64, "depth": 8, "num_heads": 2, "patch_size": 4, "image_size": 32}
     return VisionTransformer(**{**sizes, **kwargs})
 
@@ -233,8 +231,8 @@ def vit_nano(**kwargs) -> VisionTransformer:
 def vit_nano_8(**kwargs) -> VisionTransformer:
     """`vit_nano` with patches of 8 pixels: 414,154 parameters at 10 classes, 7.2 MMACs.
 
-    A ViT uses nearly every parameter once per token, so its size and its tokens fix its MACs. Of
-    the patches that fill 32 x 32 images, 8 pixels come closest to `cvt_nano` (11.5 MMACs).
+    A ViT uses nearly every parameter once per token, so size and number of tokens determine its
+    MACs. Of the patch sizes that divide 32, 8 is closest to `cvt_nano` (11.5 MMACs).
     """
     sizes = {"embed_dim": 64, "depth": 8, "num_heads": 2, "patch_size": 8, "image_size": 32}
     return VisionTransformer(**{**sizes, **kwargs})

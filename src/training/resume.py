@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 from src.config import Config
-from src.errors import UserError, shown
+from src.errors import UserError, shorten
 from src.files import sha256_of
 from src.training.state import (
     BEST,
@@ -161,7 +161,7 @@ def check_compatible(saved: Progress, current: Progress, output: Path, accept: b
         )
     old, new = saved.settings, current.settings
     changed = [
-        f"{key} {shown(old.get(key))}, not {shown(new.get(key))}"
+        f"{key} {shorten(old.get(key))}, not {shorten(new.get(key))}"
         for key in {**old, **new}
         if old.get(key) != new.get(key) and key not in FREE_TO_CHANGE
     ]

@@ -1,4 +1,4 @@
-"""Reading and writing of weight files."""
+"""Read and write weight files."""
 
 from src.weights.checkpoint import save_checkpoint, save_weights
 from src.weights.files import weight_files

@@ -1,14 +1,14 @@
-"""MindSpore's checkpoints and safetensors: written whole or not at all, checked when read.
+"""Write MindSpore checkpoints and safetensors atomically, and check them when reading.
 
-A `.ckpt` is a protobuf message (mindspore/ccsrc/utils/checkpoint.proto), at its end perhaps
-`crc_num` and ten bytes of a CRC-32:
+A `.ckpt` is a protobuf message (mindspore/ccsrc/utils/checkpoint.proto), optionally followed by
+`crc_num` and a CRC-32 in ten bytes:
 
     Checkpoint { repeated Value value = 1 }    Value { string tag = 1; TensorProto tensor = 2 }
     TensorProto { repeated int64 dims = 1; string tensor_type = 2; bytes tensor_content = 3 }
 
-It is read here and not by `mindspore.load_checkpoint`, which believes a file's dims (what the file
-lacks becomes zeros, and 24 bytes can claim 4 GB), takes half a minute for 5 MB of tiny tensors, and
-holds twice the file in memory. Values of one tag are the slices of a tensor of more than 512 MB.
+This module does not use `mindspore.load_checkpoint`, which trusts the file's dims (it fills missing
+bytes with zeros, and 24 bytes can claim 4 GB), takes 30 s for 5 MB of tiny tensors, and needs twice
+the file's size in memory. Tensors above 512 MB are stored as several values with the same tag.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import json
 import logging
 import math
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import mindspore as ms
@@ -37,24 +37,22 @@ _CKPT_TYPES |= {f"Int{bits}": f"<i{bits // 8}" for bits in (16, 32, 64)}
 _CKPT_TYPES |= {f"UInt{bits}": f"<u{bits // 8}" for bits in (16, 32, 64)}
 _SAFETENSORS_TYPES = {"BOOL": "?", "I8": "i1", "U8": "u1", "BF16": "<u2"}
 _SAFETENSORS_TYPES |= {f"{k.upper()}{n}": f"<{k}{n // 8}" for k in "fiu" for n in (16, 32, 64)}
-# Bounds on the work that a hostile file can ask for.
+# Limits on the work that a malicious file can cause.
 _MAX_FIELDS, _MAX_HEADER = 64, 4 << 20
 
 
 def save_checkpoint(
     parameters: Mapping[str, Tensor], path: str | Path, **extra: int | float | str
 ) -> None:
-    """Write an ordinary MindSpore file with a checksum, aside first, then in one move.
-
-    A reader sees the old file or the new one, whole, whatever interrupts the writing.
+    """Write a MindSpore file with a checksum, atomically.
 
     Args:
         parameters: by name.
-        path: ends in .ckpt or .safetensors.
-        extra: numbers or strings to save beside them (.ckpt only).
+        path: must end in .ckpt or .safetensors.
+        extra: numbers or strings to save with them (.ckpt only).
 
     Raises:
-        UserError: the file can't be written.
+        UserError: another suffix, or the file cannot be written.
     """
     path = Path(path)
     kind = path.suffix[1:]
@@ -62,22 +60,23 @@ def save_checkpoint(
         raise UserError(f"{path}: the name must end in .ckpt or .safetensors")
     entries = [{"name": name, "data": tensor} for name, tensor in parameters.items()]
     try:
-        logging.disable(logging.CRITICAL)  # MindSpore tells of a failure on the console, at length
+        logging.disable(logging.CRITICAL)  # MindSpore prints a long log for each failure
         with replacing(path) as unfinished:
             ms.save_checkpoint(
                 entries, str(unfinished), append_dict=extra or None, crc_check=True, format=kind
             )
     except (OSError, RuntimeError) as error:
-        raise UserError(f"{path}: can't be written: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: cannot be written: {reason}; give another path") from error
     finally:
         logging.disable(logging.NOTSET)
 
 
 def save_weights(weights: nn.Cell | Mapping[str, Tensor], path: str | Path) -> None:
-    """Write a network's parameters, or a dict of them, to a .ckpt or .safetensors file.
+    """Write a network's parameters, or a dict of tensors, to a .ckpt or .safetensors file.
 
     Raises:
-        UserError: another suffix, or the file can't be written.
+        UserError: another suffix, or the file cannot be written.
     """
     if isinstance(weights, nn.Cell):
         weights = {parameter.name: parameter for parameter in weights.get_parameters()}
@@ -85,26 +84,26 @@ def save_weights(weights: nn.Cell | Mapping[str, Tensor], path: str | Path) -> N
 
 
 def read_checkpoint(path: str | Path) -> Content:
-    """Every tensor of a .ckpt; numbers and strings saved beside them come as 0-d arrays.
+    """Read every tensor of a .ckpt; saved numbers and strings become 0-d arrays.
 
-    The arrays are read-only windows on one copy of the file, not necessarily aligned.
+    The arrays are read-only views of one copy of the file, not necessarily aligned.
 
     Raises:
-        UserError: no such file, no checkpoint, or a damaged one.
+        UserError: no such file, another format, or damaged.
     """
-    return _read(path, _parse_checkpoint, "restore or remake it")
+    return _read(path, _parse_checkpoint, "restore it from a copy or create it again")
 
 
 def read_safetensors(path: str | Path) -> Content:
-    """Every tensor of a .safetensors file; a checksum by MindSpore is compared.
+    """Read every tensor of a .safetensors file; verify MindSpore's checksum if it has one.
 
     Raises:
-        UserError: no such file, another format, damaged, or of types that aren't read.
+        UserError: no such file, another format, damaged, or an unsupported dtype.
     """
     return _read(path, _parse_safetensors, AGAIN)
 
 
-def _read(path: str | Path, parse, advice: str) -> Content:
+def _read(path: str | Path, parse: Callable[[Path], Content], advice: str) -> Content:
     path = Path(path)
     try:
         require_file(path)
@@ -116,9 +115,9 @@ def _read(path: str | Path, parse, advice: str) -> Content:
     except (ValueError, IndexError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         reason = short(error) or type(error).__name__
         kind = path.suffix[1:]
-        raise UserError(f"{path}: damaged, or no {kind} file ({reason}); {advice}") from error
+        raise UserError(f"{path}: damaged, or not a {kind} file ({reason}); {advice}") from error
     if not content.tensors:
-        raise UserError(f"{path}: no tensors in it; {advice}")
+        raise UserError(f"{path}: contains no tensors; {advice}")
     return content
 
 
@@ -129,25 +128,25 @@ def _parse_checkpoint(path: Path) -> Content:
         data = data[:-_CRC_BYTES]
         if zlib.crc32(data) != checksum:
             raise ValueError("its checksum differs")
-    pieces: dict[str, tuple[str, list[int], list[memoryview]]] = {}
+    slices: dict[str, tuple[str, list[int], list[memoryview]]] = {}
     for number, value in _fields(data, MAX_TENSORS):
         if number != 1 or isinstance(value, int):
-            raise ValueError("no list of tensors")
-        tag, kind, dims, content = _value(value)
-        known, shape, contents = pieces.setdefault(tag, (kind, dims, []))
-        if (known, shape) != (kind, dims):
-            raise ValueError(f"{short(tag)} comes twice")
+            raise ValueError("not a list of tensors")
+        tag, kind, dims, content = _parse_value(value)
+        first_kind, first_dims, contents = slices.setdefault(tag, (kind, dims, []))
+        if (first_kind, first_dims) != (kind, dims):
+            raise ValueError(f"{short(tag)} occurs twice")
         contents.append(content)
     tensors = {
         tag: _array(tag, kind, dims, b"".join(contents) if len(contents) > 1 else contents[0])
-        for tag, (kind, dims, contents) in pieces.items()
+        for tag, (kind, dims, contents) in slices.items()
     }
-    widened = any(kind == "BFloat16" for kind, _, _ in pieces.values())
+    widened = any(kind == "BFloat16" for kind, _, _ in slices.values())
     return Content(tensors, [WIDENED] if widened else [])
 
 
 def _varint(data: memoryview, at: int) -> tuple[int, int]:
-    """A protobuf integer, and where it ends."""
+    """Decode a protobuf integer; return it and the offset of its end."""
     value = shift = 0
     while shift < 64:
         byte = data[at]
@@ -156,11 +155,11 @@ def _varint(data: memoryview, at: int) -> tuple[int, int]:
         if byte < 0x80:
             return value, at
         shift += 7
-    raise ValueError("an integer without end")
+    raise ValueError("an integer of more than 64 bits")
 
 
 def _fields(data: memoryview, limit: int) -> Iterator[tuple[int, int | memoryview]]:
-    """The fields of a protobuf message: number and value, an integer or bytes."""
+    """Yield the fields of a protobuf message: number and value, an integer or bytes."""
     at = count = 0
     while at < len(data):
         count += 1
@@ -168,21 +167,21 @@ def _fields(data: memoryview, limit: int) -> Iterator[tuple[int, int | memoryvie
             raise ValueError(f"more than {limit} fields")
         key, at = _varint(data, at)
         value, at = _varint(data, at)
-        if key & 7 == 2:  # bytes; 0 is an integer, and a checkpoint has no other types
+        if key & 7 == 2:  # bytes; 0 is an integer; checkpoints contain no other wire types
             start, at = at, at + value
             if at > len(data):
                 raise ValueError("cut short")
             value = data[start:at]
         elif key & 7:
-            raise ValueError("no checkpoint's fields")
+            raise ValueError("an unknown wire type")
         yield key >> 3, value
 
 
-def _value(message: memoryview) -> tuple[str, str, list[int], memoryview]:
-    """Tag, type, dims and content of a Value."""
+def _parse_value(message: memoryview) -> tuple[str, str, list[int], memoryview]:
+    """Return tag, type, dims and content of a Value message."""
     value = dict(_fields(message, _MAX_FIELDS))
     if not (isinstance(value.get(1), memoryview) and isinstance(value.get(2), memoryview)):
-        raise ValueError("a value that is no tensor")
+        raise ValueError("a value is not a tensor")
     dims: list[int] = []
     rest: dict[int, int | memoryview] = {}
     for number, field in _fields(value[2], _MAX_FIELDS):
@@ -197,11 +196,11 @@ def _array(tag: str, kind: str, dims: list[int], content: bytes | memoryview) ->
     if kind == "str":
         return np.asarray(str(content, "utf-32-le"))
     if kind not in _CKPT_TYPES:
-        raise UserError(f"{short(tag)} is of type {short(kind)}, which is not read; save float32")
+        raise UserError(f"{short(tag)} has unsupported type {short(kind)}; save float32")
     dtype = np.dtype(_CKPT_TYPES[kind])
-    shape = () if dims == [0] and len(content) else tuple(dims)  # [0]: a number's, in older files
+    shape = () if dims == [0] and len(content) else tuple(dims)  # older files: [0] for a number
     if math.prod(shape) * dtype.itemsize != len(content):
-        raise ValueError(f"{short(tag)} of {shape} has {len(content)} bytes")
+        raise ValueError(f"{short(tag)} of shape {shape} has {len(content)} bytes")
     array = np.frombuffer(content, dtype).reshape(shape)
     return widen(array) if kind == "BFloat16" else array
 
@@ -218,16 +217,16 @@ def _parse_safetensors(path: Path) -> Content:
     metadata = header.get("__metadata__") or {}
     checksum = metadata.get("crc_num")
     del raw
-    # Of a scalar, MindSpore sums up as many zeros as its value, so such a sum proves nothing.
-    provable = checksum is not None and all(entry["shape"] for _, entry in entries)
-    if provable and _checksum(entries) != int(checksum):
+    # MindSpore's checksum is wrong for scalars: it covers as many zero bytes as the scalar's value.
+    verifiable = checksum is not None and all(entry["shape"] for _, entry in entries)
+    if verifiable and _checksum(entries) != int(checksum):
         raise ValueError("its checksum differs")
     tensors, widened = {}, False
-    while entries:  # from the end, so that no raw bytes lie beside all the widened ones
+    while entries:  # pop, so that the bytes of each tensor are freed once it is widened
         name, entry = entries.pop()
         kind = entry["dtype"]
         if kind not in _SAFETENSORS_TYPES:
-            raise UserError(f"{short(name)} is of type {kind}, which is not read; save float32")
+            raise UserError(f"{short(name)} has unsupported type {kind}; save float32")
         array = np.frombuffer(entry["data"], _SAFETENSORS_TYPES[kind]).reshape(entry["shape"])
         widened |= kind == "BF16"
         tensors[name] = widen(array) if kind == "BF16" else array
@@ -235,8 +234,8 @@ def _parse_safetensors(path: Path) -> Content:
 
 
 def _checksum(entries: list[tuple[str, dict]]) -> int:
-    """As mindspore.save_checkpoint(format="safetensors", crc_check=True) computes it."""
-    number = 0
+    """Compute the CRC-32 of mindspore.save_checkpoint(format="safetensors", crc_check=True)."""
+    crc = 0
     for name, entry in sorted(entries, key=lambda item: item[0]):
-        number = zlib.crc32(entry["data"], zlib.crc32(name.encode(), number))
-    return number
+        crc = zlib.crc32(entry["data"], zlib.crc32(name.encode(), crc))
+    return crc

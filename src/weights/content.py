@@ -1,22 +1,26 @@
-"""What every reader of weight files gives back, and what they share."""
+"""The result type of all weight file readers, and their common helpers."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 AGAIN = "download or save it again"
+RESAVE = "in PyTorch 1.6 or later: torch.save(torch.load(FILE, map_location='cpu'), FILE)"
 WIDENED = "bfloat16 widened to float32"
 
-# The keys of the dicts from the top level of a file down to a tensor; one key in a flat file.
-Place = tuple[str, ...]
+# The dict keys from the top level of a file down to a tensor; a single key in a flat file.
+KeyPath = tuple[str, ...]
 
 
 class Content(NamedTuple):
-    """A file's tensors under the names they have there, in the file's order.
+    """The tensors of a weight file.
 
-    `notes` says in short phrases what else was in the file, and what was done in reading it.
+    Args:
+        tensors: by the file's names, in the file's order.
+        notes: short phrases on skipped entries and conversions.
     """
 
     tensors: dict[str, np.ndarray]
@@ -24,12 +28,17 @@ class Content(NamedTuple):
 
 
 def widen(bits: np.ndarray) -> np.ndarray:
-    """bfloat16, which NumPy lacks, as its bits in uint16 -> float32 of the same shape, exact."""
+    """Convert bfloat16, given as its bits in uint16, to float32 of the same shape; exact."""
     wide = bits.astype(np.uint32, order="C")
     return np.left_shift(wide, np.uint32(16), out=wide).view(np.float32)
 
 
 def short(text: object, limit: int = 80) -> str:
-    """Fit for a message of one line, whatever a stranger's file named it."""
+    """Return printable ASCII of at most `limit` characters, for a name from an untrusted file."""
     printable = ascii(str(text))[1:-1]
     return printable if len(printable) <= limit else f"{printable[: limit - 3]}..."
+
+
+def join_names(names: Sequence[str], limit: int) -> str:
+    """Return the first `limit` names for a one-line message, with "..." if there are more."""
+    return ", ".join(map(short, names[:limit])) + (", ..." if len(names) > limit else "")

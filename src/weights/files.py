@@ -1,4 +1,4 @@
-"""The files that hold a set of weights: one, or the shards of a folder; and their tensors."""
+"""Find the files of a set of weights, one or several shards, and read their tensors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from src.errors import UserError
 from src.weights.checkpoint import read_checkpoint, read_safetensors
-from src.weights.content import AGAIN, Content, Place, short
+from src.weights.content import AGAIN, Content, KeyPath, join_names, short
 from src.weights.kinds import (
     CHECKPOINT,
     MAX_BYTES,
@@ -28,7 +28,7 @@ from src.weights.torch_file import read_torch_file
 _READERS = {CHECKPOINT: read_checkpoint, SAFETENSORS: read_safetensors}
 _READERS |= dict.fromkeys((TORCH_ZIP, TORCH_LEGACY), read_torch_file)
 _INDEX = ".index.json"
-# What Hugging Face's libraries look for in a folder, in their order; last, a run of ours.
+# File names that Hugging Face's libraries look for, in their order, then those of a training run.
 _IN_FOLDER = ("model.safetensors", f"model.safetensors{_INDEX}", "pytorch_model.bin")
 _IN_FOLDER += (f"pytorch_model.bin{_INDEX}", "checkpoints/best.ckpt", "best.ckpt")
 _SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".tar")
@@ -36,54 +36,57 @@ _SHARD = re.compile(r"-(\d+)-of-(\d+)\.")
 _MAX_INDEX, _MAX_SHARDS = 4 << 20, 1000
 
 
-def read_content(path: Path, choose: Callable[[Mapping[Place, Any]], dict[Place, str]]) -> Content:
-    """Read the tensors of a weight file, of a folder, or of an index and its shards.
+def read_content(
+    path: Path, choose: Callable[[Mapping[KeyPath, Any]], dict[KeyPath, str]]
+) -> Content:
+    """Read the tensors of a weight file, a folder, or an index and its shards.
 
     Args:
         path: the file or folder.
         choose: as for `read_torch_file`.
 
     Raises:
-        UserError: nothing that can be read, or shards that don't belong together.
+        UserError: no readable weights, or the shards do not belong together.
     """
-    files, promised = _weight_files(path)
-    only = files[0]
-    if not promised and _kind(only) in (TORCH_ZIP, TORCH_LEGACY):
-        return read_torch_file(only, choose)
+    files, indexed = _weight_files(path)
+    if not indexed and _kind(files[0]) in (TORCH_ZIP, TORCH_LEGACY):
+        return read_torch_file(files[0], choose)
     tensors: dict[str, np.ndarray] = {}
     notes: dict[str, None] = {}
     for file in files:
         content = _READERS[_kind(file)](file)
-        twice = next((name for name in content.tensors if name in tensors), None)
-        if twice is not None:
-            raise UserError(f"{file}: {short(twice)} is in another shard, too; {AGAIN}")
+        duplicate = next((name for name in content.tensors if name in tensors), None)
+        if duplicate is not None:
+            raise UserError(f"{file}: {short(duplicate)} is also in another shard; {AGAIN}")
         tensors.update(content.tensors)
         notes.update(dict.fromkeys(content.notes))
         if len(tensors) > MAX_TENSORS:
             raise UserError(f"{path}: more than {MAX_TENSORS} tensors; {AGAIN}")
-    lost = sorted(promised - tensors.keys())
-    if lost:
-        raise UserError(f"{path}: {len(lost)} tensors are in no shard: {short(lost[0])}; {AGAIN}")
+    missing = sorted(indexed - tensors.keys())
+    if missing:
+        raise UserError(
+            f"{path}: its index lists tensors in no shard: {join_names(missing, 3)}; {AGAIN}"
+        )
     try:
         names = choose({(name,): tensor for name, tensor in tensors.items()})
     except UserError as error:
         error.args = (f"{path}: {error}", *error.args[1:])
         raise
-    notes.update({f"{len(files)} shards": None} if promised else {})
-    return Content({name: tensors[place[0]] for place, name in names.items()}, list(notes))
+    notes.update({f"{len(files)} shards": None} if indexed else {})
+    return Content({name: tensors[keys[0]] for keys, name in names.items()}, list(notes))
 
 
 def weight_files(path: str | Path) -> list[Path]:
-    """The files that hold the weights of a file, folder or index; their beginnings are looked at.
+    """Return the files that hold the weights of a file, folder or index, the index first.
 
     Raises:
-        UserError: no weight files, or several to choose from.
+        UserError: no weight files, several sets of them, or a file of another format.
     """
     path = Path(path)
-    files, promised = _weight_files(path)
+    files, indexed = _weight_files(path)
     for file in files:
         _kind(file)
-    return [_index_of(path), *files] if promised else files
+    return [_index_of(path), *files] if indexed else files
 
 
 def _kind(file: Path) -> str:
@@ -100,7 +103,7 @@ def _index_of(path: Path) -> Path:
 
 
 def _weight_files(path: Path) -> tuple[list[Path], set[str]]:
-    """The files, and the names of the tensors that an index promises in them."""
+    """Return the weight files, and the names of the tensors that an index lists."""
     file = _index_of(path)
     if file.name.endswith(_INDEX):
         return _shards(file)
@@ -119,8 +122,8 @@ def _in_folder(folder: Path) -> Path:
     weights = [file for file in files if file.name.endswith(_SUFFIXES)]
     candidates = indexes or [file for file in weights if file.name != "training_args.bin"]
     if len(candidates) != 1:
-        found = ", ".join(short(file.name) for file in candidates[:4]) or "none"
-        raise UserError(f"{folder}: one weight file was expected in it, found {found}; give a file")
+        found = join_names([file.name for file in candidates], 4) or "none"
+        raise UserError(f"{folder}: must contain one weight file, found {found}; give a file")
     return candidates[0]
 
 
@@ -128,24 +131,24 @@ def _shards(index: Path) -> tuple[list[Path], set[str]]:
     try:
         require_file(index)
         if index.stat().st_size > _MAX_INDEX:
-            raise UserError(f"larger than {_MAX_INDEX >> 20} MB")
+            raise UserError(f"larger than {_MAX_INDEX >> 20} MB; {AGAIN}")
         shard_of = json.loads(index.read_bytes())["weight_map"]
         names = list(dict.fromkeys(shard_of.values()))
         if not names or len(names) > _MAX_SHARDS or len(shard_of) > MAX_TENSORS:
-            raise UserError(f"{len(shard_of)} tensors in {len(names)} files")
+            raise UserError(f"lists {len(shard_of)} tensors in {len(names)} files; {AGAIN}")
         for name in names:
             if type(name) is not str or not re.fullmatch(r"[^/\\\0]*[^./\\\0][^/\\\0]*", name):
-                raise UserError(f"it names {short(name)}, which is no file of its folder")
+                raise UserError(f"names {short(name)}, which is not a file of its folder; {AGAIN}")
         files = [index.parent / name for name in names]
         for file in files:
             if not file.is_file():
-                raise UserError(f"the shard {short(file.name)} is missing; {AGAIN}")
+                raise UserError(f"shard {short(file.name)} is missing; {AGAIN}")
         if sum(file.stat().st_size for file in files) > MAX_BYTES:
-            raise UserError(f"its shards have more than {MAX_BYTES >> 30} GiB")
+            raise UserError(f"its shards have more than {MAX_BYTES >> 30} GiB; {AGAIN}")
     except UserError as error:
         raise UserError(f"{index}: {error}") from None
     except OSError as error:
         raise UserError(f"{index}: {error.strerror}; give a file that can be read") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{index}: no index of shards ({short(error)}); {AGAIN}") from None
+        raise UserError(f"{index}: not an index of shards ({short(error)}); {AGAIN}") from None
     return files, {*shard_of}

@@ -1,10 +1,10 @@
-"""Which names in a stranger's pickle are objects to set aside, and which only make an attack.
+"""Classify the globals in an untrusted pickle: objects to skip, or signs of an attack.
 
-Nothing of either kind is ever imported or called. Telling them apart is for the user: a checkpoint
-with an argparse.Namespace beside its weights is common, one with os.system in it is an attack.
+Neither kind is ever imported or called. The distinction informs the user: many checkpoints contain
+an argparse.Namespace beside their weights, but one that contains os.system is an attack.
 
-Of the standard library, only the types of data on a list pass. Elsewhere every name passes, for a
-project's own classes can't be known, except modules and functions that load, run or open something.
+From the standard library, only a list of data types is accepted. From other packages every name is
+accepted, because projects store their own classes, except those that load, run or open something.
 """
 
 from __future__ import annotations
@@ -64,7 +64,12 @@ _RUNNING_NAMES = {
 
 
 def is_attack(module: str, name: str) -> bool:
-    """Whether a pickle's global has no place in a checkpoint; `name` may be dotted."""
+    """Return whether only an attack would put this global into a checkpoint.
+
+    Args:
+        module: the global's module.
+        name: its name in the module, possibly dotted.
+    """
     full, root = f"{module}.{name}", module.partition(".")[0]
     if module in _BUILTIN_MODULES:
         return name not in _BUILTINS

@@ -1,4 +1,4 @@
-"""What kind of weight file a file is, by its content; what else it may be, in one line."""
+"""Detect the format of a weight file from its content, and name other formats in errors."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import struct
 from pathlib import Path
 
 from src.errors import UserError
-from src.weights.content import AGAIN
+from src.weights.content import AGAIN, RESAVE
 
 # CvT-W24's training state with a moving average takes 4.4 GB.
 MAX_BYTES, MAX_TENSORS = 8 << 30, 20_000
@@ -23,37 +23,37 @@ _OTHERS = (
     (b"GGUF", "a GGUF file"),
     (b"\x08", "a graph (ONNX or MINDIR), not weights; give infer.py the graph"),
 )
-_RESAVE = "in PyTorch 1.6 or later: torch.save(torch.load(FILE, map_location='cpu'), FILE)"
 
 
 def require_file(path: Path) -> int:
-    """The size of a file that can hold the weights of a network.
+    """Check that a file exists and is no larger than any weight file; return its size in bytes.
 
     Raises:
-        UserError: no file, or too large to be one.
+        UserError: no such file, or too large.
     """
     if not path.is_file():
-        raise UserError("there is no such file")
+        raise UserError("there is no such file; check the path")
     size = path.stat().st_size
     if size > MAX_BYTES:
         raise UserError(
-            f"it has {size / 1e9:.0f} GB, and no weight file of these networks more than "
+            f"has {size / 1e9:.0f} GB, but weight files of these networks have at most "
             f"{MAX_BYTES / 1e9:.0f}; {AGAIN}"
         )
     return size
 
 
 def kind_of(path: Path) -> str:
-    """One of the four kinds.
+    """Return TORCH_ZIP, TORCH_LEGACY, SAFETENSORS or CHECKPOINT.
 
     Raises:
-        UserError: no such file, or of another kind; the message names it where it is known.
+        UserError: no such file, or another format; the message names it if it is known.
     """
     size = require_file(path)
     with path.open("rb") as file:
         head = file.read(512)
     length = int.from_bytes(head[:8], "little")
-    if head[8:9] == b"{" and length <= size - 8:  # first: the length may begin like any other kind
+    # First, because the length's bytes may equal the first bytes of any other format.
+    if head[8:9] == b"{" and length <= size - 8:
         return SAFETENSORS
     if head.startswith(b"PK\x03\x04"):
         return TORCH_ZIP
@@ -61,19 +61,19 @@ def kind_of(path: Path) -> str:
         return TORCH_LEGACY
     if _starts_with_value(head):
         return CHECKPOINT
-    raise UserError(_other(head))
+    raise UserError(_describe_unsupported(head))
 
 
 def _starts_with_value(head: bytes) -> bool:
-    """Whether the first field is a Value (see checkpoint.py): key 1, its length, key 1 again."""
+    """Return whether the first field is a Value (checkpoint.py): key 1, a length, key 1 again."""
     if head[:1] != b"\x0a":
         return False
     end = next((at for at in range(1, 11) if head[at : at + 1] < b"\x80"), 11)
     return head[end + 1 : end + 2] == b"\x0a"
 
 
-def _other(head: bytes) -> str:
-    """What a file is that isn't read."""
+def _describe_unsupported(head: bytes) -> str:
+    """Return an error message for a file of another format."""
     if not head:
         return f"the file is empty; {AGAIN}"
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
@@ -87,10 +87,8 @@ def _other(head: bytes) -> str:
             "ms.load_checkpoint(FILE, dec_key=KEY, dec_mode=MODE), NEW_FILE)"
         )
     if head[257:262] == b"ustar":
-        return f"PyTorch's tar format from before 0.2; save it again {_RESAVE}"
+        return f"PyTorch's tar format from before 0.2; save it again {RESAVE}"
     for start, what in _OTHERS:
         if head.startswith(start):
             return f"this is {what}" if "compressed" not in what else what
-    return (
-        f"no weight file of MindSpore, PyTorch or safetensors, or its beginning is damaged; {AGAIN}"
-    )
+    return f"not a MindSpore, PyTorch or safetensors file, or damaged at the start; {AGAIN}"

@@ -1,10 +1,10 @@
-"""Weights from a file into a network: all of them, or an error that names what doesn't fit."""
+"""Load a weight file into a network, completely or with an error that names what does not fit."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from PIL import Image
 
 from src.errors import UserError
 from src.weights.checkpoint import read_checkpoint
-from src.weights.content import Place
+from src.weights.content import KeyPath
 from src.weights.files import read_content
 from src.weights.load_report import LoadReport, WeightsMismatch
 from src.weights.select import select
@@ -28,29 +28,30 @@ _TABLE_ROWS = 20
 def read_weights(
     path: str | Path, known: Collection[str] = (), entry: str | None = None
 ) -> tuple[dict[str, np.ndarray], LoadReport]:
-    """Read the weights of a file or folder of any kind under our names.
+    """Read the weights of a file or folder of any supported format under our names.
 
-    State of training is left. Of several sets of weights, the moving average is taken.
+    Training state is skipped. If there are several sets of weights, the moving average is read.
 
     Args:
         path: the file or folder.
-        known: the parameters' names of the network to load; a CvT's are known anyway.
-        entry: the entry or prefix of the weights to take, where there are several sets.
+        known: parameter names of the network to load; CvT's names are always known.
+        entry: the entry or prefix to read if there are several sets of weights.
 
     Returns:
-        Arrays by name in the file's type, and a report of what was left and renamed.
+        Arrays by name in the file's dtype, and a report of what was skipped and renamed.
 
     Raises:
-        UserError: a file that can't be read, whose names are of no known network, or with several
-            sets to choose from.
+        UserError: the file cannot be read, its names belong to no known network, or `entry` is
+            needed to choose between sets of weights.
     """
     report = LoadReport(str(path))
 
-    def choose(found: Mapping[Place, Any]) -> dict[Place, str]:
-        done = select(found, known, entry)
-        report.naming, report.renamed, report.averaged = done.naming, done.renamed, done.averaged
-        report.ignored, report.notes = done.ignored, done.notes
-        return done.names
+    def choose(tensors: Mapping[KeyPath, Any]) -> dict[KeyPath, str]:
+        chosen = select(tensors, known, entry)
+        report.naming, report.renamed = chosen.naming, chosen.renamed
+        report.averaged, report.ignored = chosen.averaged, chosen.ignored
+        report.notes = chosen.notes
+        return chosen.names
 
     content = read_content(Path(path), choose)
     report.notes = [*report.notes, *content.notes]
@@ -64,27 +65,27 @@ def load_weights(
     new_head: bool = False,
     entry: str | None = None,
 ) -> LoadReport:
-    """Load a weight file or a folder of Hugging Face's into a network.
+    """Load a weight file or a Hugging Face folder into a network.
 
-    Reads what MindSpore, PyTorch and safetensors write, by content and not by suffix, with our, the
-    official or Hugging Face's names under any entry and prefix. Position embeddings are
-    interpolated to the network's grid. Float types other than the parameters' are converted.
+    Reads files of MindSpore, PyTorch and safetensors, detected by content, with our, the official
+    or Hugging Face's names under any entry and prefix. Position embeddings are interpolated to the
+    network's grid. Other dtypes are converted to the parameters'.
 
     Args:
-        net: changed only if the file fits, or `strict` is false.
+        net: changed only if the file fits or `strict` is False.
         path: the file or folder.
-        strict: raise on anything missing, left over or misshapen. Otherwise load what fits; the
-            report tells what did not.
+        strict: raise if anything is missing, unexpected or of another shape. Otherwise load what
+            fits; the report lists the rest.
         new_head: a head that does not fit keeps the network's initial values.
-        entry: the entry or prefix to take ("ema"), where the file holds several sets of weights;
-            by default a moving average.
+        entry: the entry or prefix to load, such as "ema", if the file holds several sets of
+            weights; by default the moving average.
 
     Returns:
-        What became of every tensor.
+        The outcome for every tensor.
 
     Raises:
-        WeightsMismatch: strict, and the file doesn't fit; has the report.
-        UserError: a file that can't be read.
+        WeightsMismatch: `strict`, and the file does not fit; has the report.
+        UserError: the file cannot be read.
     """
     known = {parameter.name for parameter in net.get_parameters()}
     tensors, report = read_weights(path, known, entry)
@@ -99,7 +100,7 @@ def load_tensors(
     strict: bool = True,
     new_head: bool = False,
 ) -> None:
-    """As `load_weights`, for what `read_weights` gave; completes the report."""
+    """Load the result of `read_weights` as `load_weights` does, and complete the report."""
     parameters = {parameter.name: parameter for parameter in net.get_parameters()}
     tensors = _fit_pos_embeds(net, parameters, tensors, report)
     _compare(parameters, tensors, report)
@@ -107,25 +108,25 @@ def load_tensors(
         shape = report.shapes[name][1]
         report.shapes[name] = ((1, math.prod(old_grid), shape[2]), shape)
     if new_head:
-        _except_head(report)
+        _exclude_head(report)
     if strict:
         _require_fit(report)
     _assign(parameters, tensors, report)
 
 
 def load_state(cell: nn.Cell, path: str | Path) -> dict[str, float]:
-    """Load every parameter of a training step; returns the numbers saved beside them.
+    """Load every parameter of a training step and return the numbers saved with them.
 
     Raises:
-        UserError: an unreadable file, one of weights only, or of another network or recipe.
+        UserError: the file cannot be read, holds weights only, or is of another network or recipe.
     """
     tensors = read_checkpoint(path).tensors
     parameters = {parameter.name: parameter for parameter in cell.get_parameters()}
     extra = {n: t.item() for n, t in tensors.items() if n not in parameters and t.ndim == 0}
     if not extra:
         raise UserError(
-            f"{path}: holds weights only, no state of a run; give --resume alone for the run's "
-            "newest state, or start a new run with --finetune and this file"
+            f"{path}: holds weights only, no training state; give --resume without a file to "
+            "use the run's newest state, or start a new run with --finetune and this file"
         )
     tensors = {name: tensor for name, tensor in tensors.items() if name not in extra}
     report = LoadReport(str(path))
@@ -138,14 +139,15 @@ def load_state(cell: nn.Cell, path: str | Path) -> dict[str, float]:
 def _compare(
     parameters: dict[str, Parameter], tensors: dict[str, np.ndarray], report: LoadReport
 ) -> None:
-    """Sort every name into the report."""
+    """Compare names and shapes, and enter every name into the report."""
     for name, parameter in parameters.items():
-        there = tensors[name].shape if name in tensors else None
-        report.shapes[name] = (there, tuple(parameter.shape))
-        if there is None:
+        in_file = tensors[name].shape if name in tensors else None
+        in_net = tuple(parameter.shape)
+        report.shapes[name] = (in_file, in_net)
+        if in_file is None:
             report.missing.append(name)
-        elif there != tuple(parameter.shape):
-            report.mismatched.append((name, there, tuple(parameter.shape)))
+        elif in_file != in_net:
+            report.mismatched.append((name, in_file, in_net))
         else:
             report.loaded.append(name)
     for name in tensors:
@@ -154,46 +156,41 @@ def _compare(
             report.shapes[name] = (tensors[name].shape, None)
 
 
-def _of_head(report: LoadReport) -> list[str]:
-    """The names of the head; the last norm belongs to it where the file has neither."""
+def _head_names(report: LoadReport) -> list[str]:
+    """Return the head's names, with the final norm's if the file has neither head nor norm."""
     missing = {*report.missing}
     norm = [name for name in report.shapes if name.startswith(_NORM)]
     head = [name for name in report.shapes if name.startswith(_HEAD)]
     return norm + head if {*norm, *head} <= missing else head
 
 
-def _misfits(report: LoadReport) -> set[str]:
-    return {*report.missing, *report.unexpected, *(name for name, _, _ in report.mismatched)}
-
-
-def _except_head(report: LoadReport) -> None:
-    """A head of which any part doesn't fit stays as it is initialised, the whole of it."""
-    head = _of_head(report)
-    if _misfits(report).isdisjoint(head):
+def _exclude_head(report: LoadReport) -> None:
+    """Keep the whole head's initial values if any part of it does not fit."""
+    head = _head_names(report)
+    if report.misfits().isdisjoint(head):
         return
     report.new_head = head
-    excused = {*head}
-
-    def others(names: Iterable[str]) -> list[str]:
-        return [name for name in names if name not in excused]
-
-    report.missing, report.unexpected = others(report.missing), others(report.unexpected)
-    report.loaded = others(report.loaded)
-    report.mismatched = [row for row in report.mismatched if row[0] not in excused]
+    for names in (report.missing, report.unexpected, report.loaded):
+        names[:] = [name for name in names if name not in head]
+    report.mismatched = [row for row in report.mismatched if row[0] not in head]
 
 
 def _require_fit(report: LoadReport) -> None:
-    """Raise unless everything fits; a table of what does not goes to the log first."""
-    complaint = report.complaint()
-    if not complaint:
+    """Raise unless everything fits, after logging a table of what does not.
+
+    Raises:
+        WeightsMismatch: something is missing, unexpected or of another shape.
+    """
+    misfits = report.describe_misfits()
+    if not misfits:
         return
     logger.info("%s", report.table(everything=False, limit=_TABLE_ROWS))
-    if _misfits(report) <= {*_of_head(report)}:
-        complaint += (
-            "; only the head differs: set the file's number of classes, or start with a new head "
-            "(new_head=True; train.py --finetune)"
+    if report.misfits() <= {*_head_names(report)}:
+        misfits += (
+            "; only the head differs: set model.num_classes to the file's, or start with a new "
+            "head (new_head=True; train.py --finetune)"
         )
-    raise WeightsMismatch(f"{report.path}: does not fit the network: {complaint}", report)
+    raise WeightsMismatch(f"{report.path}: does not fit the network: {misfits}", report)
 
 
 def _assign(
@@ -203,7 +200,7 @@ def _assign(
         dtype = parameters[name].asnumpy().dtype
         if tensors[name].dtype != dtype:
             report.cast[str(tensors[name].dtype)] += 1
-        # assign, because a compiled graph doesn't see set_data; a copy, because files don't align.
+        # assign: a compiled graph ignores set_data. Copy: arrays from files may be unaligned.
         ops.assign(parameters[name], Tensor(np.array(tensors[name], dtype)))
 
 
@@ -213,7 +210,7 @@ def _fit_pos_embeds(
     tensors: dict[str, np.ndarray],
     report: LoadReport,
 ) -> dict[str, np.ndarray]:
-    """The tensors, with position embeddings of other grids interpolated."""
+    """Return the tensors with position embeddings interpolated to the network's grids."""
     tensors = dict(tensors)
     for prefix, cell in net.cells_and_names():
         name = f"{prefix}.pos_embed"
@@ -231,7 +228,7 @@ def _fit_pos_embeds(
 
 
 def _grid_of(tokens: int, like: tuple[int, int]) -> tuple[int, int] | None:
-    """The grid of an embedding: square, else of the aspect ratio of another grid, else unknown."""
+    """Return the grid of `tokens` positions: square, or of `like`'s aspect ratio, or None."""
     edge = math.isqrt(tokens)
     if edge * edge == tokens:
         return edge, edge
@@ -242,7 +239,7 @@ def _grid_of(tokens: int, like: tuple[int, int]) -> tuple[int, int] | None:
 def interpolate_pos_embed(
     embedding: np.ndarray, old_grid: tuple[int, int], grid: tuple[int, int]
 ) -> np.ndarray:
-    """Bicubic interpolation of a position embedding [1, H * W, C] -> float32 [1, H' * W', C]."""
+    """Interpolate a position embedding bicubically: [1, H * W, C] -> float32 [1, H' * W', C]."""
     channels = embedding.shape[2]
     maps = embedding.astype(np.float32).reshape(*old_grid, channels).transpose(2, 0, 1)  # [C, H, W]
     size = (grid[1], grid[0])

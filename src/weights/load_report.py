@@ -1,4 +1,4 @@
-"""What became of every tensor of a weight file, in a sentence and as a table."""
+"""Report how a weight file was loaded, in one line and as a table."""
 
 from __future__ import annotations
 
@@ -7,31 +7,31 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from src.errors import UserError
-from src.weights.content import short
+from src.weights.content import join_names, short
 
 Shape = tuple[int, ...]
 
 
 @dataclass
 class LoadReport:
-    """What became of every tensor of a file and every parameter of a network.
+    """The outcome for every tensor of a file and every parameter of a network.
 
-    Names are the network's (of tensors it doesn't have, the file's).
+    Names are the network's; for unexpected tensors, the file's.
 
     Args:
         path: the file.
-        naming: the set of names it uses.
-        loaded: names whose values were taken over.
-        missing: parameters that the file doesn't have.
-        unexpected: tensors that the network doesn't have.
+        naming: the naming scheme it uses.
+        loaded: parameters set from the file.
+        missing: parameters that are not in the file.
+        unexpected: tensors that are not in the network.
         mismatched: (name, shape in the file, shape in the network).
-        ignored: what kind of state of training a tensor was left as, by the file's name.
-        new_head: parameters of the head that keep their initial values, as asked.
+        ignored: tensors of training state: their kind by the file's name.
+        new_head: head parameters that keep their initial values (`new_head=True`).
         interpolated: (name, grid in the file, grid in the network) of position embeddings.
-        renamed: the file's name, where it is another, by name.
-        cast: types other than the network's that were converted, and how often.
-        notes: what else was in the file, and what was done in reading it.
-        averaged: the file holds a moving average, and that was taken.
+        renamed: the file's name by the network's name, where they differ.
+        cast: how many tensors were converted from each other dtype.
+        notes: short phrases on skipped entries and conversions.
+        averaged: whether the weights are a moving average.
         shapes: (shape in the file or None, shape in the network or None) by name.
     """
 
@@ -62,28 +62,34 @@ class LoadReport:
         if self.ignored:
             kinds = Counter(self.ignored.values())
             listed = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
-            parts.append(f"left as state of training: {listed}")
+            parts.append(f"training state skipped: {listed}")
         if self.new_head:
-            parts.append(f"the head keeps its initial values ({_some(self.new_head)})")
-        complaint = self.complaint()
-        return "; ".join(parts) + (f"; NOT loaded: {complaint}" if complaint else "")
+            parts.append(f"the head keeps its initial values ({join_names(self.new_head, 3)})")
+        misfits = self.describe_misfits()
+        return "; ".join(parts) + (f"; NOT loaded: {misfits}" if misfits else "")
 
-    def complaint(self) -> str:
-        """One line that names what does not fit, or "" where everything does."""
+    def misfits(self) -> set[str]:
+        """Return the names of everything that does not fit."""
+        return {*self.missing, *self.unexpected, *(name for name, _, _ in self.mismatched)}
+
+    def describe_misfits(self) -> str:
+        """Return one line that names what does not fit, or "" if everything fits."""
         shapes = [f"{name} {list(there)} for {list(here)}" for name, there, here in self.mismatched]
         kinds = (
             (self.missing, "missing"),
             (self.unexpected, "unexpected"),
             (shapes, "of another shape"),
         )
-        return "; ".join(f"{len(names)} {kind}: {_some(names)}" for names, kind in kinds if names)
+        return "; ".join(
+            f"{len(names)} {kind}: {join_names(names, 3)}" for names, kind in kinds if names
+        )
 
     def table(self, everything: bool = True, limit: int | None = None) -> str:
-        """A row per tensor: what became of it, our name, both shapes, the file's name if different.
+        """Return a table: outcome, name, both shapes, and the file's name if it differs.
 
         Args:
-            everything: also the tensors that were simply loaded or left as state of training.
-            limit: rows of each kind at most; a line tells how many more there are.
+            everything: include tensors that were loaded unchanged, and training state.
+            limit: maximum number of rows per outcome; a last row counts the others.
         """
         kinds: list[tuple[str, Sequence[str]]] = [
             ("missing", self.missing),
@@ -97,8 +103,8 @@ class LoadReport:
             kinds.append(("loaded", [name for name in self.loaded if name not in special]))
         groups = [[self._row(kind, name) for name in names] for kind, names in kinds]
         if everything:
-            left = self.ignored.items()
-            groups.append([("left", kind, "", "", short(name, 160)) for name, kind in left])
+            skipped = self.ignored.items()
+            groups.append([("left", kind, "", "", short(name, 160)) for name, kind in skipped])
         rows = [("", "parameter", "in the file", "in the network", "name in the file")]
         for group in groups:
             rows += group[:limit]
@@ -114,7 +120,7 @@ class LoadReport:
 
 
 class WeightsMismatch(UserError):
-    """A file doesn't fit a network; `report` tells where."""
+    """A weight file does not fit the network; `report` has the details."""
 
     def __init__(self, message: str, report: LoadReport) -> None:
         super().__init__(message)
@@ -123,7 +129,3 @@ class WeightsMismatch(UserError):
 
 def _grid(grid: Shape) -> str:
     return " x ".join(map(str, grid))
-
-
-def _some(names: Sequence[str], count: int = 3) -> str:
-    return ", ".join(map(short, names[:count])) + (", ..." if len(names) > count else "")

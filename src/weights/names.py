@@ -1,6 +1,6 @@
-"""The three sets of parameter names that CvT weights come with, and which one a file uses.
+"""Detect and translate the three naming schemes of CvT weights.
 
-The official names are the reference: ours differ from them in four suffixes of norm layers, Hugging
+The official names are the reference. Ours differ from them in four suffixes of norm layers, Hugging
 Face's (transformers, modeling_cvt.py) in the modules. Shapes are the same in all three.
 """
 
@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection, Iterable
 
 from src.errors import UserError
-from src.weights.content import short
+from src.weights.content import join_names, short
 
 OURS, OFFICIAL, HUGGING_FACE = "MindSpore names", "official names", "Hugging Face names"
 
@@ -26,7 +26,7 @@ _QKV = "attention.attention.convolution_projection_{}.convolution_projection"
 
 
 def _modules() -> dict[str, str]:
-    """Hugging Face's modules with # for a number, and the official name of each."""
+    """Return the official module name for each of Hugging Face's, with # for a number."""
     block = {
         "layernorm_before": "norm1",
         "layernorm_after": "norm2",
@@ -53,7 +53,7 @@ _OFFICIAL_MODULES = frozenset(_MODULES.values())
 _SUFFIXES = {*_NORM_SUFFIXES, "cls_token", "pos_embed"}
 _OUR_SUFFIXES = {*_SUFFIXES, *_NORM_SUFFIXES.values()}
 _HEADLESS = "encoder.stages."
-# A CvT's first modules, and the fewest and most dots of the names in them.
+# CvT's top-level modules, and the range of dots in the names below them.
 _FIRST = re.compile(r"(norm|head|layernorm|classifier)$|(stage\d+)$|(cvt|encoder)$")
 _DOTS = {1: range(1, 2), 2: range(1, 7), 3: range(4, 13)}
 _MAX_NAME, _MAX_PARTS = 512, 24
@@ -61,7 +61,7 @@ _NUMBER = re.compile(r"(?:(?<=^stage)|(?<=stages\.)|(?<=blocks\.)|(?<=layers\.))
 
 
 def from_official(name: str) -> str | None:
-    """Our name for an official one; None for a name that no official CvT has."""
+    """Return our name for an official one; None if no official CvT has it."""
     module, _, suffix = name.rpartition(".")
     if _NUMBER.sub("#", module) not in _OFFICIAL_MODULES or suffix not in _SUFFIXES:
         return None
@@ -71,10 +71,9 @@ def from_official(name: str) -> str | None:
 
 
 def from_huggingface(name: str) -> str | None:
-    """The official name for one of Hugging Face's; None for a name that no CvT has there.
+    """Return the official name for one of Hugging Face's; None if no CvT has it there.
 
-    A CvtModel, which has no head, calls its modules as a CvtForImageClassification does, without
-    the `cvt.` in front.
+    CvtModel, which has no head, uses the names of CvtForImageClassification without "cvt.".
     """
     name = f"cvt.{name}" if name.startswith(_HEADLESS) else name
     module, _, suffix = name.rpartition(".")
@@ -86,21 +85,21 @@ def from_huggingface(name: str) -> str | None:
 
 
 def is_ours(name: str) -> bool:
-    """Whether a CvT of ours may have a parameter of this name."""
+    """Return whether a CvT of ours can have a parameter of this name."""
     module, _, suffix = name.rpartition(".")
     return suffix in _OUR_SUFFIXES and _NUMBER.sub("#", module) in _OFFICIAL_MODULES
 
 
 def split_prefix(name: str, known: Collection[str] = ()) -> tuple[str, str] | None:
-    """Split what a wrapper put in front of a parameter's name, as "model." and "norm.weight".
+    """Split a name into a wrapper's prefix and the parameter's name: "model.", "norm.weight".
 
     Args:
-        name: without the dicts' keys above it.
-        known: names of other networks' parameters.
+        name: without the keys of enclosing dicts.
+        known: parameter names of other networks.
 
     Returns:
-        The shortest prefix, perhaps "", behind which is a name that a CvT has by any naming, or a
-        known one, and that name; None where there is no such prefix.
+        The shortest prefix, possibly "", that leaves a known name or one of CvT in any naming
+        scheme, and that name; None if there is no such prefix.
     """
     parts = name.split(".")
     if len(name) > _MAX_NAME or len(parts) > _MAX_PARTS:
@@ -111,24 +110,24 @@ def split_prefix(name: str, known: Collection[str] = ()) -> tuple[str, str] | No
         if rest in known:
             return name[:start], rest
         module = _FIRST.match(first)
-        if module and len(parts) - at - 1 in _DOTS[module.lastindex] and _is_of_cvt(rest):
+        if module and len(parts) - at - 1 in _DOTS[module.lastindex] and _is_cvt_name(rest):
             return name[:start], rest
         start += len(first) + 1
     return None
 
 
-def _is_of_cvt(name: str) -> bool:
+def _is_cvt_name(name: str) -> bool:
     return is_ours(name) or bool(from_official(name) or from_huggingface(name))
 
 
 def to_ours(names: Iterable[str], known: Collection[str] = ()) -> tuple[str, dict[str, str]]:
-    """Which of the three sets the names are of, and our name for each.
+    """Return the naming scheme of a set of names, and our name for each.
 
-    MindSpore's norm suffixes, or names that are all known, tell ours, which then stay as they are
-    whatever the network.
+    Names are ours if any has one of MindSpore's norm suffixes or if all are known; ours are kept
+    unchanged for every network.
 
     Raises:
-        UserError: names of more than one set, or of none.
+        UserError: the names mix schemes, or belong to no CvT.
     """
     names = list(names)
     ours = any(name.rpartition(".")[2] in _NORM_SUFFIXES.values() for name in names)
@@ -138,26 +137,24 @@ def to_ours(names: Iterable[str], known: Collection[str] = ()) -> tuple[str, dic
     if ours:
         naming, renamed = OURS, {name: name for name in names}
         others = {n for n in names if huggingface[n] or (official[n] or n) != n} - {*known}
-        strange: list[str] = []
+        unknown: list[str] = []
     elif any(huggingface.values()):
         naming = HUGGING_FACE
         renamed = {n: name and from_official(name) for n, name in huggingface.items()}
         others = {n for n in names if official[n]}
-        strange = [n for n in names if not renamed[n] and n not in others]
+        unknown = [n for n in names if not renamed[n] and n not in others]
     else:
         naming, renamed, others = OFFICIAL, official, set()
-        strange = [n for n in names if not official[n]]
+        unknown = [n for n in names if not official[n]]
     if others:
-        known_one = next((n for n in names if renamed[n] and n not in others), "")
+        example = next((n for n in names if renamed[n] and n not in others), "")
         other = next(n for n in names if n in others)
         raise UserError(
-            f"mixes {naming}, as {short(known_one)}, with others, as {short(other)}; "
-            "save one set alone"
+            f"mixes {naming} ({short(example)}) with others ({short(other)}); save one set alone"
         )
-    if strange:
-        first = ", ".join(map(short, strange[:3])) + (", ..." if len(strange) > 3 else "")
+    if unknown:
         raise UserError(
-            f"{len(strange)} of its {len(names)} names belong to no CvT, neither MindSpore's nor "
-            f"the official nor Hugging Face's: {first}"
+            f"{len(unknown)} of its {len(names)} names belong to no CvT of MindSpore, Microsoft or "
+            f"Hugging Face: {join_names(unknown, 3)}; give the weights of a CvT"
         )
     return naming, renamed

@@ -1,11 +1,11 @@
-"""Which of a file's tensors are the weights: under which entry and prefix, and what lies beside.
+"""Select the weights among all tensors of a checkpoint.
 
-Training scripts nest weights in dicts (`state_dict`, `net`, `ema`) and in modules (`model.`,
-`module.backbone.`), in any combination, and put optimizers' state and second sets beside them. The
-names of a network's parameters are known, so whatever stands in front of them is the place where a
-set of weights lies. MindSpore's optimizers name their state alike, `moments.NAME`: a copy of a set
-with a longer prefix is state, unless it is named as an average or has BatchNorm's statistics, which
-no optimizer keeps.
+Training scripts nest weights in dicts (`state_dict`, `net`, `ema`) and modules (`model.`,
+`module.backbone.`) in any combination, beside optimizer state and further sets of weights. The
+parameter names of a network are known, so whatever precedes a known name is the entry and prefix of
+a set of weights. MindSpore's optimizers name their state `moments.NAME`, so a set that repeats
+another one's names under a longer prefix is optimizer state, unless its prefix names an average or
+it has BatchNorm statistics, which no optimizer keeps.
 """
 
 from __future__ import annotations
@@ -18,32 +18,32 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from src.errors import UserError
-from src.weights.content import Place, short
+from src.weights.content import KeyPath, join_names, short
 from src.weights.names import split_prefix, to_ours
 
-# What PyTorch's wrappers insert anywhere into a name: torch.compile, FSDP, activation checkpoints.
+# Inserted anywhere into names by torch.compile, FSDP and activation checkpointing.
 _WRAPPERS = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _COUNTERS = ("num_batches_tracked", "global_step", "learning_rate")
 _STATISTICS = ("running_mean", "running_var", "moving_mean", "moving_variance")
 _MINDSPORE = (".gamma", ".beta", ".moving_mean", ".moving_variance")
 _AVERAGES = {"ema", "teacher", "swa", "averaged", "average", "shadow", "polyak", "avg"}
-_MAX_GROUPS, _MAX_SETS = 200, 32  # of an honest file: under ten
-_TOP = "top"  # what --entry calls a set that has neither entry nor prefix
+_MAX_GROUPS, _MAX_SETS = 200, 32  # ordinary files have fewer than ten
+_TOP = "top"  # the --entry name of a set without entry and prefix
 
 
 class Selection(NamedTuple):
-    """The weights among a file's tensors.
+    """The weights selected from a file.
 
     Args:
-        names: our name of each tensor taken, by its place.
-        renamed: the file's name where it is another, by ours.
-        naming: the set of names the file uses.
-        averaged: a moving average was taken.
-        ignored: what kind of state of training a tensor beside them is, by the file's name.
-        notes: entry, prefix, and other weights that were not taken.
+        names: our name of each selected tensor, by key path.
+        renamed: the file's name by ours, where they differ.
+        naming: the naming scheme of the file.
+        averaged: whether the weights are a moving average.
+        ignored: the kind of each tensor of training state, by the file's name.
+        notes: entry, prefix, and sets of weights that were not selected.
     """
 
-    names: dict[Place, str]
+    names: dict[KeyPath, str]
     renamed: dict[str, str]
     naming: str
     averaged: bool
@@ -53,155 +53,159 @@ class Selection(NamedTuple):
 
 @dataclass(eq=False)
 class _Group:
-    """Tensors with known names behind one entry and prefix."""
+    """Tensors with known names under one entry and prefix."""
 
-    entry: Place
+    entry: KeyPath
     prefix: str
-    places: dict[str, Place] = field(default_factory=dict)  # by the name behind the prefix
+    paths: dict[str, KeyPath] = field(default_factory=dict)  # by the name after the prefix
 
     @property
     def label(self) -> str:
         return ".".join([*self.entry, self.prefix.rstrip(".")]).strip(".") or _TOP
 
     @property
-    def averaged(self) -> bool:
+    def is_average(self) -> bool:
         words = [re.split(r"[_\-\s]", part.lower()) for part in self.label.split(".")]
         return any(_AVERAGES & {*each} and each[0] != "exp" for each in words)
 
     @property
-    def of_optimizer(self) -> bool:
+    def is_in_optimizer(self) -> bool:
         return any("optim" in key.lower() for key in self.entry)
 
     @property
-    def statistics(self) -> bool:
-        return any(name.endswith(_STATISTICS) for name in self.places)
+    def has_statistics(self) -> bool:
+        return any(name.endswith(_STATISTICS) for name in self.paths)
 
-    def added_by(self, copy: _Group) -> str:
-        """What stands before this set's prefix in a copy of a part of it; "" for another set."""
+    def prefix_added_by(self, copy: _Group) -> str:
+        """Return what a copy of some of these tensors has before their prefix; "" if it is none."""
         added = copy.prefix[: len(copy.prefix) - len(self.prefix)]
-        whole = self.entry == copy.entry and copy.prefix == added + self.prefix
-        return (
-            added
-            if whole and added[-1:] == "." and copy.places.keys() <= self.places.keys()
-            else ""
-        )
+        same = self.entry == copy.entry and copy.prefix == added + self.prefix
+        is_copy = same and added[-1:] == "." and copy.paths.keys() <= self.paths.keys()
+        return added if is_copy else ""
 
 
 @dataclass
-class _Sorted:
-    """The tensors of a file: sets of known names, counters of training, and all others.
+class _Grouped:
+    """A file's tensors: groups with known names, training counters, and all others.
 
-    `whole` are the groups that are not just some layers.
+    `complete` are the groups that are not just a few layers.
     """
 
     groups: list[_Group]
-    whole: list[_Group]
-    counters: dict[Place, str]
-    strange: dict[Place, str]  # the name without what PyTorch's wrappers insert
+    complete: list[_Group]
+    counters: dict[KeyPath, str]
+    unknown: dict[KeyPath, str]  # names without what PyTorch's wrappers insert
 
 
 def select(
-    found: Mapping[Place, Any], known: Collection[str] = (), entry: str | None = None
+    tensors: Mapping[KeyPath, Any], known: Collection[str] = (), entry: str | None = None
 ) -> Selection:
-    """Choose the weights among all tensors of a file.
+    """Select the weights among all tensors of a file.
 
     Args:
-        found: the tensors, anything with `shape` and `ndim`, by place.
-        known: the parameters' names of the network to load.
-        entry: the entry or prefix to take where there are several sets; by default an average.
+        tensors: anything with `shape` and `ndim`, by key path.
+        known: parameter names of the network to load.
+        entry: the entry or prefix to select if there are several sets; by default an average.
 
     Raises:
-        UserError: no weights of a known network, or several sets to choose from.
+        UserError: no weights of a known network, or several sets and no `entry`.
     """
-    lying = _sort(found, known)
-    whole = lying.whole
-    sets = [group for group in whole if not _is_state(group, whole)] or whole
+    grouped = _group(tensors, known)
+    complete = grouped.complete
+    sets = [group for group in complete if not _is_optimizer_state(group, complete)] or complete
     if not sets:
-        names = lying.strange
+        names = grouped.unknown
         if not names:
-            raise UserError("no weights in it, only counters of training")
+            raise UserError("contains no weights, only training counters; give another file")
         naming, ours = to_ours(names.values(), known)
-        ignored = _joined(lying.counters)
+        ignored = _flatten(grouped.counters)
         return Selection({p: ours[n] for p, n in names.items()}, {}, naming, False, ignored, [])
-    chosen = _choose(sets, whole, entry, found)
-    places, base, notes = _complete(chosen, lying, sets)
-    ignored, left = _beside(chosen, base, lying, {*places.values()})
-    naming, ours = to_ours([*places, *left], known)
-    names = {place: ours[name] for name, place in {**places, **left}.items()}
-    renamed = {ours[name]: name for name in places if ours[name] != name}
+    chosen = _choose(sets, complete, entry, tensors)
+    paths, base, notes = _fill_gaps(chosen, grouped, sets)
+    ignored, unknown = _classify_others(chosen, base, grouped, {*paths.values()})
+    naming, ours = to_ours([*paths, *unknown], known)
+    names = {path: ours[name] for name, path in {**paths, **unknown}.items()}
+    renamed = {ours[name]: name for name in paths if ours[name] != name}
     notes = _provenance(chosen) + notes
     for group in sets:
         if group is not chosen and not (group is base and group.entry == chosen.entry):
             notes.append(f"{group.label} holds other weights: convert.py --entry {group.label}")
-    aside = [
-        place[-1]
-        for place in found
-        if place[:-1] == chosen.entry and place not in names and ".".join(place) not in ignored
+    skipped = [
+        path[-1]
+        for path in tensors
+        if path[:-1] == chosen.entry and path not in names and ".".join(path) not in ignored
     ]
-    if aside:
-        notes.append(f"left aside {_some(aside)}")
-    return Selection(names, renamed, naming, chosen.averaged, ignored, notes)
+    if skipped:
+        notes.append(f"skipped {join_names(skipped, 4)}")
+    return Selection(names, renamed, naming, chosen.is_average, ignored, notes)
 
 
-def _sort(found: Mapping[Place, Any], known: Collection[str]) -> _Sorted:
-    groups: dict[tuple[Place, str], _Group] = {}
-    lying = _Sorted([], [], {}, {})
-    for place, tensor in found.items():
-        name = _WRAPPERS.sub("", place[-1])
+def _group(tensors: Mapping[KeyPath, Any], known: Collection[str]) -> _Grouped:
+    groups: dict[tuple[KeyPath, str], _Group] = {}
+    grouped = _Grouped([], [], {}, {})
+    for path, tensor in tensors.items():
+        name = _WRAPPERS.sub("", path[-1])
         last = name.rpartition(".")[2]
         split = split_prefix(name, known)
         if split is not None:
-            key = (place[:-1], split[0])
+            key = (path[:-1], split[0])
             group = groups.setdefault(key, _Group(*key))
-            if group.places.setdefault(split[1], place) != place:
-                raise UserError(f"{short(split[1])} comes twice, also as {short(place[-1])}")
+            if group.paths.setdefault(split[1], path) != path:
+                raise UserError(
+                    f"{short(split[1])} occurs twice, also as {short(path[-1])}; save it again "
+                    "without the duplicate"
+                )
         elif last in _COUNTERS or tensor.ndim == 0 or (last == name and tensor.ndim == 1):
-            lying.counters[place] = last  # a number or list that belongs to no layer
+            grouped.counters[path] = last  # a number or list that belongs to no layer
         else:
-            lying.strange[place] = name
-    lying.groups = list(groups.values())
-    largest = max((len(group.places) for group in lying.groups), default=0)
-    lying.whole = [group for group in lying.groups if 2 * len(group.places) >= largest]
-    if len(lying.groups) > _MAX_GROUPS or len(lying.whole) > _MAX_SETS:
+            grouped.unknown[path] = name
+    grouped.groups = list(groups.values())
+    largest = max((len(group.paths) for group in grouped.groups), default=0)
+    grouped.complete = [group for group in grouped.groups if 2 * len(group.paths) >= largest]
+    if len(grouped.groups) > _MAX_GROUPS or len(grouped.complete) > _MAX_SETS:
         raise UserError(
             f"its tensors have {len(groups)} different prefixes; save the weights of one CvT alone"
         )
-    return lying
+    return grouped
 
 
-def _is_state(group: _Group, whole: list[_Group]) -> bool:
-    """Whether a set is an optimizer's, not weights."""
-    if group.of_optimizer or group.averaged:
-        return group.of_optimizer
-    others = [other for other in whole if other is not group]
-    return not group.statistics and any(
-        other.statistics or other.added_by(group) for other in others
+def _is_optimizer_state(group: _Group, complete: list[_Group]) -> bool:
+    if group.is_in_optimizer or group.is_average:
+        return group.is_in_optimizer
+    others = [other for other in complete if other is not group]
+    return not group.has_statistics and any(
+        other.has_statistics or other.prefix_added_by(group) for other in others
     )
 
 
 def _choose(
-    sets: list[_Group], whole: list[_Group], entry: str | None, found: Mapping[Place, Any]
+    sets: list[_Group], complete: list[_Group], entry: str | None, tensors: Mapping[KeyPath, Any]
 ) -> _Group:
-    candidates = [group for group in sets if group.averaged] or sets
+    """Return the set that `entry` names; without `entry`, the average or the only set.
+
+    Raises:
+        UserError: no set has this entry, or several sets differ.
+    """
+    candidates = [group for group in sets if group.is_average] or sets
     if entry is not None:
-        candidates = [group for group in whole if group.label == entry] or [
+        candidates = [group for group in complete if group.label == entry] or [
             group
-            for group in whole
+            for group in complete
             if entry in group.label.split(".") or group.label.startswith(f"{entry}.")
         ]
         if not candidates:
-            labels = _some([group.label for group in whole], 8)
-            raise UserError(f"no weights under {short(entry)}; --entry may be one of: {labels}")
+            labels = join_names([group.label for group in complete], 8)
+            raise UserError(f"no weights under --entry {short(entry)}; choose one of: {labels}")
     first = candidates[0]
     for other in candidates[1:]:
-        # Tensors that are still in the file are equal if they are the same part of it.
+        # Tensors not yet read from the file are equal if they are the same part of it.
         if not all(
-            type(found[place]) is not np.ndarray
-            and name in first.places
-            and found[first.places[name]] == found[place]
-            for name, place in other.places.items()
+            type(tensors[path]) is not np.ndarray
+            and name in first.paths
+            and tensors[first.paths[name]] == tensors[path]
+            for name, path in other.paths.items()
         ):
-            labels = _some([group.label for group in candidates], 8)
+            labels = join_names([group.label for group in candidates], 8)
             raise UserError(
                 f"it holds {len(candidates)} sets of weights: {labels}; choose one: "
                 f"python convert.py --src FILE --dst NEW.ckpt --entry {short(first.label)}"
@@ -209,99 +213,90 @@ def _choose(
     return first
 
 
-def _complete(
-    chosen: _Group, lying: _Sorted, sets: list[_Group]
-) -> tuple[dict[str, Place], _Group | None, list[str]]:
-    """The chosen tensors with a head from outside the prefix, or what has no average from the rest.
+def _fill_gaps(
+    chosen: _Group, grouped: _Grouped, sets: list[_Group]
+) -> tuple[dict[str, KeyPath], _Group | None, list[str]]:
+    """Add a head outside the chosen prefix, and to an average the tensors that it lacks.
 
     Returns:
-        Places by name; the plain weights that belong to an average; notes.
+        Key paths by name; the plain weights that an average belongs to, if any; notes.
     """
-    places, notes = dict(chosen.places), []
-    for group in lying.groups:
+    paths, notes = dict(chosen.paths), []
+    for group in grouped.groups:
         outside = group.entry == chosen.entry and group.prefix != chosen.prefix
         if (
             outside
             and chosen.prefix.startswith(group.prefix)
-            and not group.places.keys() & places.keys()
-            and group not in lying.whole
+            and not group.paths.keys() & paths.keys()
+            and group not in grouped.complete
         ):
-            places.update(group.places)
-            notes.append(f"with {_some(list(group.places))} from {group.label}")
-    plain = [group for group in sets if group is not chosen and not group.averaged]
-    copied = [group for group in plain if group.added_by(chosen)]
-    base = (copied or plain)[0] if len(copied or plain) == 1 and chosen.averaged else None
+            paths.update(group.paths)
+            notes.append(f"with {join_names(list(group.paths), 4)} from {group.label}")
+    plain = [group for group in sets if group is not chosen and not group.is_average]
+    copied = [group for group in plain if group.prefix_added_by(chosen)]
+    base = (copied or plain)[0] if len(copied or plain) == 1 and chosen.is_average else None
     if base is not None:
-        rest = {name: place for name, place in base.places.items() if name not in places}
-        if rest and places.keys() & base.places.keys():
-            places.update(rest)
-            notes.append(f"{len(rest)} tensors without an average taken from {base.label}")
-    return places, base, notes
+        rest = {name: path for name, path in base.paths.items() if name not in paths}
+        if rest and paths.keys() & base.paths.keys():
+            paths.update(rest)
+            notes.append(f"{len(rest)} tensors without an average read from {base.label}")
+    return paths, base, notes
 
 
-def _beside(
-    chosen: _Group,
-    base: _Group | None,
-    lying: _Sorted,
-    taken: set[Place],
-) -> tuple[dict[str, str], dict[str, Place]]:
-    """What else lies in the dict of the weights.
+def _classify_others(
+    chosen: _Group, base: _Group | None, grouped: _Grouped, selected: set[KeyPath]
+) -> tuple[dict[str, str], dict[str, KeyPath]]:
+    """Classify the other tensors in the dict of the weights.
 
     Returns:
-        Kinds of state of training by the file's name; and, by the name behind the prefix, places
-        of tensors that belong to the weights' set but have no name of a known network.
+        Kinds of training state by the file's name. Key paths, by the name after the prefix, of
+        tensors that are among the weights but have no known name.
     """
-    ignored = _joined({p: kind for p, kind in lying.counters.items() if p[:-1] == chosen.entry})
-    left: dict[str, Place] = {}
+    ignored = _flatten({p: kind for p, kind in grouped.counters.items() if p[:-1] == chosen.entry})
+    unknown: dict[str, KeyPath] = {}
     origins = [chosen, *([base] if base else [])]
     prefixes = sorted({group.prefix for group in origins}, key=len, reverse=True)
 
-    by_mindspore = any(name.endswith(_MINDSPORE) for each in origins for name in each.places)
-    strange = tuple(lying.strange.values())
-    with_strange = {
+    by_mindspore = any(name.endswith(_MINDSPORE) for each in origins for name in each.paths)
+    unknown_names = tuple(grouped.unknown.values())
+    prefixes_with_unknown = {
         group.prefix
-        for group in lying.groups
-        if by_mindspore and any(name.startswith(group.prefix) for name in strange)
+        for group in grouped.groups
+        if by_mindspore and any(name.startswith(group.prefix) for name in unknown_names)
     }
 
-    def belongs(name: str) -> str | None:
+    def strip_prefix(name: str) -> str | None:
         return next((name[len(each) :] for each in prefixes if name.startswith(each)), None)
 
-    for group in lying.groups:
-        if group is chosen or group.entry != chosen.entry or {*group.places.values()} <= taken:
+    for group in grouped.groups:
+        if group is chosen or group.entry != chosen.entry or {*group.paths.values()} <= selected:
             continue
-        origin = next((each for each in origins if each.added_by(group)), None)
-        kind = origin.added_by(group).rstrip(".") if origin else f"of {group.label}"
+        origin = next((each for each in origins if each.prefix_added_by(group)), None)
+        kind = origin.prefix_added_by(group).rstrip(".") if origin else f"of {group.label}"
         kind = "not averaged" if group is base else kind
-        # MindSpore's optimizers name the state of a few trained layers so, too; other tensors with
-        # the names of layers behind a prefix are among some that have names that no layer has.
-        partial = origin is not None and by_mindspore and group.prefix not in with_strange
-        if group in lying.whole or partial:
-            ignored.update(
-                _joined({place: kind for place in group.places.values() if place not in taken})
-            )
+        # A small group can be the state of a MindSpore optimizer that trains only a few layers. It
+        # is not if tensors with unknown names share its prefix: then it is part of another module.
+        partial = origin is not None and by_mindspore and group.prefix not in prefixes_with_unknown
+        if group in grouped.complete or partial:
+            ignored.update(_flatten({p: kind for p in group.paths.values() if p not in selected}))
             continue
-        for name, place in group.places.items():
-            rest = belongs(group.prefix + name)
+        for name, path in group.paths.items():
+            rest = strip_prefix(group.prefix + name)
             if rest is not None:
-                left[rest] = place
-    for place, name in lying.strange.items():
-        rest = belongs(name) if place[:-1] == chosen.entry else None
+                unknown[rest] = path
+    for path, name in grouped.unknown.items():
+        rest = strip_prefix(name) if path[:-1] == chosen.entry else None
         if rest is not None:
-            left[rest] = place
-    return ignored, left
+            unknown[rest] = path
+    return ignored, unknown
 
 
 def _provenance(chosen: _Group) -> list[str]:
-    notes = [f"taken from {' > '.join(map(short, chosen.entry))}"] if chosen.entry else []
+    notes = [f"read from {' > '.join(map(short, chosen.entry))}"] if chosen.entry else []
     if chosen.prefix:
-        notes.append(f"prefix {short(chosen.prefix)} cut off")
+        notes.append(f"prefix {short(chosen.prefix)} removed")
     return notes
 
 
-def _joined(kinds: dict[Place, str]) -> dict[str, str]:
-    return {".".join(place): kind for place, kind in kinds.items()}
-
-
-def _some(names: list[str], count: int = 4) -> str:
-    return ", ".join(map(short, names[:count])) + (", ..." if len(names) > count else "")
+def _flatten(kinds: dict[KeyPath, str]) -> dict[str, str]:
+    return {".".join(path): kind for path, kind in kinds.items()}

@@ -1,12 +1,12 @@
-"""Reads PyTorch's checkpoint files without PyTorch; `torch_pickle` interprets what they contain.
+"""Read PyTorch's checkpoint files without PyTorch; `torch_pickle` interprets their pickles.
 
-The formats (PyTorch's note "Serialization semantics"; torch/serialization.py in its source):
+The formats (PyTorch's note "Serialization semantics"; torch/serialization.py):
 
 - since 1.6, a zip of uncompressed records: `NAME/data.pkl`, a pickle in which a tensor is a call of
   `torch._utils._rebuild_tensor_v2` on a reference to a storage; `NAME/data/KEY`, the raw storages;
-  `NAME/byteorder`, "little" (where it is missing, too);
-- before, pickles one after the other: magic number, version 1001, the writer's C types, the object,
-  the storage keys; then for each key an int64 count and the raw elements, little-endian.
+  `NAME/byteorder`, "little" (the default if missing);
+- before, consecutive pickles: magic number, version 1001, the writer's C types, the object, the
+  storage keys; then for each key an int64 count and the raw elements, little-endian.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from src.errors import UserError
-from src.weights.content import AGAIN, WIDENED, Content, Place, short, widen
+from src.weights.content import AGAIN, RESAVE, WIDENED, Content, KeyPath, join_names, short, widen
 from src.weights.kinds import MAX_TENSORS, TORCH_LEGACY, TORCH_ZIP, kind_of
 from src.weights.torch_pickle import (
     BFLOAT16,
@@ -36,12 +36,11 @@ from src.weights.torch_pickle import (
 _MAX_PICKLE = 4 << 20  # CvT-W24's, with its average and AdamW's state, takes 0.5 MB
 _MAX_DIRECTORY, _MAX_DEPTH, _MAX_LIST = 4 << 20, 5, 16
 _MAGIC = 0x1950A86A20F9469CFC6C
-_RESAVE = "in PyTorch 1.6 or later: torch.save(torch.load(FILE, map_location='cpu'), FILE)"
 _HELPERS = ("_codecs.encode", "copyreg._reconstructor", "copy_reg._reconstructor")
 
-# Tells which of the tensors to read and what to call each.
-Choose = Callable[[dict[Place, StoredTensor]], dict[Place, str]]
-_Opened = tuple[Any, Callable[[Storage], bytes]]  # the unpickled content, what reads a storage
+# Given all tensors, returns a name for each one to read.
+Choose = Callable[[dict[KeyPath, StoredTensor]], dict[KeyPath, str]]
+_Opened = tuple[Any, Callable[[Storage], bytes]]  # the unpickled content, the storage reader
 
 
 def read_torch_file(path: str | Path, choose: Choose | None = None) -> Content:
@@ -49,17 +48,17 @@ def read_torch_file(path: str | Path, choose: Choose | None = None) -> Content:
 
     Args:
         path: the file.
-        choose: is given all tensors by their place, the keys of the dicts down to them, and
-            returns a name for each that is to be read; by default those of the fullest dict.
+        choose: receives all tensors by key path and returns a name for each one to read; by
+            default, those of the dict with the most tensors.
 
     Returns:
-        Arrays that are C-contiguous, read-only, of the file's own type, but float32 (exact) for
-        bfloat16. Tensors of one storage may share memory. The notes name the objects that were set
-        aside, and the top level's entries of which nothing was read.
+        C-contiguous, read-only arrays of the file's dtype, or float32 (exact) for bfloat16. Tensors
+        of one storage may share memory. The notes name the objects and the top-level entries that
+        were skipped.
 
     Raises:
-        UserError: no such file, damaged, another format, an attack, or no tensors; the message
-            says which and what to do. Errors of `choose` come with the path before them.
+        UserError: no such file, damaged, another format, an attack, or no tensors. Errors of
+            `choose` get the path in front.
     """
     path = Path(path)
     try:
@@ -71,31 +70,29 @@ def read_torch_file(path: str | Path, choose: Choose | None = None) -> Content:
             pickles = Interpreter()
             opened = _open_zip if kind == TORCH_ZIP else _open_legacy
             content, read_storage = opened(file, size, pickles)
-            stored = _tensors(content, pickles)
-            names = (choose or _fullest)(stored)
-            tensors = {name: stored[place] for place, name in names.items()}
+            stored = _find_tensors(content, pickles)
+            names = (choose or _largest_dict)(stored)
+            tensors = {name: stored[path] for path, name in names.items()}
             arrays = _arrays(tensors, read_storage, size)
         return Content(arrays, _notes(content, names, tensors, pickles))
     except UserError as error:
         error.args = (f"{path}: {error}", *error.args[1:])
         raise
-    except Exception as error:  # zipfile, pickletools, NumPy ... each has its own for damaged bytes
+    except Exception as error:  # for damaged bytes, zipfile, pickletools and NumPy raise many types
         reason = f"{type(error).__name__}: {short(error)}"
-        raise UserError(f"{path}: cannot be read, perhaps damaged ({reason}); {AGAIN}") from error
+        raise UserError(f"{path}: cannot be read, possibly damaged ({reason}); {AGAIN}") from error
 
 
 def _notes(content: Any, names: dict, tensors: dict, pickles: Interpreter) -> list[str]:
     notes = []
-    entries = {place[0] for place in names}
+    entries = {path[0] for path in names}
     items = content.items() if isinstance(content, dict) else ()
-    left = [k for k, v in items if k not in entries and type(v) is not StoredTensor]
-    if left:
-        listed = ", ".join(map(short, left[:8])) + (", ..." if len(left) > 8 else "")
-        notes.append(f"left aside {listed}")
+    skipped = [k for k, v in items if k not in entries and type(v) is not StoredTensor]
+    if skipped:
+        notes.append(f"skipped {join_names(skipped, 8)}")
     foreign = [name for name in pickles.foreign if name not in _HELPERS]
     if foreign:
-        listed = ", ".join(map(short, foreign[:8])) + (", ..." if len(foreign) > 8 else "")
-        notes.append(f"objects set aside, nothing of them run: {listed}")
+        notes.append(f"objects skipped without running them: {join_names(foreign, 8)}")
     if any(tensor.storage.dtype == BFLOAT16 for tensor in tensors.values()):
         notes.append(WIDENED)
     return notes
@@ -106,25 +103,29 @@ def _open_zip(file: BinaryIO, size: int, pickles: Interpreter) -> _Opened:
     try:
         archive = zipfile.ZipFile(file)
     except zipfile.BadZipFile:
-        raise UserError(f"the archive's end is missing or damaged; {AGAIN}") from None
+        raise UserError(f"the end of the archive is missing or damaged; {AGAIN}") from None
     records = {info.filename: info for info in archive.infolist()}
     roots = [name[: -len("data.pkl")] for name in records if name.endswith("/data.pkl")]
     if len(roots) != 1:
-        raise UserError("a zip archive, but not one that torch.save wrote (no data.pkl)")
+        raise UserError(
+            "a zip archive, but not one that torch.save wrote (no data.pkl); give the weight file"
+        )
     root = roots[0]
     if f"{root}constants.pkl" in records:
-        raise UserError("a TorchScript archive; save its weights alone: torch.save of state_dict()")
+        raise UserError(
+            "a TorchScript archive; save its weights alone: torch.save(model.state_dict(), FILE)"
+        )
     if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
-        raise UserError(f"compressed records, which torch.save never writes; save it {_RESAVE}")
+        raise UserError(f"compressed records, which torch.save never writes; save it {RESAVE}")
     if sum(info.file_size for info in archive.infolist()) > size:
         raise UserError(f"its records claim more bytes than the file has; {AGAIN}")
     for info in records.values():
-        # 0 is what torch.serialization.set_crc32_options(False) leaves: nothing to compare with.
+        # torch.serialization.set_crc32_options(False) writes 0; None skips the comparison.
         info.CRC = info.CRC or None
     if records[f"{root}data.pkl"].file_size > _MAX_PICKLE:
         raise UserError(f"its data.pkl is larger than {_MAX_PICKLE >> 20} MB; {REFUSED}")
     if f"{root}byteorder" in records and archive.read(f"{root}byteorder") != b"little":
-        raise UserError(f"a big-endian file; save it again on this machine {_RESAVE}")
+        raise UserError(f"a big-endian file; save it again on this machine {RESAVE}")
 
     def read_storage(storage: Storage) -> bytes:
         info = records.get(f"{root}data/{storage.key}")
@@ -139,7 +140,11 @@ def _open_zip(file: BinaryIO, size: int, pickles: Interpreter) -> _Opened:
 
 
 def _require_small_directory(file: BinaryIO, size: int) -> None:
-    """Refuse an archive of so many records that zipfile would be busy for long with their list."""
+    """Check the length of the archive's directory, because zipfile parses all of it at once.
+
+    Raises:
+        UserError: the directory is longer than any weight file's.
+    """
     tail = min(size, 22 + (1 << 16))
     file.seek(-tail, os.SEEK_END)
     end = file.read(tail)
@@ -149,7 +154,7 @@ def _require_small_directory(file: BinaryIO, size: int) -> None:
     if length == 0xFFFFFFFF and wide >= 0:  # zip64
         length = int.from_bytes(end[wide + 40 : wide + 48], "little")
     if length > min(size, _MAX_DIRECTORY):
-        raise UserError(f"its list of records claims {length} bytes; {AGAIN}")
+        raise UserError(f"its directory claims {length} bytes; {AGAIN}")
     file.seek(0)
 
 
@@ -157,8 +162,8 @@ def _open_legacy(file: BinaryIO, size: int, pickles: Interpreter) -> _Opened:
     head = Stream(file.read(_MAX_PICKLE))
     storages = pickles.storages
     if pickles.unpickle(head) != _MAGIC or pickles.unpickle(head) != 1001:
-        raise UserError("a pickle, but not one that torch.save wrote")
-    pickles.unpickle(head)  # the writer's C types: unused by PyTorch, too
+        raise UserError("a pickle, but not one that torch.save wrote; give the weight file")
+    pickles.unpickle(head)  # the writer's C types, which PyTorch does not use either
     content, keys = pickles.unpickle(head), pickles.unpickle(head)
 
     starts, position = {}, head.tell()
@@ -167,7 +172,7 @@ def _open_legacy(file: BinaryIO, size: int, pickles: Interpreter) -> _Opened:
         file.seek(position)
         (count,) = struct.unpack("<q", file.read(8))
         if storage is None or count != storage.numel or position + 8 + storage.nbytes > size:
-            raise UserError(f"the storages do not fit their list: cut short or damaged; {AGAIN}")
+            raise UserError(f"its storages do not match their list: truncated or damaged; {AGAIN}")
         starts[key] = position + 8
         position += 8 + storage.nbytes
 
@@ -178,31 +183,30 @@ def _open_legacy(file: BinaryIO, size: int, pickles: Interpreter) -> _Opened:
     return content, read_storage
 
 
-def _tensors(content: Any, pickles: Interpreter) -> dict[Place, StoredTensor]:
-    """Every tensor in dicts within dicts and short lists; what comes twice, at its first place.
+def _find_tensors(content: Any, pickles: Interpreter) -> dict[KeyPath, StoredTensor]:
+    """Collect the tensors in nested dicts and short lists; a shared container counts once.
 
     Raises:
-        UserError: none, or too many.
+        UserError: no tensors, or too many.
     """
     if not isinstance(content, (dict, list, tuple)) or type(content) is StoredTensor:
-        raise UserError(f"no dict in it{_objects(pickles)}; save model.state_dict() alone")
-    found: dict[Place, StoredTensor] = {}
+        raise UserError(f"contains no dict{_objects(pickles)}; save model.state_dict() alone")
+    found: dict[KeyPath, StoredTensor] = {}
     seen, level = {id(content)}, [((), content)]
     for _ in range(_MAX_DEPTH):
         deeper = []
-        for place, container in level:
+        for path, container in level:
             for key, value in _entries(container):
                 if type(value) is StoredTensor:
-                    found[(*place, key)] = value
+                    found[(*path, key)] = value
                 elif isinstance(value, (dict, list, tuple)) and id(value) not in seen:
                     seen.add(id(value))
-                    deeper.append(((*place, key), value))
+                    deeper.append(((*path, key), value))
         if len(found) > MAX_TENSORS:
             raise UserError(f"it has more than {MAX_TENSORS} tensors; {REFUSED}")
         level = deeper
     if not found:
-        keys = [key for key, _ in _entries(content)]
-        listed = ", ".join(map(short, keys[:8])) + (", ..." if len(keys) > 8 else "")
+        listed = join_names([key for key, _ in _entries(content)], 8)
         only = f", only: {listed}" if listed else ""
         raise UserError(
             f"no tensors in the top level{only}{_objects(pickles)}; save model.state_dict() alone"
@@ -210,10 +214,10 @@ def _tensors(content: Any, pickles: Interpreter) -> dict[Place, StoredTensor]:
     return found
 
 
-def _fullest(stored: dict[Place, StoredTensor]) -> dict[Place, str]:
-    """The tensors of the dict that holds the most, by its own keys."""
-    above = Counter(place[:-1] for place in stored).most_common(1)[0][0]
-    return {place: place[-1] for place in stored if place[:-1] == above}
+def _largest_dict(stored: dict[KeyPath, StoredTensor]) -> dict[KeyPath, str]:
+    """Choose the tensors of the dict that holds the most of them, under its own keys."""
+    parent = Counter(path[:-1] for path in stored).most_common(1)[0][0]
+    return {path: path[-1] for path in stored if path[:-1] == parent}
 
 
 def _entries(container: dict | list | tuple) -> list[tuple[str, Any]]:
@@ -224,19 +228,19 @@ def _entries(container: dict | list | tuple) -> list[tuple[str, Any]]:
 
 
 def _objects(pickles: Interpreter) -> str:
-    first = ", ".join(map(short, list(pickles.foreign)[:3]))
-    return f" (objects of {first}, which are not run)" if first else ""
+    names = join_names(list(pickles.foreign), 3)
+    return f" (objects of {names}, which are not run)" if names else ""
 
 
 def _arrays(
     tensors: dict[str, StoredTensor], read_storage: Callable[[Storage], bytes], size: int
 ) -> dict[str, np.ndarray]:
-    """One storage after the other, so that no raw bytes lie beside all the copies of them."""
+    """Read the arrays one storage at a time, so that only one storage's raw bytes are in memory."""
     by_storage: dict[Storage, list[str]] = {}
     for name, tensor in tensors.items():
         by_storage.setdefault(tensor.storage, []).append(name)
     arrays: dict[str, Any] = dict.fromkeys(tensors)
-    # Views cost nothing, but copies of one storage, or strides of 0, could grow without bound.
+    # Views need no memory, but copies of one storage, or strides of 0, could use any amount.
     budget = 2 * size + (64 << 20)
     for storage, names in by_storage.items():
         raw = read_storage(storage)
@@ -246,7 +250,7 @@ def _arrays(
             if wide or not array.flags.c_contiguous:
                 budget -= array.nbytes * (2 if wide else 1)
                 if budget < 0:
-                    raise UserError(f"its tensors would take far more memory than it; {AGAIN}")
+                    raise UserError(f"its tensors need far more memory than its size; {AGAIN}")
                 array = widen(array) if wide else array.copy(order="C")
             array.flags.writeable = False
             arrays[name] = array
@@ -259,7 +263,7 @@ def _view(tensor: StoredTensor, raw: bytes, name: str) -> np.ndarray:
     if 0 in shape:
         return np.ndarray(shape, dtype)
     if offset + sum((n - 1) * step for n, step in zip(shape, strides)) >= storage.numel:
-        raise UserError(f"tensor {name} reaches beyond its storage; {AGAIN}")
-    # This constructor checks the bounds against `raw` once more, as as_strided does not.
+        raise UserError(f"tensor {name} exceeds its storage; {AGAIN}")
+    # Unlike as_strided, this constructor checks the bounds against `raw` again.
     in_bytes = [step * dtype.itemsize for step in strides]
     return np.ndarray(shape, dtype, raw, offset * dtype.itemsize, in_bytes)

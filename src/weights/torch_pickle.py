@@ -1,11 +1,12 @@
-"""Interprets the pickles inside PyTorch's files, and runs nothing that is in them.
+"""Interpret the pickles inside PyTorch's files without running any code from them.
 
-A pickle is a program. Python's Unpickler is not safe on a stranger's file even with a strict
-`find_class`: BUILD alters whatever that gave out, one opcode asks for a memo of 32 GB, the hash of
-a deeply nested tuple overflows C's stack. So the opcodes are interpreted here, and globals stay
-names. `collections.OrderedDict`, `torch.Size`, the storage types and three functions of
-`torch._utils` get a meaning; any other object (Namespace, NumPy scalars, a project's own classes)
-becomes a `Foreign`, an empty shell that is set aside. `foreign.is_attack` tells what is refused.
+A pickle is a program. Python's Unpickler is unsafe on an untrusted file even with a strict
+`find_class`: BUILD modifies whatever that returns, one opcode can request a memo of 32 GB, and the
+hash of a deeply nested tuple overflows C's stack. This module therefore interprets the opcodes
+itself and keeps globals as names. It implements `collections.OrderedDict`, `torch.Size`, the
+storage types and the functions that rebuild tensors and parameters. Any other object (Namespace,
+NumPy scalars, a project's own classes) becomes a `Foreign`, an empty placeholder.
+`foreign.is_attack` decides which globals are rejected.
 """
 
 from __future__ import annotations
@@ -37,12 +38,12 @@ _ORDERED_DICT, _SIZE = "collections.OrderedDict", "torch.Size"
 _FUNCTIONS = {*_TENSORS, *_PARAMETERS, _SUBCLASS, _SIZE}
 _MEANINGFUL = {*_STORAGES, *_FUNCTIONS, _ORDERED_DICT}
 
-# Bounds on the work that a hostile pickle can ask for. CvT-W24's weights with their average and
+# Limits on the work that a malicious pickle can cause. CvT-W24's weights with their average and
 # AdamW's state take 0.5 MB and 120,000 opcodes.
 _MAX_OPCODES, _MAX_LINE, _MAX_DIMS, _MAX_REFERENCE = 400_000, 4096, 64, 8
 
 REFUSED = (
-    "only tensors and plain containers are read, and nothing is run; if you trust the source, "
+    "only tensors and plain containers are read, and no code is run; if you trust the source, "
     "save the weights alone with PyTorch: torch.save(model.state_dict(), FILE)"
 )
 
@@ -58,7 +59,7 @@ class Storage(NamedTuple):
 
 
 class StoredTensor(NamedTuple):
-    """A tensor that is still in its file: a window on a storage, counted in elements."""
+    """A tensor that has not been read yet: a view of a storage, counted in elements."""
 
     storage: Storage
     offset: int
@@ -71,26 +72,26 @@ class StoredTensor(NamedTuple):
 
 
 class Foreign(dict):
-    """An object of a class that has no meaning here; only the items of a mapping are kept."""
+    """Placeholder for an object of an unknown class; keeps only the items of a mapping."""
 
 
 class _Global(str):
-    """A name that the pickle asked for, never the thing of that name."""
+    """The name of a global in the pickle; the global itself is never imported."""
 
 
 class Stream(io.BytesIO):
-    """The bytes of pickles; lines of text opcodes are short, as a decimal's cost is quadratic."""
+    """The bytes of pickles, with a limit on text lines: parsing a decimal takes quadratic time."""
 
     def readline(self, size: int = -1) -> bytes:
         return super().readline(_MAX_LINE)
 
 
 class Interpreter:
-    """Interprets pickles one after the other.
+    """Interprets consecutive pickles.
 
     Attributes:
-        storages: those that the pickles referred to, by key.
-        foreign: the names of the objects set aside, in order.
+        storages: the storages that the pickles refer to, by key.
+        foreign: the names of skipped objects, in order.
     """
 
     def __init__(self) -> None:
@@ -101,10 +102,10 @@ class Interpreter:
         self._memo: dict[str, Any] = {}
 
     def unpickle(self, stream: Stream) -> Any:
-        """Interpret the stream's next pickle.
+        """Interpret the stream's next pickle and return its value.
 
         Raises:
-            UserError: it holds what only an attack or another format has.
+            UserError: it is damaged, an attack, or of another format.
         """
         self._stack, self._marks, self._memo = [], [], {}
         for count, (opcode, arg, _) in enumerate(pickletools.genops(stream)):
@@ -114,8 +115,8 @@ class Interpreter:
                 raise UserError(f"its pickle has more than {_MAX_OPCODES} opcodes; {REFUSED}")
             handle = _HANDLERS.get(opcode.name)
             if handle is None:
-                asked = f"{opcode.name} {short(arg)}" if isinstance(arg, str) else opcode.name
-                raise UserError(f"the pickle uses the opcode {asked}; {REFUSED}")
+                text = f"{opcode.name} {short(arg)}" if isinstance(arg, str) else opcode.name
+                raise UserError(f"the pickle uses the opcode {text}; {REFUSED}")
             handle(self, arg)
         raise UserError(f"its pickle does not end; {AGAIN}")
 
@@ -123,10 +124,10 @@ class Interpreter:
         self._stack.append(value)
 
     def ignore(self, arg: Any) -> None:
-        """The protocol's number, a frame's length."""
+        """Ignore the protocol's number or a frame's length."""
 
     def pop(self, arg: Any) -> None:
-        # An empty stack below a mark: POP removes the mark.
+        # If nothing was pushed since the last mark, POP removes the mark.
         if self._stack:
             self._stack.pop()
         else:
@@ -144,7 +145,7 @@ class Interpreter:
         return items
 
     def remember(self, arg: int | None) -> None:
-        # As text, whose hash an attacker can't make collide.
+        # The key is text because its hash is randomised: an attacker cannot cause collisions.
         self._memo[str(len(self._memo) if arg is None else arg)] = self._stack[-1]
 
     def recall(self, arg: int) -> None:
@@ -184,11 +185,11 @@ class Interpreter:
     def global_from_stack(self, arg: Any) -> None:
         module, name = self._stack[-2:]
         if type(module) is not str or type(name) is not str:
-            raise UserError(f"the pickle names a global by something else than text; {REFUSED}")
+            raise UserError(f"the pickle names a global by something other than text; {REFUSED}")
         self._stack[-2:] = [self._admit(module, name)]
 
     def instance_since_mark(self, arg: str | None) -> None:
-        """INST and OBJ: a class, named by the opcode or first behind the mark, and arguments."""
+        """Handle INST and OBJ: the class is the opcode's argument or the first item since MARK."""
         items = self.items_since_mark()
         self._stack.append(_instance(items[0] if arg is None else self._admit(*arg.split(" ", 1))))
 
@@ -205,16 +206,16 @@ class Interpreter:
         self._stack[-2:] = [_call(self._stack[-2], self._stack[-1])]
 
     def build(self, arg: Any) -> None:
-        # `_metadata` of a state_dict and the state of objects set aside: no weights in them.
+        # Discards a state_dict's `_metadata` and the state of skipped objects: neither has weights.
         if type(self._stack[-2]) not in (OrderedDict, Foreign):
-            raise UserError(f"the pickle alters something that has no state; {REFUSED}")
+            raise UserError(f"the pickle sets the state of an object without state; {REFUSED}")
         self._stack.pop()
 
     def _admit(self, module: str, name: str) -> _Global:
         full = f"{module}.{name}"
         if full not in _MEANINGFUL:
             if len(full) > _MAX_LINE or is_attack(module, name):
-                raise UserError(f"the pickle asks for {short(full)}; {REFUSED}")
+                raise UserError(f"the pickle requests {short(full)}; {REFUSED}")
             self.foreign[full] = None
         return _Global(full)
 
@@ -234,7 +235,7 @@ _HANDLERS |= {
     "NEWFALSE": lambda self, _: self.push(False),
     "EMPTY_TUPLE": lambda self, _: self.push(()),
     "EMPTY_LIST": lambda self, _: self.push([]),
-    "EMPTY_SET": lambda self, _: self.push([]),  # nothing is hashed
+    "EMPTY_SET": lambda self, _: self.push([]),  # a list, so that no item is hashed
     "EMPTY_DICT": lambda self, _: self.push({}),
     "TUPLE1": lambda self, _: self.tuple_of(1),
     "TUPLE2": lambda self, _: self.tuple_of(2),
@@ -268,10 +269,10 @@ def _storage(reference: Any, storages: dict[str, Storage]) -> Storage | Foreign:
     if type(reference) is not tuple or not 5 <= len(reference) <= _MAX_REFERENCE:
         reference = (None,) * 5
     tag, kind, key, _, numel, *part = reference
-    # Before PyTorch 0.4 the sixth item could make the storage a part of another one.
+    # Before PyTorch 0.4, a sixth item could make the storage a view of another one.
     known = tag == "storage" and type(kind) is _Global and not any(part)
     if not known or type(key) is not str or kind in (*_FUNCTIONS, _ORDERED_DICT):
-        raise UserError(f"the pickle refers to something that is no storage; {REFUSED}")
+        raise UserError(f"the pickle refers to something other than a storage; {REFUSED}")
     if kind not in _STORAGES:  # complex or quantised numbers
         return Foreign()
     new = Storage(key, _STORAGES[kind], *_sizes((numel,)))
@@ -287,14 +288,14 @@ def _fill(container: Any, items: list[Any]) -> None:
     if not isinstance(container, dict):
         raise UserError(f"the pickle fills a container in an unusual way; {REFUSED}")
     if type(container) is Foreign and len(items) % 2:
-        return  # what a list or set of a project's own class holds
+        return  # items of a list or set of an unknown class
     if len(items) % 2:
         raise UserError(f"the pickle fills a container in an unusual way; {REFUSED}")
     container.update(zip(map(_key, items[::2]), items[1::2]))
 
 
 def _key(key: Any) -> str:
-    """A dict's key as text: no hash recurses or collides, as those of tuples and integers can."""
+    """Return a dict key as text, because hashing tuples can recurse and integers can collide."""
     if type(key) is str:
         return key
     plain = key is None or type(key) in (bool, float) or type(key) is int and abs(key) < 1 << 63
@@ -302,14 +303,14 @@ def _key(key: Any) -> str:
 
 
 def _instance(kind: Any) -> Any:
-    """What a class is made to."""
+    """Return an instance of a class that the pickle names."""
     if type(kind) is not _Global or kind in _FUNCTIONS or kind in _STORAGES:
-        raise UserError(f"the pickle makes an instance of no class; {REFUSED}")
+        raise UserError(f"the pickle instantiates something other than a class; {REFUSED}")
     return OrderedDict() if kind == _ORDERED_DICT else Foreign()
 
 
 def _call(target: Any, arguments: Any) -> Any:
-    """What a call of an admitted name makes."""
+    """Return the result of calling an admitted global."""
     name = target if type(target) is _Global else "something"
     first = arguments[0] if type(arguments) is tuple and arguments else None
     if name == _ORDERED_DICT and arguments == ():
@@ -340,5 +341,5 @@ def _sizes(values: Any) -> tuple[int, ...]:
         or len(values) > _MAX_DIMS
         or not all(type(value) is int and value >= 0 for value in values)
     ):
-        raise UserError(f"a size, stride or offset that is no number from 0 up; {AGAIN}")
+        raise UserError(f"a size, stride or offset is not a whole number from 0 up; {AGAIN}")
     return values

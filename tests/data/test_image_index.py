@@ -168,7 +168,7 @@ def test_nothing_is_written_where_nothing_is_to_be_kept(check, folder):
 
 def test_an_index_that_can_not_be_written(check, folder):
     (folder / "deep").write_text("")
-    with pytest.raises(UserError, match="index.json: .*deep is no folder; give another file"):
+    with pytest.raises(UserError, match="index.json: .*deep is not a folder; give another file"):
         check()
 
 

@@ -79,7 +79,7 @@ def test_a_sheet_shows_each_image(folder, tmp_path, monkeypatch):
         check_outputs(None, "s.txt")
     monkeypatch.undo()
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="--sheet .*file is no folder; give another file"):
+    with pytest.raises(UserError, match="--sheet .*file is not a folder; give another file"):
         check_outputs(None, f"{tmp_path}/file/s.png")
 
 
@@ -140,7 +140,7 @@ def test_a_result_replaces_only_a_result(folder, tmp_path):
         if outputs[0] == "gone.json/x":
             (tmp_path / "gone.json").touch()
             outputs = (str(tmp_path / "gone.json/x"), None)
-        with pytest.raises(UserError, match="--(json|sheet) .*(--force|is no folder)"):
+        with pytest.raises(UserError, match="--(json|sheet) .*(--force|is not a folder)"):
             check_outputs(*outputs)
     assert labels.read_text() == '{"0": "cat"}'
     results, sheet = tmp_path / "deep/er/r.json", tmp_path / "deep/s.png"

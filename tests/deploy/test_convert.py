@@ -60,10 +60,16 @@ def test_command(tmp_path, recipe):
     ("words", "message"),
     [
         (["--src", SOURCE, "--dst", "x.pth"], "--dst x.pth: the name must end in .ckpt or"),
-        (["--src", SOURCE, "--dst", "old.ckpt"], "--dst old.ckpt: exists and is no earlier result"),
+        (
+            ["--src", SOURCE, "--dst", "old.ckpt"],
+            "--dst old.ckpt: exists and is not an earlier",
+        ),
         (["--src", SOURCE, "--dst", SOURCE, "--force"], "the name must end in"),
-        (["--src", SOURCE, "--dst", "old.ckpt/x.ckpt"], "old.ckpt is no folder"),
-        (["--src", SOURCE, "--dst", "x.ckpt", "--entry", "ema"], "no weights under ema; --entry"),
+        (["--src", SOURCE, "--dst", "old.ckpt/x.ckpt"], "old.ckpt is not a folder"),
+        (
+            ["--src", SOURCE, "--dst", "x.ckpt", "--entry", "ema"],
+            "no weights under --entry ema",
+        ),
         (["--src", SOURCE, "--dst", "x.ckpt", "--runtime.precision", "float16"], "has no effect"),
         (
             ["--src", SOURCE, "--dst", "x.ckpt", "--runtime.compiled_ops=never"],
@@ -73,10 +79,10 @@ def test_command(tmp_path, recipe):
         (["--src", "nowhere.pth", "--dst", "x.ckpt"], "nowhere.pth: there is no such file"),
         (
             ["--src", "old.ckpt", "--dst", "x.ckpt"],
-            "old.ckpt: no weight file of MindSpore",
+            "old.ckpt: not a MindSpore",
         ),
         (["--src", SOURCE, "--dst", "x.ckpt", "--model", "cvt_14"], "did you mean cvt_"),
-        (["--src", MALICIOUS, "--dst", "x.ckpt"], "the pickle asks for posix.system"),
+        (["--src", MALICIOUS, "--dst", "x.ckpt"], "the pickle requests posix.system"),
         (["--src", SOURCE, "--dst", "x.ckpt"], "give --config with the model's keys"),
     ],
 )
@@ -119,7 +125,7 @@ def test_only_an_earlier_result_is_replaced(tmp_path, config):
     weights = {parameter.name: parameter for parameter in net.get_parameters()}
     save_weights({**weights, "step": Tensor(np.zeros(1, np.float32))}, target)
     before = target.read_bytes()
-    with pytest.raises(UserError, match="x.ckpt: exists and is no earlier result"):
+    with pytest.raises(UserError, match="x.ckpt: exists and is not an earlier result"):
         conversion.convert(SOURCE, target, None, config, verify=False)
     assert target.read_bytes() == before
     conversion.convert(SOURCE, target, None, config, verify=False, force=True)

@@ -212,7 +212,7 @@ def test_arguments_without_effect_are_refused(trained, exported):
         (mindir, {"max_pixels": 0}, "max_pixels 0: must be 1 or more"),
         (trained, {"engine": "onnxruntime"}, "engine onnxruntime: .ckpt is run by mindspore"),
         (trained, {"runtime": {"seed": 1}}, "runtime.seed: choose from mode, precision"),
-        (trained, {"runtime": {"flash_attention": True}}, "flash_attention: is a kernel of Asc"),
+        (trained, {"runtime": {"flash_attention": True}}, "flash_attention: is for Ascend"),
         (trained, {"runtime": {"precision": "bfloat16"}}, "bfloat16: the CPU has no such"),
     ):
         with pytest.raises(UserError, match=complaint):

@@ -1,4 +1,4 @@
-"""study.py as a user calls it."""
+"""tools.study as a user calls it."""
 
 import json
 
@@ -28,7 +28,7 @@ def test_two_models_from_scratch_and_again(tmp_path):
     words = ["tools.study", "--config=two.yaml", "--output=out"]
     done = run_command(*words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "0 of 2 cells are done; to train: 2 of them, about" in done.stdout
+    assert "0 of 2 cells are done, 2 to train" in done.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "two.yaml"]
     for model, rate in (("slow", 1e-4), ("fast", 2e-3)):
         file = tmp_path / f"out/cells/{model}-30-0/metrics.jsonl"
@@ -38,7 +38,7 @@ def test_two_models_from_scratch_and_again(tmp_path):
         assert f"| `{model}` | 20,170 | 1.0 | {rows[1]['top1']:.2f} (1) |" in done.stdout
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out/cells").rglob("*")}
     again = run_command(*words, cwd=tmp_path)
-    assert again.returncode == 0 and "2 of 2 cells are done; to train: nothing" in again.stdout
+    assert again.returncode == 0 and "2 of 2 cells are done, 0 to train" in again.stdout
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out/cells").rglob("*")}
     assert again.stdout.partition("Top-1")[2] == done.stdout.partition("Top-1")[2]
 
@@ -46,7 +46,7 @@ def test_two_models_from_scratch_and_again(tmp_path):
 @pytest.mark.parametrize(
     "words, complaint",
     [
-        ([], "--config is missing; give a study, as config/study/digits.yaml"),
+        ([], "--config is missing; give a study such as config/study/digits.yaml"),
         (["--config=two.yaml", "--stepz=3"], "unknown key stepz: did you mean steps?"),
         (["--config=two.yaml", "--seeds=[-1]"], "seeds: "),
         (["--config=two.yaml", "--optimizer.lrr", "3"], "did you mean optimizer.lr?"),

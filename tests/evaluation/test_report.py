@@ -160,7 +160,7 @@ def test_a_report_replaces_an_earlier_one_and_nothing_of_the_users(tmp_path, nam
     write_report(result, images, check_report(str(tmp_path), force=False))
     check_report(str(tmp_path), force=False)
     (tmp_path / name).write_text("mine")
-    with pytest.raises(UserError, match=f"{name}: exists and is no earlier result"):
+    with pytest.raises(UserError, match=f"{name}: exists and is not an earlier result"):
         check_report(str(tmp_path), force=False)
     check_report(str(tmp_path), force=True)
 

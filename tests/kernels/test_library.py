@@ -56,7 +56,7 @@ def test_a_damaged_library_is_named(compiler, tmp_path):
     damaged = tmp_path / "other" / built.name
     damaged.parent.mkdir()
     damaged.write_bytes(built.read_bytes()[:100])
-    with pytest.raises(BuildError, match=f"can't be loaded, remove it: .*{built.name}"):
+    with pytest.raises(BuildError, match=f"cannot be loaded, remove it: .*{built.name}"):
         library(damaged.parent)
 
 
@@ -82,11 +82,11 @@ def test_what_others_may_write_is_not_loaded(compiler, tmp_path, mode, monkeypat
     built = library(tmp_path / "cache")
     module._loaded.clear()
     built.parent.chmod(mode)
-    with pytest.raises(BuildError, match="cache: others may write to it"):
+    with pytest.raises(BuildError, match="cache: is writable by others"):
         library(built.parent)
     built.parent.chmod(0o700)
     built.chmod(mode)
-    with pytest.raises(BuildError, match="kernels-.*so: others may write to it"):
+    with pytest.raises(BuildError, match="kernels-.*so: is writable by others"):
         library(built.parent)
 
 

@@ -180,10 +180,10 @@ def test_what_can_not_be_counted_is_refused():
         complexity(net, 4)
     with pytest.raises(UserError, match="position embedding"):
         complexity(net, 64)
-    with pytest.raises(TypeError, match="no rule counts a Dense"):
+    with pytest.raises(TypeError, match="no rule for a Dense"):
         complexity(nn.Dense(2, 2), 32)
     net.stage1.blocks[0].mlp.extra = nn.Dense(2, 2)
-    with pytest.raises(TypeError, match=r"no rule counts stage1\.blocks\.0\.mlp\.extra"):
+    with pytest.raises(TypeError, match=r"no rule for stage1\.blocks\.0\.mlp\.extra"):
         complexity(net, 32)
 
 

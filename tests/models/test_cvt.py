@@ -136,7 +136,7 @@ def test_initialisation_is_the_official_one():
     [
         ({"image_size": 7}, "8 pixels or more"),
         ({"image_size": (32, 4)}, "8 pixels or more"),
-        ({"embed_dims": (8, 16, 30)}, "no multiple"),
+        ({"embed_dims": (8, 16, 30)}, "not a multiple"),
         ({"depths": (1, 1)}, "depths"),
         ({"depths": (1, 0, 1)}, "depths"),
         ({"drop_path_rate": (0.1, 0.2)}, "drop_path_rate"),

@@ -14,7 +14,7 @@ def test_published_variants_are_listed():
 
 
 def test_an_argument_of_another_model_is_named_with_what_there_is():
-    with pytest.raises(UserError, match="cvt_nano has no embed_dim: .* takes embed_dims, depths"):
+    with pytest.raises(UserError, match="cvt_nano has no embed_dim: .* it has embed_dims, depths"):
         create_model("cvt_nano", embed_dim=8)
 
 

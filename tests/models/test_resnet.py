@@ -138,8 +138,8 @@ def test_drop_path_ramps_over_all_blocks():
     net = tiny(drop_path_rate=0.2)
     rates = [block.drop_path.rate for stage in net.stages for block in stage.blocks]
     np.testing.assert_allclose(rates, [0, 0.1, 0.2])
-    rng_slots = [cell.rng_slot for _, cell in net.cells_and_names() if hasattr(cell, "rng_slot")]
-    assert sorted(rng_slots) == list(range(net.num_rng_slots))
+    slots = [cell.slot for _, cell in net.cells_and_names() if hasattr(cell, "slot")]
+    assert sorted(slots) == list(range(net.num_rng_slots))
 
 
 @pytest.mark.parametrize("rates", [{"drop_path_rate": 0.5}, {"drop_rate": 0.3}])

@@ -16,8 +16,8 @@ def numpy_hash(x):
     return x ^ (x >> 16)
 
 
-def numpy_bits(keys, rng_slots):
-    counter = np.arange(rng_slots, dtype=np.uint32) * np.uint32(0x9E3779B9)
+def numpy_bits(keys, slots):
+    counter = np.arange(slots, dtype=np.uint32) * np.uint32(0x9E3779B9)
     return numpy_hash(counter[:, None] ^ numpy_hash(keys)[None])
 
 
@@ -53,19 +53,19 @@ def test_uniform_is_uniform_over_images_sites_and_keys():
 def test_drop_path_drops_whole_samples_and_keeps_the_mean():
     x = ms.Tensor(np.ones((4000, 2, 3), np.float32))
     bits = random_bits(keys_of(3, 4000), 2)
-    out = DropPath(0.25, rng_slot=1).set_train()(x, bits).asnumpy()
+    out = DropPath(0.25, slot=1).set_train()(x, bits).asnumpy()
     per_sample = out.reshape(4000, -1)
     assert (per_sample == per_sample[:, :1]).all()
     assert set(np.unique(out)) == {0.0, np.float32(1 / 0.75)}
     assert abs((out > 0).mean() - 0.75) < 0.03
-    other = DropPath(0.25, rng_slot=0).set_train()(x, bits).asnumpy()
-    assert 0.5 < (other == out).mean() < 0.75, "rng_slots draw independently"
+    other = DropPath(0.25, slot=0).set_train()(x, bits).asnumpy()
+    assert 0.5 < (other == out).mean() < 0.75, "slots are independent"
 
 
 def test_dropout_drops_single_elements_and_keeps_the_mean():
     x = ms.Tensor(np.ones((16, 50, 20), np.float32))
     bits = random_bits(keys_of(3, 16), 1)
-    out = Dropout(0.4, rng_slot=0).set_train()(x, bits).asnumpy()
+    out = Dropout(0.4, slot=0).set_train()(x, bits).asnumpy()
     assert set(np.unique(out)) == {0.0, np.float32(1 / 0.6)}
     assert abs(out.mean() - 1) < 0.03
     assert not np.array_equal(out[0], out[1])

@@ -139,8 +139,8 @@ def test_the_keys_alone_decide_the_pass(rates):
 
 def test_every_random_site_is_its_own():
     net = tiny(drop_path_rate=0.2, drop_rate=0.1)
-    rng_slots = [cell.rng_slot for _, cell in net.cells_and_names() if hasattr(cell, "rng_slot")]
-    assert sorted(rng_slots) == list(range(net.num_rng_slots))
+    slots = [cell.slot for _, cell in net.cells_and_names() if hasattr(cell, "slot")]
+    assert sorted(slots) == list(range(net.num_rng_slots))
 
 
 def test_training_lowers_the_loss():
@@ -172,7 +172,7 @@ def test_initialisation_is_deits():
 @pytest.mark.parametrize("options, message", [
     ({"image_size": 10}, "multiples of the patch, 4"),
     ({"image_size": (8, 8, 8)}, "image_size"),
-    ({"num_heads": 5}, "no multiple"),
+    ({"num_heads": 5}, "not a multiple"),
     ({"num_heads": [1, 2, 4]}, "num_heads .* one integer"),
     ({"depth": 0}, "depth"),
     ({"mlp_ratio": 0}, "mlp_ratio"),

@@ -20,7 +20,7 @@ def test_a_figure_may_be_replaced_and_a_foreign_picture_not(tmp_path, suffix):
     figure.savefig(foreign, dpi=50)
     assert ours.stat().st_size > 20_000
     require_replaceable(ours, "--attention", is_our_picture)
-    with pytest.raises(UserError, match="--attention .*no earlier result.*--force"):
+    with pytest.raises(UserError, match="--attention .*not an earlier result.*--force"):
         require_replaceable(foreign, "--attention", is_our_picture)
     require_replaceable(foreign, "--attention", is_our_picture, force=True)
 

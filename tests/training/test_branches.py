@@ -161,7 +161,7 @@ def test_the_best_weights_are_no_state(trained, few_digits, tmp_path):
     best = tmp_path / "run/checkpoints/best.ckpt"
     before = names(tmp_path / "run/checkpoints")
     with pytest.raises(
-        UserError, match="best.ckpt: holds weights only.*--resume alone.*--finetune"
+        UserError, match="best.ckpt: holds weights only.*--resume without a file.*--finetune"
     ):
         train(small(trained), tmp_path / "run", resume=best)
     assert names(tmp_path / "run/checkpoints") == before

@@ -203,7 +203,7 @@ def test_a_full_disk_ends_the_run_and_keeps_what_was_saved(trained, few_digits, 
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert done.returncode == 2, done.stdout + done.stderr
-    assert "can't be written" in done.stderr and done.stderr.count("\n") == 1
+    assert "cannot be written" in done.stderr and done.stderr.count("\n") == 1
     assert (tmp_path / "run/checkpoints/step-00000032.ckpt").read_bytes() == before
     assert not list((tmp_path / "run/checkpoints").glob(".*")), "nothing half-written stays"
 

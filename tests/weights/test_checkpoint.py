@@ -183,19 +183,19 @@ FORGED = {
     "negative": (value(((1 << 64) - 2, (1 << 64) - 3), bytes(24)), "has 24 bytes"),
     "one byte short": (value((6,), bytes(23)), "has 23 bytes"),
     "too long": (value((2,), bytes(24)), "has 24 bytes"),
-    "unknown type": (value((6,), bytes(24), "Float99"), "type Float99, which is not read"),
+    "unknown type": (value((6,), bytes(24), "Float99"), "unsupported type Float99"),
     "odd string": (value((0,), b"abc\xff", "str"), "damaged"),
     "tag is no text": (field(1, field(1, b"\xff") + field(2, b"")), "damaged"),
-    "twice": (value((1,), bytes(4)) + value((2,), bytes(8)), "comes twice"),
-    "no tensor in a value": (field(1, field(1, b"w")), "no tensor"),
-    "map tensor": (field(1, field(1, b"w") + field(3, b"")), "no tensor"),
+    "twice": (value((1,), bytes(4)) + value((2,), bytes(8)), "occurs twice"),
+    "no tensor in a value": (field(1, field(1, b"w")), "a value is not a tensor"),
+    "map tensor": (field(1, field(1, b"w") + field(3, b"")), "a value is not a tensor"),
     "tensor without content": (field(1, field(1, b"w") + field(2, field(2, b"Float32"))), ""),
-    "tensor is a number": (field(1, field(1, b"w") + field(2, 7)), "no tensor"),
-    "other message": (field(2, b"w"), "no list of tensors"),
+    "tensor is a number": (field(1, field(1, b"w") + field(2, 7)), "a value is not a tensor"),
+    "other message": (field(2, b"w"), "not a list of tensors"),
     "dims are text": (field(1, field(1, b"w") + field(2, field(1, b"3"))), "damaged"),
     "too many dims": (value((1,) * 60, bytes(4)), "damaged"),
-    "length without end": (b"\x0a" + b"\xff" * 10, "integer without end"),
-    "a million empty values": (field(1, b"") * (1 << 20), "no tensor"),
+    "length without end": (b"\x0a" + b"\xff" * 10, "integer of more than 64 bits"),
+    "a million empty values": (field(1, b"") * (1 << 20), "a value is not a tensor"),
     "too many tensors": (value((1,), bytes(4)) * (1 << 18), "more than 20000 fields"),
     "a value of a million fields": (field(1, field(1, b"") * (1 << 20)), "more than 64 fields"),
 }
@@ -234,8 +234,8 @@ def test_places_that_cannot_be_written_are_refused(tmp_path, capfd):
     (tmp_path / "folder.ckpt").mkdir()
     for name, pattern in (
         ("x.pth", "must end in .ckpt or .safetensors"),
-        ("file/x.ckpt", "can't be written"),
-        ("folder.ckpt", "can't be written"),
+        ("file/x.ckpt", "cannot be written"),
+        ("folder.ckpt", "cannot be written"),
     ):
         with pytest.raises(UserError, match=pattern):
             save_weights({"w": Tensor([1.0])}, tmp_path / name)

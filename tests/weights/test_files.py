@@ -54,11 +54,11 @@ def test_of_a_folder_the_only_weight_file_or_index_is_taken(tmp_path):
     write_zip(tmp_path / "training_args.bin", SOUND)
     assert read(tmp_path).keys() == {"w"}
     save_file({"w": ONE}, tmp_path / "other.safetensors")
-    refuse(tmp_path, "one weight file .* found other.safetensors, weights.fp32.safetensors; give")
+    refuse(tmp_path, "one weight file, found other.safetensors, weights.fp32.safetensors; give")
     save_file({"x": ONE}, tmp_path / "model.safetensors")
     assert read(tmp_path).keys() == {"x"}
     (tmp_path / "empty").mkdir()
-    refuse(tmp_path / "empty", "one weight file was expected in it, found none")
+    refuse(tmp_path / "empty", "must contain one weight file, found none")
 
 
 @pytest.mark.parametrize(
@@ -67,15 +67,20 @@ def test_of_a_folder_the_only_weight_file_or_index_is_taken(tmp_path):
 def test_an_index_names_files_of_its_folder_only(tmp_path, name):
     (tmp_path / "in").mkdir()
     save_file({"w": ONE}, tmp_path / "x.safetensors")
-    refuse(index(tmp_path / "in", {"w": name}), "which is no file of its folder")
+    refuse(index(tmp_path / "in", {"w": name}), "which is not a file of its folder")
 
 
 def test_shards_that_do_not_belong_together(tmp_path):
     save_file({"a": ONE}, tmp_path / "1.safetensors")
     save_file({"a": ONE, "b": ONE}, tmp_path / "2.safetensors")
-    refuse(index(tmp_path, {"a": "1.safetensors", "b": "2.safetensors"}), "a is in another shard")
-    refuse(index(tmp_path, {"a": "1.safetensors", "c": "1.safetensors"}), "1 tensors .*: c; down")
-    refuse(index(tmp_path, {"a": "3.safetensors"}), "the shard 3.safetensors is missing")
+    refuse(
+        index(tmp_path, {"a": "1.safetensors", "b": "2.safetensors"}), "a is also in another shard"
+    )
+    refuse(
+        index(tmp_path, {"a": "1.safetensors", "c": "1.safetensors"}),
+        "its index lists tensors in no shard: c; down",
+    )
+    refuse(index(tmp_path, {"a": "3.safetensors"}), "shard 3.safetensors is missing")
 
 
 @pytest.mark.parametrize("raw", ["", "[]", "{}", '{"weight_map": 3}', "[" * 100_000, "\xff"])
@@ -96,15 +101,15 @@ def test_an_encrypted_checkpoint_is_named(tmp_path, mode):
 def test_a_sparse_terabyte_is_refused_by_its_size(tmp_path, name, head):
     (tmp_path / name).write_bytes(head)
     os.truncate(tmp_path / name, 1 << 40)
-    refuse(tmp_path / name, "it has 1100 GB, and no weight file")
+    refuse(tmp_path / name, "has 1100 GB, but weight files")
 
 
 OTHERS = {
     "graph": (b"\x08\x07\x12\x07pytorch", "a graph .ONNX or MINDIR., not weights"),
     "hdf5": (b"\x89HDF\r\n", "an HDF5 file"),
     "gzip": (b"\x1f\x8b\x08", "compressed by gzip; unpack"),
-    "text": (b"hello", "no weight file of MindSpore, PyTorch or safetensors"),
-    "zeros": (bytes(100), "no weight file"),
+    "text": (b"hello", "not a MindSpore, PyTorch or safetensors file"),
+    "zeros": (bytes(100), "not a MindSpore, PyTorch or safetensors file"),
     "empty": (b"", "the file is empty"),
 }
 

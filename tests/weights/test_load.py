@@ -81,7 +81,7 @@ def test_files_of_real_libraries_give_the_official_logits():
         assert set(report.ignored.values()) == {"num_batches_tracked"} and len(report.ignored) == 18
         assert report.naming == ("Hugging Face names" if "hf" in name else "official names")
         assert report.cast == ({"float16": 203} if "fp16" in name else {})
-        assert ("taken from state_dict" in report.notes) == ("wrapped" in name)
+        assert ("read from state_dict" in report.notes) == ("wrapped" in name)
 
 
 def test_round_trip_is_exact_to_the_bit(tmp_path, net, other):

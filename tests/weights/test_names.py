@@ -51,9 +51,12 @@ def test_names_of_our_other_networks_are_ours():
 @pytest.mark.parametrize(
     ("names", "pattern"),
     [
-        (["norm.gamma", "stage0.blocks.0.norm1.weight"], "mixes MindSpore names, as norm.gamma, "),
-        (["norm.gamma", "classifier.weight"], "mixes .* others, as classifier.weight"),
-        (["layernorm.weight", "head.weight"], "mixes Hugging Face names, as layernorm.weight, "),
+        (
+            ["norm.gamma", "stage0.blocks.0.norm1.weight"],
+            "mixes MindSpore names .norm.gamma. with ",
+        ),
+        (["norm.gamma", "classifier.weight"], "mixes .* others .classifier.weight."),
+        (["layernorm.weight", "head.weight"], "mixes Hugging Face names .layernorm.weight. with "),
         (["conv1.weight", "bn1.running_mean"], "2 of its 2 names belong to no CvT.*: conv1.weight"),
         (["norm.weight", "fc.weight"], "1 of its 2 names belong to no CvT.*: fc.weight"),
         (["layernorm.weight", "cvt.encoder.stages.0.x.weight"], "1 of its 2 names"),

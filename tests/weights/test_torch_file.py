@@ -78,7 +78,7 @@ def test_only_chosen_tensors_are_read_and_the_rest_is_named(tmp_path):
     tensors, notes = read_torch_file(write_zip(tmp_path / "x.pth", body), choose)
     assert asked == {("old", "w"): (2, 3), ("net", "w"): (3,), ("net", "b"): (2, 3)}
     assert {name: array.tolist() for name, array in tensors.items()} == {"weight": [0, 1, 2]}
-    assert notes == ["left aside old, epoch"]
+    assert notes == ["skipped old, epoch"]
 
 
 def test_tensors_in_lists_and_one_dict_in_two_places(tmp_path):
@@ -92,7 +92,7 @@ def test_tensors_in_lists_and_one_dict_in_two_places(tmp_path):
 @pytest.mark.parametrize(
     ("body", "pattern"),
     [
-        (tensor(), "no dict"),
+        (tensor(), "contains no dict"),
         (mapping(epoch=num(1), name=text("x")), "no tensors in the top level, only: epoch, name"),
         (mapping(state_dict=mapping(a=mapping())), "no tensors in the top level, only: state_dict"),
         (b"}q\x00" + text("model") + b"h\x00s", "no tensors in the top level, only: model"),
@@ -209,7 +209,7 @@ def test_an_archive_of_a_million_records_is_refused_before_their_list_is_read(tm
     end = raw.rindex(b"PK\x05\x06")
     raw[end + 12 : end + 16] = struct.pack("<I", 5 << 20)
     path.write_bytes(bytes(5 << 20).join((raw[:end], raw[end:])))
-    refuse(path, "its list of records claims 5242880 bytes")
+    refuse(path, "its directory claims 5242880 bytes")
 
 
 @pytest.mark.parametrize(
@@ -241,11 +241,14 @@ OTHER_FILES = {
     "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "run: git lfs pull"),
     "safetensors": (struct.pack("<Q", 2) + b"{}", "this is a safetensors file, not one"),
     "tar": (tar_bytes(), "tar format .* torch.save\\(torch.load"),
-    "zip of something": (b"PK\x05\x06" + bytes(18), "no weight file of"),
+    "zip of something": (b"PK\x05\x06" + bytes(18), "not a MindSpore, PyTorch or"),
     "pickle of something": (b"\x80\x02K\x01.", "not one that torch.save wrote"),
     "pickle without end": (b"\x80\x02", "exhausted"),
-    "noise": (np.random.default_rng(0).bytes(1 << 20), "no weight file of"),
-    "zip of noise": (b"PK\x03\x04" + np.random.default_rng(1).bytes(1 << 20), "end is missing"),
+    "noise": (np.random.default_rng(0).bytes(1 << 20), "not a MindSpore, PyTorch or"),
+    "zip of noise": (
+        b"PK\x03\x04" + np.random.default_rng(1).bytes(1 << 20),
+        "end of the archive is missing",
+    ),
     "pickle of noise": (b"\x80" + np.random.default_rng(2).bytes(1 << 20), ""),
 }
 

@@ -39,7 +39,7 @@ def test_parameter_size_and_metadata(tmp_path):
 
 def test_malicious_file_runs_nothing():
     before = MARKER.exists() and MARKER.stat().st_mtime_ns
-    refuse(DATA / "malicious.pth", "the pickle asks for posix.system; only tensors")
+    refuse(DATA / "malicious.pth", "the pickle requests posix.system; only tensors")
     assert (MARKER.exists() and MARKER.stat().st_mtime_ns) == before
 
 
@@ -64,7 +64,7 @@ def test_attacks_are_refused_by_name(tmp_path, write, name):
     by_stack = text(module) + text(attribute) + b"\x93"
     for wanted in (glob(module, attribute), by_stack):
         body = mapping(w=tensor(), x=wanted + tup(text("touch " + str(MARKER))) + b"R")
-        refuse(write(tmp_path / "x.pth", body), f"asks for {name}; ")
+        refuse(write(tmp_path / "x.pth", body), f"requests {name}; ")
 
 
 OBJECTS = {
@@ -96,7 +96,7 @@ def test_objects_beside_the_weights_are_set_aside_and_named(tmp_path, write, nam
     body = mapping(epoch=num(1), x=glob(module, attribute) + OBJECTS[name], w=tensor())
     tensors, notes = read_torch_file(write(tmp_path / "x.pth", body))
     assert tensors["w"].tobytes() == SIX and len(tensors) == 1
-    assert notes[0] == "left aside epoch, x" and notes[1].startswith("objects set aside, nothing ")
+    assert notes[0] == "skipped epoch, x" and notes[1].startswith("objects skipped without")
     assert name in notes[1]
 
 

@@ -27,13 +27,13 @@ ONLY = {
 
 @executable
 def main(argv: list[str]) -> None:
-    """Print the figures of a mode; write them as JSON too if asked to."""
+    """Print a mode's results; write them as JSON if asked to."""
 
     description = (
-        f"Figures of a network. model.num_classes null means {IMAGENET_CLASSES} here. MACs are "
-        "those of convolutions, Linears and both attention products; norms, softmax, activations, "
-        "biases and pooling are not counted. The paper's FLOPs are these MACs. Scaling is "
-        "arithmetic, as tools/estimate.py tells; nothing runs."
+        f"Count or measure a network. model.num_classes null means {IMAGENET_CLASSES} here. MACs "
+        "are those of convolutions, Linears and both attention products; norms, softmax, "
+        "activations, biases and pooling are not counted. The paper's FLOPs are these MACs. Mode "
+        "scaling runs nothing; tools/estimate.py has its formulas."
     )
     config, arguments = parse(argv, "-m tools.benchmark", description, add_arguments)
     config.model.num_classes = config.model.num_classes or IMAGENET_CLASSES
@@ -43,45 +43,46 @@ def main(argv: list[str]) -> None:
     prepare_environment()
     log_to()
     from tools.benchmark.counts import estimate_scaling, measure_complexity
-    from tools.benchmark.measure import Options, measure, measure_compile
+    from tools.benchmark.measure import measure, measure_compile
+    from tools.benchmark.workload import Options
 
     if arguments.mode in COUNTED:
         count = {"complexity": measure_complexity, "scaling": estimate_scaling}[arguments.mode]
-        figures = count(config)
+        result = count(config)
     else:
         run = measure_compile if arguments.mode == "compile" else measure
-        figures = run(config, Options(arguments.mode, **given))
+        result = run(config, Options(arguments.mode, **given))
     if arguments.json:
-        write_json(figures, arguments.json)
+        write_json(result, arguments.json)
 
 
 def add_arguments(parser) -> None:
-    """The options beside the recipe's keys."""
+    """Add the options beside the recipe's keys."""
     parser.add_argument(
         "--mode",
         choices=[*COUNTED, "infer", "train", "data", "compile"],
         required=True,
-        help="complexity: parameters and multiply-accumulates (MACs) for an image, by stage; "
-        "scaling: estimates of a training step's memory and of its all-reduce; infer, train: "
+        help="complexity: parameters and multiply-accumulates (MACs) per image, by stage; "
+        "scaling: estimated memory and all-reduce time of a training step; infer, train: "
         "speed and memory of the network and of the training step; data: speed of the training "
-        "pipeline; compile: seconds of the first calls, each in a fresh process",
+        "pipeline; compile: seconds of the first calls, each in a new process",
     )
-    measured = parser.add_argument_group("to be measured")
-    measured.add_argument("--batch_size", type=PositiveInt, help="images a step (default: 16)")
-    measured.add_argument("--rounds", type=PositiveInt, help="of each side (default: 5)")
+    measured = parser.add_argument_group("measuring")
+    measured.add_argument("--batch_size", type=PositiveInt, help="images per step (default: 16)")
+    measured.add_argument("--rounds", type=PositiveInt, help="rounds of each side (default: 5)")
     measured.add_argument(
-        "--seconds", type=Positive, help="of a round, about; a step at least (default: 3)"
+        "--seconds", type=Positive, help="approximate length of a round (default: 3)"
     )
     measured.add_argument("--threads", type=PositiveInt, help="cores for each side (default: all)")
     measured.add_argument(
-        "--images", type=PositiveInt, help="of a pass in mode data (default: 1000)"
+        "--images", type=PositiveInt, help="images per pass in mode data (default: 1000)"
     )
     measured.add_argument(
         "--peer",
         nargs="+",
-        help="what to measure beside ours: hf, hf_compiled (infer, train, compile), "
-        "hf_onnxruntime, hf_openvino (infer), timm, torchvision (data), or a script, as "
-        "docs/performance.md tells",
+        help="implementations to compare with: hf, hf_compiled (infer, train, compile), "
+        "hf_onnxruntime, hf_openvino (infer), timm, torchvision (data), or a script; see "
+        "docs/performance.md",
     )
     measured.add_argument("--peer_python", type=str, help="interpreter that has the peers")
     measured.add_argument(
@@ -91,46 +92,46 @@ def add_arguments(parser) -> None:
         "--engine",
         nargs="+",
         choices=("openvino", "onnxruntime", "mindspore"),
-        help="what runs the files, each file in each engine that takes it; default: infer.py's",
+        help="engines that run the files; default: infer.py's choice",
     )
     measured.add_argument(
-        "--reference", type=str, help="the side whose speed the ratios compare (default: ours)"
+        "--reference", type=str, help="the side that ratios refer to (default: ours)"
     )
     measured.add_argument(
         "--plain",
         action="store_true",
         default=None,
-        help="measure ours without compiled operators too (infer, train, compile)",
+        help="also measure ours without compiled operators (infer, train, compile)",
     )
     measured.add_argument(
         "--predictor",
         action="store_true",
         default=None,
-        help="measure Predictor too, in a Python process that sets nothing else up (infer)",
+        help="also measure Predictor in a plain Python process (infer)",
     )
-    parser.add_argument("--json", type=str, help="also write the figures to this file")
+    parser.add_argument("--json", type=str, help="also write the results to this file")
     parser.add_argument(
-        "--force", action="store_true", help="replace a file that is no earlier result"
+        "--force", action="store_true", help="replace a file that is not an earlier result"
     )
 
 
 def _is_result(path: Path) -> bool:
-    """Whether a JSON file holds figures of this command."""
+    """Return whether a JSON file is a result of this command."""
     common = ({"mode", "sides"}, {"model", "image_size"})
     return is_json(path, lambda content: any(keys <= content.keys() for keys in common))
 
 
 def _given(arguments) -> dict:
-    """The options of measuring that are given.
+    """Return the given measuring options.
 
     Raises:
-        UserError: one that the mode has no use for.
+        UserError: one of them has no effect in the mode.
     """
     names = ("batch_size", "rounds", "threads", "peer", "peer_python", *ONLY)
     given = {n: getattr(arguments, n) for n in names if getattr(arguments, n) is not None}
     for name in given:
         if arguments.mode in COUNTED or arguments.mode not in ONLY.get(name, (arguments.mode,)):
-            raise UserError(f"--{name}: has no meaning in mode {arguments.mode}; leave it out")
+            raise UserError(f"--{name}: has no effect in mode {arguments.mode}; leave it out")
     return given
 
 

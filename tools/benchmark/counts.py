@@ -1,4 +1,4 @@
-"""What is counted and estimated; nothing runs."""
+"""Counts and estimates that need no run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CARDS = (8, 16, 32, 64, 128, 256, 512, 1024)
 
 
 def measure_complexity(config: Config) -> dict:
-    """Print parameters and MACs by stage for one image; needs no device, for nothing runs."""
+    """Print and return parameters and MACs by stage for one image."""
     with uninitialised():
         net = build_model(config)
     size = image_size(config.model)
@@ -31,7 +31,7 @@ def measure_complexity(config: Config) -> dict:
 
 
 def estimate_scaling(config: Config) -> dict:
-    """Print what a training step holds on a card, and the all-reduce of its gradients."""
+    """Print and return the memory of a training step and the all-reduce time of its gradients."""
     with uninitialised():
         net = build_model(without_flash_attention(config))
     runtime, batch = config.runtime, config.training.batch_size
@@ -44,11 +44,11 @@ def estimate_scaling(config: Config) -> dict:
     held = {**dataclasses.asdict(memory), "total": memory.total}
     times = {n: all_reduce_seconds(memory.gradients, n, ASCEND_910) for n in CARDS}
     print(
-        f"{config.model.name}, image {size[0]} x {size[1]}, {batch} images a card, "
+        f"{config.model.name}, image {size[0]} x {size[1]}, {batch} images per card, "
         f"{runtime.precision}, {config.optimizer.name}"
     )
     print("\n".join(f"{name:<12}{count / 1e9:>10.3f} GB" for name, count in held.items()))
-    print(f"all-reduce of {memory.gradients / 1e6:.1f} MB ({ASCEND_910.name}), nothing overlapped:")
+    print(f"all-reduce of {memory.gradients / 1e6:.1f} MB ({ASCEND_910.name}), without overlap:")
     print("\n".join(f"{n:>5} cards{1e3 * t:>10.2f} ms" for n, t in times.items()))
     return {
         "model": config.model.name,

@@ -1,4 +1,4 @@
-"""A measured process, seen from the one that tells it what to do."""
+"""Starts measured processes and sends them requests."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from src.device import usable_cores
 from src.errors import UserError
 from tools.benchmark.workload import Plan
 
@@ -18,22 +19,22 @@ ROOT = Path(__file__).resolve().parents[2]
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
-class Side:
-    """A process that is started once and then told to run rounds; a context, which ends it.
+class BenchmarkProcess:
+    """A measured process (`tools.benchmark.protocol`); a context manager that kills it at the end.
 
     Args:
-        plan: what it runs and is told. Faults of our own code keep their traceback.
-        cores: those that it may run on.
+        plan: its command and job.
+        cores: the cores that it may use.
 
     Raises:
-        UserError: a command that does not start.
+        UserError: the command does not start.
     """
 
     def __init__(self, plan: Plan, cores: Sequence[int]) -> None:
         self.name = plan.name
         self.is_peer = plan.remedy is not None
         self._plan = plan
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - it lives as long as the process
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed in __exit__
         # An empty entry would mean the current folder.
         path = filter(None, [str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
         threads = dict.fromkeys(THREAD_VARIABLES, str(len(cores)))
@@ -52,34 +53,33 @@ class Side:
                 f"{plan.name}: {plan.command[0]}: {error.strerror}; {plan.remedy}"
             ) from None
 
-    def __enter__(self) -> Side:
+    def __enter__(self) -> BenchmarkProcess:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._process.poll() is None:
-            self._process.kill()
+        self._process.kill()
         self._process.communicate()
         self._log.close()
 
     def start(self) -> dict[str, Any]:
-        """Prepare and warm up; returns the answer of `tools.benchmark.protocol`."""
-        return self._ask({"do": "start", "job": self._plan.job})
+        """Prepare and warm up; returns the protocol's first answer."""
+        return self._request(self._plan.job)
 
-    def round(self, seconds: float) -> dict[str, Any]:
-        """Run for about so many seconds; returns the answer of `tools.benchmark.protocol`."""
-        return self._ask({"do": "round", "seconds": seconds})
+    def run_round(self, seconds: float) -> dict[str, Any]:
+        """Run for about so many seconds; returns the protocol's answer."""
+        return self._request({"seconds": seconds})
 
-    def _ask(self, order: dict[str, Any]) -> dict[str, Any]:
-        """Raises UserError, or RuntimeError where our own code has failed."""
+    def _request(self, content: dict[str, Any]) -> dict[str, Any]:
+        """Raise UserError for a peer, and RuntimeError with the traceback for a bug of ours."""
         line = ""
         with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps(order) + "\n")
+            self._process.stdin.write(json.dumps(content) + "\n")
             self._process.stdin.flush()
             line = self._process.stdout.readline()
         try:
             reply = json.loads(line)
         except ValueError:
-            reply = {"error": self._last_words(line), "traceback": self._logged()}
+            reply = self._describe_failure(line)
         if "error" not in reply:
             return reply
         error = " ".join(reply["error"].split())
@@ -89,28 +89,23 @@ class Side:
             raise UserError(error)
         raise RuntimeError(f"{self.name} failed:\n{reply['traceback']}")
 
-    def _last_words(self, line: str) -> str:
-        if line:
-            return f"said {line.strip()!r} and not what it was asked"
-        code = self._process.wait()
-        lines = [text for text in self._logged().splitlines() if text.strip()]
-        return lines[-1] if lines else f"ended with code {code}"
-
-    def _logged(self) -> str:
+    def _describe_failure(self, line: str) -> dict[str, str]:
+        code = None if line else self._process.wait()
         self._log.seek(0)
-        return self._log.read()
+        log = self._log.read()
+        error = f"answered {line.strip()!r} instead of JSON"
+        if not line:
+            error = (log.strip().splitlines() or [f"exited with code {code}"])[-1]
+        return {"error": error, "traceback": log}
 
 
-def usable_cores(threads: int | None) -> list[int]:
-    """The cores that every side runs on: the first `threads` of those at hand, or all of them.
+def select_cores(threads: int | None) -> list[int]:
+    """Return the cores that every process runs on: the first `threads` available ones, or all.
 
     Raises:
-        UserError: more than there are.
+        UserError: there are fewer.
     """
-    if hasattr(os, "sched_getaffinity"):
-        cores = sorted(os.sched_getaffinity(0))
-    else:
-        cores = list(range(os.cpu_count() or 1))
+    cores = usable_cores()
     if threads is not None and threads > len(cores):
         raise UserError(f"--threads {threads}: there are {len(cores)} cores; give no more")
     return cores[:threads]
@@ -118,7 +113,7 @@ def usable_cores(threads: int | None) -> list[int]:
 
 @contextlib.contextmanager
 def _on_cores(cores: Sequence[int]) -> Iterator[None]:
-    """Start what is started inside on these cores only: all its threads inherit it."""
+    """Bind processes that are started inside to these cores; all their threads inherit it."""
     if not hasattr(os, "sched_setaffinity"):
         yield
         return

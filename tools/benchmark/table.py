@@ -1,4 +1,4 @@
-"""Figures from what the sides answered, and the tables that show them."""
+"""Computes results from the answers of the measured processes and prints them as tables."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from tools.benchmark.worker import MATMUL_SIZE
 logger = logging.getLogger("cvt")
 
 PASSES = {"infer": 1, "train": 3}  # a backward pass costs two forward ones
-CLOCK_TICK = 0.01  # seconds; of a shorter round the system tells no processor time
-MOST_IDLE = 0.05  # cores that a side may keep busy while it is another's turn
+CLOCK_TICK = 0.01  # seconds; the resolution of a process's CPU time
+MOST_IDLE = 0.05  # cores that a side may keep busy during another's turn
 
 
 def summarise(
@@ -23,20 +23,20 @@ def summarise(
     macs: int | None,
     reference: str,
 ) -> list[dict[str, Any]]:
-    """The figures of each side.
+    """Compute the results of each side.
 
     Args:
-        started: each side's answer to "start"; ours is the first.
-        rounds: each side's answers to "round", in the order of the rounds.
+        started: each side's first answer.
+        rounds: each side's answers to the rounds, in their order.
         mode: "infer", "train" or "data".
-        macs: of the network for an image; None leaves out what is only of a network.
+        macs: of the network per image; None in mode "data".
         reference: the side whose speed is divided by the others'.
 
     Returns:
         For each side name, what, images_per_second (median of its rounds; all in `rounds`), ratio
-        (median over the rounds of the reference / this side), images_per_core_second (of processor
-        time), first_call_seconds, prepare_seconds; with macs also peak_memory in bytes, gflops (a
-        MAC is two) and share_of_peak (of "matmul", which is the last side and has no ratio).
+        (median over the rounds of reference / this side), images_per_core_second (of CPU time),
+        first_call_seconds, prepare_seconds; with macs also peak_memory in bytes, gflops (a MAC is
+        two) and fraction_of_peak (of "matmul", the last side, which has no ratio).
     """
     speeds = {
         name: [r["images"] / r["seconds"] for r in answers] for name, answers in rounds.items()
@@ -65,29 +65,29 @@ def summarise(
             side["peak_memory"] = answers[-1]["peak_memory"]
         sides.append(side)
     for side in sides if macs is not None else ():
-        side["share_of_peak"] = side["gflops"] / sides[-1]["gflops"]
+        side["fraction_of_peak"] = side["gflops"] / sides[-1]["gflops"]
     return sides
 
 
 def warn_of_idle_work(rounds: dict[str, list[dict]]) -> None:
-    """Say which sides have worked while it was another's turn, which makes the figures wrong."""
+    """Warn of sides that used the CPU during another's turn, which distorts the results."""
     for name, answers in rounds.items():
         others = sum(r["seconds"] for n, all_ in rounds.items() if n != name for r in all_[:-1])
         idle = sum(answer["idle_cpu_seconds"] for answer in answers[1:])
         if others and idle / others > MOST_IDLE:
             logger.warning(
-                "%s kept %.2f cores busy while it was the others' turn: the figures are not to be "
-                "relied on", name, idle / others,
+                "%s kept %.2f cores busy during the others' turns: the results are unreliable",
+                name, idle / others,
             )  # fmt: skip
 
 
-def print_measured(figures: dict[str, Any]) -> None:
-    """A line for each side, and what they are."""
-    _print_title(figures)
-    networks = "gflops" in figures["sides"][0]
-    head = ["", "img/s", "of all rounds", f"{figures['reference']} is", "img/core s", "first call"]
+def print_measured(result: dict[str, Any]) -> None:
+    """Print a line for each side, and its software."""
+    _print_title(result)
+    networks = "gflops" in result["sides"][0]
+    head = ["", "img/s", "of all rounds", f"{result['reference']} is", "img/core s", "first call"]
     rows = [head + ["memory", "GFLOP/s", "of matmul"] * networks]
-    for side in figures["sides"]:
+    for side in result["sides"]:
         cells = [side["name"], "", "", "", "", ""]
         if "rounds" in side:
             low, high = min(side["rounds"]), max(side["rounds"])
@@ -95,7 +95,7 @@ def print_measured(figures: dict[str, Any]) -> None:
                 side["name"],
                 f"{side['images_per_second']:.4g}",
                 f"{low:.4g} to {high:.4g}",
-                "" if side["name"] == figures["reference"] else f"{side['ratio']:.2f} x",
+                "" if side["name"] == result["reference"] else f"{side['ratio']:.2f} x",
                 f"{side['images_per_core_second']:.4g}",
                 f"{side['first_call_seconds']:.1f} s",
             ]
@@ -103,19 +103,19 @@ def print_measured(figures: dict[str, Any]) -> None:
             cells += [
                 f"{side['peak_memory'] / 1e6:.0f} MB",
                 f"{side['gflops']:.4g}",
-                f"{100 * side['share_of_peak']:.1f} %",
+                f"{100 * side['fraction_of_peak']:.1f} %",
             ]
         rows.append(cells)
     _print_table(rows)
-    for side in figures["sides"]:
+    for side in result["sides"]:
         print(f"{side['name']}: {side['what']}")
 
 
-def print_compile(figures: dict[str, Any]) -> None:
-    """A line for each side and task."""
-    _print_title(figures)
+def print_compile(result: dict[str, Any]) -> None:
+    """Print a line for each side and task."""
+    _print_title(result)
     rows = [["", "task", "first call", "of all", "before it", "memory"]]
-    for side in figures["sides"]:
+    for side in result["sides"]:
         calls = side["first_calls"]
         rows.append(
             [
@@ -130,12 +130,12 @@ def print_compile(figures: dict[str, Any]) -> None:
     _print_table(rows)
 
 
-def _print_title(figures: dict[str, Any]) -> None:
-    height, width = figures["image_size"]
-    network = "" if figures["mode"] == "data" else f"{figures['model']}, {figures['precision']}, "
+def _print_title(result: dict[str, Any]) -> None:
+    height, width = result["image_size"]
+    network = "" if result["mode"] == "data" else f"{result['model']}, {result['precision']}, "
     print(
-        f"{figures['mode']}: {network}image {height} x {width}, batch {figures['batch_size']}, "
-        f"cores for each side: {figures['threads']}, medians of rounds: {figures['rounds']}"
+        f"{result['mode']}: {network}image {height} x {width}, batch {result['batch_size']}, "
+        f"cores for each side: {result['threads']}, medians of rounds: {result['rounds']}"
     )
 
 

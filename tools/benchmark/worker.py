@@ -1,4 +1,4 @@
-"""Our side of a measurement, in a process of its own; see `tools.benchmark.protocol`."""
+"""The measured process for our own code; see `tools.benchmark.protocol`."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from src.device import log_to, prepare_environment, setup
 from src.errors import UserError
 from tools.benchmark.protocol import Work, serve
 
-STEPS = 100_000  # of the schedule; more than any measurement runs
+STEPS = 100_000  # in the schedule; more than any measurement takes
 MATMUL_SIZE = 2048
 
 
 def make(job: dict) -> Work:
-    """Prepare what the job asks for, with the recipe in the file job["config_file"]."""
+    """Prepare a job; its recipe is in the file job["config_file"]."""
     if job["mode"] == "predictor":
         return predictor(job)
     prepare_environment()
@@ -41,7 +41,7 @@ def make(job: dict) -> Work:
 
 
 def infer(config: Config, job: dict) -> Work:
-    """The network as eval.py runs it."""
+    """Run the network as eval.py does."""
     from src.build import accelerate, build_model
     from src.evaluation.evaluator import inference
 
@@ -51,8 +51,8 @@ def infer(config: Config, job: dict) -> Work:
 
 
 def predictor(job: dict) -> Work:
-    """`Predictor` on a checkpoint, in a process as a user's script has it: nothing is set up."""
-    os.environ.pop("OMP_WAIT_POLICY", None)  # which tools.benchmark's own set-up has set
+    """Run `Predictor` on a checkpoint in a plain Python process, without any set-up."""
+    os.environ.pop("OMP_WAIT_POLICY", None)  # set by the parent process
     import mindspore
 
     from src.build import build_model
@@ -70,7 +70,7 @@ def predictor(job: dict) -> Work:
 
 
 def infer_file(config: Config, job: dict) -> Work:
-    """An exported file, as infer.py runs it."""
+    """Run an exported file as infer.py does."""
     from src.deploy.engines import open_model
 
     path = Path(job["model_file"])
@@ -78,21 +78,21 @@ def infer_file(config: Config, job: dict) -> Work:
     images = _noise(job)
     try:
         classes = run(images).shape[1]
-    except Exception as error:  # MindSpore's and onnxruntime's own, of many kinds
+    except Exception as error:  # many types of MindSpore's and onnxruntime's
         raise UserError(
-            f"--model_file {path}: takes no images {list(images.shape)}; give the file's own "
-            "--batch_size and --model.image_size, or export it with --batch_size dynamic"
+            f"--model_file {path}: does not accept images {list(images.shape)}; give the "
+            "file's --batch_size and --model.image_size, or export it with --batch_size dynamic"
         ) from error
     if classes != job["num_classes"]:
         raise UserError(
-            f"--model_file {path}: has {classes} classes, the network beside it "
-            f"{job['num_classes']}; give --model.name and --model.num_classes of the file"
+            f"--model_file {path}: has {classes} classes, the network "
+            f"{job['num_classes']}; give the file's --model.name and --model.num_classes"
         )
     return Work(lambda: len(run(images)), f"{path.name} in {run.engine}, written by ")
 
 
 def train(config: Config, job: dict) -> Work:
-    """The step of train.py, on one batch over and over."""
+    """Run the training step of train.py on one batch repeatedly."""
     from mindspore import Tensor
 
     from src.data import ArraySource
@@ -101,8 +101,8 @@ def train(config: Config, job: dict) -> Work:
     from src.training.train_loader import TrainLoader
 
     batch, accumulate = job["batch_size"], config.training.accumulate
-    config.training.epochs = max(config.training.epochs, STEPS)  # each of one step
-    config.training.epoch_steps = None  # else the schedule has so many times as many
+    config.training.epochs = max(config.training.epochs, STEPS)  # of one step each
+    config.training.epoch_steps = None  # else the schedule would be that many times longer
     classes = config.model.num_classes
     labels = np.arange(batch * accumulate, dtype=np.int32) % classes
     blank = np.zeros((len(labels), 1, 1, 3), np.uint8)
@@ -126,7 +126,7 @@ def train(config: Config, job: dict) -> Work:
 
 
 def data(config: Config, job: dict) -> Work:
-    """A pass of train.py's pipeline over images spread evenly over the training split."""
+    """Run passes of train.py's pipeline over images spread evenly over the training split."""
     from src.build import open_split
     from src.data.loader import resolve_num_workers
     from src.distributed import SINGLE_PROCESS
@@ -134,7 +134,7 @@ def data(config: Config, job: dict) -> Work:
 
     source = open_split(config, "train")
     if not len(source):
-        raise UserError(f"{source.title}: no image to read; add some")
+        raise UserError(f"{source.title}: contains no images; add some")
     spread = np.arange(job["images"]) * len(source) // job["images"]
     source = source.subset(spread)
     loader = TrainLoader(config, source, SINGLE_PROCESS)
@@ -148,7 +148,7 @@ def data(config: Config, job: dict) -> Work:
 
 
 def matmul(_: Config, job: dict) -> Work:
-    """A large float32 product, what the machine can do at best; an image of it is a product."""
+    """Multiply large float32 matrices, the machine's best case; one product counts as an image."""
     from mindspore import Tensor, ops
 
     square = Tensor(np.random.default_rng(0).random((MATMUL_SIZE,) * 2, np.float32))

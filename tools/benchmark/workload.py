@@ -1,4 +1,4 @@
-"""What is measured, as plain values that a process of any interpreter can take up."""
+"""Plans what to measure: options, jobs as plain JSON values, and the processes that run them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from mindspore import nn
 
@@ -16,10 +16,7 @@ from src.config import Config
 from src.errors import UserError
 from src.models.cvt import CvT
 
-if TYPE_CHECKING:
-    from tools.benchmark.measure import Options
-
-# Peers by name: the script, and the modes that it has.
+# Peers by name: the script and its modes.
 PEERS = {
     "hf": ("hf.py", ("infer", "train", "compile")),
     "hf_compiled": ("hf.py", ("infer", "train", "compile")),
@@ -30,18 +27,53 @@ PEERS = {
 }
 HF = ("hf", "hf_compiled", "hf_onnxruntime", "hf_openvino")
 SCRIPTS = Path(__file__).parent / "peers"
-# By path: with -m Python would import from the user's folder first.
+# By path: with -m, Python would import from the user's folder first.
 WORKER = [sys.executable, str(Path(__file__).with_name("worker.py"))]
 
 
-class Plan(NamedTuple):
-    """A side to start.
+@dataclasses.dataclass
+class Options:
+    """The command line's options beside the recipe.
 
     Args:
-        name: in messages and tables.
-        command: of a process that `serve`s.
-        job: what it is told.
-        remedy: what a user can do where it fails; None for our own code.
+        mode: "infer", "train", "data" or "compile".
+        batch_size: images per step.
+        rounds: rounds of each process; in mode "compile", new processes of each kind.
+        seconds: approximate length of a round.
+        threads: cores for each process; None for all.
+        images: images per pass in mode "data".
+        peer: names or scripts.
+        peer_python: the peers' interpreter.
+        model_file: exported files to measure too in mode "infer".
+        engine: engines that run these files; empty for infer.py's choice.
+        reference: name of the side that ratios refer to; None for ours.
+        plain: whether to measure ours without compiled operators too.
+        predictor: whether to measure `Predictor` in a plain Python process in mode "infer".
+    """
+
+    mode: str
+    batch_size: int = 16
+    rounds: int = 5
+    seconds: float = 3.0
+    threads: int | None = None
+    images: int = 1000
+    peer: Sequence[str] = ()
+    peer_python: str | None = None
+    model_file: Sequence[str] = ()
+    engine: Sequence[str] = ()
+    reference: str | None = None
+    plain: bool = False
+    predictor: bool = False
+
+
+class Plan(NamedTuple):
+    """A process to start: one side of the comparison.
+
+    Args:
+        name: its name in messages and tables.
+        command: of a process that calls `tools.benchmark.protocol.serve`.
+        job: the request it starts with.
+        remedy: advice if it fails; None for our own code.
     """
 
     name: str
@@ -51,10 +83,10 @@ class Plan(NamedTuple):
 
 
 def plan_sides(net: nn.Cell, config: Config, options: Options, job: dict) -> list[Plan]:
-    """Ours first, then an exported file and the peers, where they are asked for.
+    """Return the sides to measure: ours first, then exported files and peers.
 
     Raises:
-        UserError: a peer that there is not, or that lacks what the recipe has.
+        UserError: a peer is unknown, or lacks something that the recipe uses.
     """
     plans = [Plan("ours", WORKER, job)]
     plans += plan_files(options.model_file, options.engine, job)
@@ -64,64 +96,62 @@ def plan_sides(net: nn.Cell, config: Config, options: Options, job: dict) -> lis
         plans.append(Plan("plain", WORKER, {**job, "compiled_ops": "never"}))
     if not options.peer:
         if options.peer_python is not None:
-            raise UserError("--peer_python does nothing without --peer; name a peer")
+            raise UserError("--peer_python has no effect without --peer; give a peer")
         return plans
     python = options.peer_python
     if python is None or shutil.which(python) is None:
-        missing = (
-            "needs --peer_python," if python is None else f"--peer_python {python} is no program;"
-        )
+        fault = "needs --peer_python" if python is None else f"--peer_python {python} not found"
         raise UserError(
-            f"--peer {options.peer[0]}: {missing} give the interpreter that has it, which "
-            "docs/performance.md sets up"
+            f"--peer {options.peer[0]}: {fault}; give the interpreter that has it, see "
+            "docs/performance.md"
         )
-    refuse_what_peers_lack(config, job["mode"])
+    _require_comparable(config, job["mode"])
     for name in options.peer:
-        script = find_peer(name, options.mode)
+        script = _find_peer(name, options.mode)
         peer_job = {**job, "peer": name, "sizes": cvt_sizes(net) if name in HF else None}
-        remedy = f"look at {python} and at docs/performance.md"
+        remedy = f"check {python}; see docs/performance.md"
         if Path(name).stem in ("matmul", *(plan.name for plan in plans)):
             raise UserError(
-                f"--peer {name}: another side has the name {Path(name).stem}; rename it"
+                f"--peer {name}: another side is called {Path(name).stem}; rename the script"
             )
         plans.append(Plan(Path(name).stem, [python, str(script)], peer_job, remedy))
     return plans
 
 
 def plan_files(files: Sequence[str], engines: Sequence[str], job: dict) -> list[Plan]:
-    """A side for each exported file in each engine that takes it, named FILE or FILE:ENGINE.
+    """Return a side for each exported file and each engine that runs it, FILE or FILE:ENGINE.
 
     Raises:
-        UserError: no such file, two of one name, or engines of which none takes a file.
+        UserError: a file does not exist, has another's name, or is run by no engine given.
     """
     plans = []
     for file in files:
         path = Path(file)
         if path.suffix not in (".mindir", ".onnx") or not path.is_file():
             raise UserError(f"--model_file {path}: give an exported .mindir or .onnx")
-        taken = [e for e in engines if (e == "mindspore") == (path.suffix == ".mindir")]
-        if engines and not taken:
-            raise UserError(f"--model_file {path}: is not run by {', '.join(engines)}")
-        for engine in taken or ["auto"]:
-            name = f"{path.name}:{engine}" if taken else path.name
+        usable = [e for e in engines if (e == "mindspore") == (path.suffix == ".mindir")]
+        if engines and not usable:
+            raise UserError(f"--model_file {path}: cannot run in {', '.join(engines)}")
+        for engine in usable or ["auto"]:
+            name = f"{path.name}:{engine}" if usable else path.name
             if any(plan.name == name for plan in plans):
-                raise UserError(f"--model_file {path}: another file has this name; rename it")
+                raise UserError(f"--model_file {path}: another file has this name; rename one")
             file_job = {**job, "mode": "infer_file", "model_file": file, "engine": engine}
             plans.append(Plan(name, WORKER, file_job))
     return plans
 
 
 def plan_matmul(job: dict) -> Plan:
-    """What the machine does at best, in our own process."""
+    """Return the plan of a matrix product, which shows what the machine can reach."""
     return Plan("matmul", WORKER, {**job, "mode": "matmul"})
 
 
 def make_job(config: Config, mode: str, batch_size: int, threads: int, images: int) -> dict:
-    """What every side is told.
+    """Return the job that all sides have in common.
 
     Returns:
-        mode ("infer", "train" or "data"), batch_size, threads, images (of a pass in mode data),
-        image_size [H, W], num_classes, and the recipe's groups as `src.config` has them.
+        mode ("infer", "train" or "data"), batch_size, threads, images (per pass in mode data),
+        image_size [H, W], num_classes, and the recipe's groups as in `src.config`.
     """
     return {
         "mode": mode,
@@ -134,16 +164,16 @@ def make_job(config: Config, mode: str, batch_size: int, threads: int, images: i
     }
 
 
-def find_peer(name: str, mode: str) -> Path:
-    """The script of a peer: one of those here, or a user's own .py that `serve`s.
+def _find_peer(name: str, mode: str) -> Path:
+    """Return a peer's script: one of those here, or a user's own .py file.
 
     Raises:
-        UserError: no such peer, or one that does not do this.
+        UserError: there is no such peer, or it lacks the mode.
     """
     if name in PEERS:
         script, modes = PEERS[name]
         if mode not in modes:
-            raise UserError(f"--peer {name}: is for --mode {', '.join(modes)}, not {mode}")
+            raise UserError(f"--peer {name}: supports --mode {', '.join(modes)}, not {mode}")
         return SCRIPTS / script
     if name.endswith(".py") and Path(name).is_file():
         return Path(name)
@@ -151,13 +181,13 @@ def find_peer(name: str, mode: str) -> Path:
 
 
 def cvt_sizes(net: nn.Cell) -> dict[str, Any]:
-    """A CvT's sizes and rates, a value for each stage, read off the network.
+    """Return a CvT's sizes and rates, one value per stage.
 
     Raises:
-        UserError: a network that the port in transformers has not.
+        UserError: transformers' CvT does not support the network.
     """
     if not isinstance(net, CvT):
-        raise UserError("--peer hf: transformers' CvT is the peer of the cvt models only")
+        raise UserError("--peer hf: transformers' CvT is a peer for the cvt models only")
     stages = [net.stage0, net.stage1, net.stage2]
     first = [stage.blocks[0] for stage in stages]
     if first[0].attn.qkv_projection != "conv" or any(s.pos_embed_grid for s in stages):
@@ -168,8 +198,8 @@ def cvt_sizes(net: nn.Cell) -> dict[str, Any]:
     depths = [len(stage.blocks) for stage in stages]
     if any(depth <= i for i, depth in enumerate(depths)):
         raise UserError(
-            f"--peer hf: model.depths {depths}: transformers' CvT finds a drop path rate by the "
-            "number of its stage, so the stages must have 1, 2 and 3 blocks at least"
+            f"--peer hf: model.depths {depths}: transformers' CvT indexes drop path rates by "
+            "stage, so the stages must have at least 1, 2 and 3 blocks"
         )
     sizes, strides, paddings = zip(*net.patches)
     return {
@@ -190,11 +220,11 @@ def cvt_sizes(net: nn.Cell) -> dict[str, Any]:
     }
 
 
-def refuse_what_peers_lack(config: Config, mode: str) -> None:
-    """Name the keys that would make ours do other work than a peer.
+def _require_comparable(config: Config, mode: str) -> None:
+    """Require that no key makes our side do work that the peers do not do.
 
     Raises:
-        UserError: there are some.
+        UserError: some keys do; the message names them.
     """
     training, augment, data = config.training, config.augment, config.data
     lacking = {"runtime.precision": config.runtime.precision != "float32"}
@@ -223,5 +253,5 @@ def refuse_what_peers_lack(config: Config, mode: str) -> None:
     keys = [key for key, found in lacking.items() if found]
     if keys:
         raise UserError(
-            f"--peer: the peers have nothing like this recipe's {', '.join(keys)}; set the default"
+            f"--peer: the peers do not support this recipe's {', '.join(keys)}; set the default"
         )

@@ -1,4 +1,4 @@
-"""Differences between what was computed and what should have been."""
+"""Measures of the difference between computed and expected values."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tools.check_device.registry import Finding
 
 
 def by_largest(found: np.ndarray, expected: np.ndarray) -> float:
-    """Largest difference by the largest expected value; infinite where a value is not finite."""
+    """Return max |difference| / max |expected|; infinity if a value is not finite."""
     found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
     if found.shape != expected.shape or not np.isfinite(found).all():
         return float("inf")
@@ -18,7 +18,7 @@ def by_largest(found: np.ndarray, expected: np.ndarray) -> float:
 
 
 def by_norm(found: np.ndarray, expected: np.ndarray, floor: float = 1e-30) -> float:
-    """Norm of the difference by the norm, or by `floor` where the norm is below it."""
+    """Return |difference| / max(|expected|, floor) in the Euclidean norm."""
     found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
     if found.shape != expected.shape or not np.isfinite(found).all():
         return float("inf")
@@ -26,29 +26,29 @@ def by_norm(found: np.ndarray, expected: np.ndarray, floor: float = 1e-30) -> fl
 
 
 def relative(found: np.ndarray, expected: np.ndarray) -> float:
-    """Largest relative difference."""
+    """Return the largest relative difference."""
     found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
     if found.shape != expected.shape or not np.isfinite(found).all():
         return float("inf")
     return float((np.abs(found - expected) / np.abs(expected)).max())
 
 
-def judge(differences: Mapping[str, float], limits: float | Mapping[str, float]) -> Finding:
-    """A finding on several differences: shows the one that is worst for its limit.
+def check_limits(differences: Mapping[str, float], limits: float | Mapping[str, float]) -> Finding:
+    """Return a finding on several differences; it shows the worst one relative to its limit.
 
     Args:
-        differences: by what differs.
-        limits: one for all, or one for each.
+        differences: differences by name.
+        limits: one for all, or one for each name.
     """
     if not isinstance(limits, Mapping):
         limits = dict.fromkeys(differences, limits)
 
-    def badness(name: str) -> float:
+    def excess(name: str) -> float:
         if limits[name] == 0:
             return float("inf") if differences[name] > 0 else 0.0
         return differences[name] / limits[name]
 
-    worst = max(differences, key=badness)
+    worst = max(differences, key=excess)
     outside = [name for name in differences if not differences[name] <= limits[name]]
     return Finding(
         f"{differences[worst]:.1e} ({worst})",

@@ -1,4 +1,4 @@
-"""What a CPU process computes for comparison: operator by operator, in MindSpore's own kernels."""
+"""Computes references on the CPU, operator by operator, in MindSpore's own kernels."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ def main(what: str, output: str, **arguments: str) -> None:
     elif what == "logits":
         logits(output, **arguments)
     else:
-        raise SystemExit(f"nothing to compute is called {what}")
+        raise SystemExit(f"unknown computation: {what}")
 
 
 def gradients(output: str) -> None:
-    """Every gradient of the official trajectory's first step."""
+    """Write every gradient of the official trajectory's first step."""
     from mindspore import Tensor, value_and_grad
 
     from src.training.loss import LabelSmoothingCrossEntropy
@@ -37,12 +37,12 @@ def gradients(output: str) -> None:
 
 
 def logits(output: str, state: str) -> None:
-    """Logits of a saved state's weights."""
+    """Write the logits of a saved state's weights."""
     from mindspore import Tensor
 
     from src.weights import load_weights
-    from tools.check_device.checks.state import network, probes
+    from tools.check_device.checks.state import network, sample_images
 
     net = network()
     load_weights(net, state)
-    np.save(output, net.set_train(False)(Tensor(probes())).asnumpy())
+    np.save(output, net.set_train(False)(Tensor(sample_images())).asnumpy())

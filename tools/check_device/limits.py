@@ -1,8 +1,8 @@
-"""How far results may be from the exact ones, by the arithmetic that the device is found to have.
+"""Limits on differences from the exact results, by the arithmetic detected on the device.
 
-Differences are the largest by the largest value (logits), the norm of the difference by the norm
-(gradients, each tensor), or relative (losses, gradient norms). Only the CPU's limits rest on
-measurements so far; those of cards are proposals until the first report comes in.
+Logits use `by_largest`, gradients `by_norm` for each tensor, losses and gradient norms `relative`.
+Only the CPU's limits are based on measurements; those of cards are estimates until the first report
+arrives.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LIMITS = {
 
 
 def limit(what: str, precision: str = "float32") -> float:
-    """The limit of a key of LIMITS for a network that computes in `precision`."""
+    """Return the limit of a key of LIMITS for a network that computes in `precision`."""
     kind = arithmetic()
     if precision != "float32":
         kind = max(kind, precision, key=KINDS.index)
@@ -33,13 +33,13 @@ def limit(what: str, precision: str = "float32") -> float:
 
 @functools.cache
 def arithmetic() -> str:
-    """What float32 products of this process really are: the coarser of matrix and convolution."""
+    """Return the actual precision of float32 products, the coarser of MatMul and Conv2D."""
     return max(products().values(), key=KINDS.index)
 
 
 @functools.cache
 def products() -> dict[str, str]:
-    """The arithmetic of a matrix product and of a convolution, one of KINDS each."""
+    """Return the arithmetic of a matrix product and of a convolution, each one of KINDS."""
     from mindspore import Tensor, ops
 
     one = Tensor(np.eye(16, dtype=np.float32))
@@ -55,7 +55,7 @@ def products() -> dict[str, str]:
 
 
 def _kind(product) -> str:
-    """Judge by which numbers survive a multiplication by 1."""
+    """Classify by the numbers that a multiplication by 1 preserves."""
 
     def survives(value: float) -> bool:
         return bool((product(value) == np.float32(value)).all())

@@ -1,6 +1,6 @@
-"""The program of one rank, started by msrun for several and plainly for one.
+"""The program of one rank, started by msrun, or directly for a single rank.
 
-Each writes what it found as JSON to FOLDER/rank_<rank>.json.
+Each rank writes its results as JSON to FOLDER/rank_<rank>.json.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 
 SIZES = {"1 KB": 256, "300 KB": 76_800, "64 MB": 16_777_216}  # float32 elements
-STEPS, BATCH, CLIP_NORM, LR = 20, 48, 0.5, 1e-3  # BATCH: of all ranks
+STEPS, BATCH, CLIP_NORM, LR = 20, 48, 0.5, 1e-3  # BATCH: images of all ranks
 TEXT = "rank {}: ¹²³ äöü 漢字"
 
 
 def main(what: str, folder: str, device: str, late_seconds: float = 0.0) -> None:
-    """Find "collectives", "training" or "late" out."""
+    """Run the program "collectives", "training" or "late"."""
     from src.config import RuntimeConfig
     from src.device import setup
 
@@ -30,7 +30,7 @@ def main(what: str, folder: str, device: str, late_seconds: float = 0.0) -> None
 
 
 def collectives(ranks: Any, _: float) -> dict[str, Any]:
-    """Exchange texts and bits, and add up messages of three sizes."""
+    """Exchange texts and bits, and sum messages of three sizes."""
     from mindspore import Parameter, Tensor, ops
 
     rng = np.random.default_rng(0)
@@ -62,15 +62,13 @@ def collectives(ranks: Any, _: float) -> dict[str, Any]:
 
 
 def training(ranks: Any, _: float) -> dict[str, Any]:
-    """Twenty steps with drop path, clipping and shared BatchNorm statistics."""
+    """Run twenty steps with drop path, clipping and synchronised BatchNorm statistics."""
     from mindspore import Tensor
 
-    from src.build import accelerate, compiled_library
+    from src.build import accelerate
     from src.config import RuntimeConfig
     from src.models.sync_batchnorm import synchronise_batchnorm
-    from src.training.loss import LabelSmoothingCrossEntropy
-    from src.training.optimizer import AdamW
-    from src.training.train_step import TrainStep
+    from tools.check_device.checks.cells import build_step
     from tools.check_device.checks.state import network
 
     net = network(drop_path_rate=0.3)
@@ -78,16 +76,7 @@ def training(ranks: Any, _: float) -> dict[str, Any]:
         synchronise_batchnorm(net, ranks.world)
     ranks.broadcast(net.get_parameters())
     accelerate(net, RuntimeConfig())
-    step = TrainStep(
-        net,
-        LabelSmoothingCrossEntropy(0.1),
-        AdamW(net.trainable_params()),
-        np.full(STEPS, LR, np.float32),
-        clip_norm=CLIP_NORM,
-        rank=ranks.rank,
-        world=ranks.world,
-        library=compiled_library(RuntimeConfig()),
-    ).set_train(True)
+    step = build_step(net, LR, STEPS, clip_norm=CLIP_NORM, rank=ranks.rank, world=ranks.world)
     rng, losses, norms = np.random.default_rng(0), [], []
     for number in range(STEPS):
         if number == 1:  # the first one compiles
@@ -110,13 +99,13 @@ def training(ranks: Any, _: float) -> dict[str, Any]:
 
 
 def late(ranks: Any, seconds: float) -> dict[str, Any]:
-    """Wait for the last rank, which comes late to a collective."""
+    """Delay the last rank before a collective and measure the wait."""
     ranks.gather([0.0])
     start = time.perf_counter()
     if ranks.rank == ranks.world - 1:
         time.sleep(seconds)
-    told = ranks.gather([float(ranks.rank)])
+    ranks_seen = ranks.gather([float(ranks.rank)])
     return {
         "waited": time.perf_counter() - start,
-        "right": told[:, 0].tolist() == list(range(ranks.world)),
+        "right": ranks_seen[:, 0].tolist() == list(range(ranks.world)),
     }

@@ -1,6 +1,6 @@
-"""Layers written out in numpy, in float64, forward and backward: what the device must compute.
+"""NumPy float64 references of the layers, forward and backward.
 
-Each backward function gives the gradients of sum(y * dy).
+Gradients are those of sum(y * dy).
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ EPS = 1e-5  # of both norms
 def depthwise(
     x: np.ndarray, weight: np.ndarray, dy: np.ndarray | None, stride: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A 3 x 3 depthwise convolution with padding 1, window by window.
+    """Compute a 3 x 3 depthwise convolution with padding 1, window by window.
 
     Args:
         x: [B, H, W, C]; weight: [C, 1, 3, 3].
-        dy: [B, H', W', C]; None for the output alone, the gradients are zeros then.
+        dy: [B, H', W', C]; None for the output alone, with zeros as gradients.
 
     Returns:
         y [B, H', W', C], and the gradients of x and weight.
@@ -43,7 +43,7 @@ def depthwise(
 def convolution(
     x: np.ndarray, weight: np.ndarray, bias: np.ndarray, dy: np.ndarray, stride: int, padding: int
 ) -> tuple[np.ndarray, ...]:
-    """A dense convolution, window by window.
+    """Compute a dense convolution, window by window.
 
     Args:
         x: [B, C, H, W]; weight: [D, C, k, k]; bias: [D]; dy: [B, D, H', W'].
@@ -67,29 +67,38 @@ def convolution(
 
 
 def normalise(
-    x: np.ndarray, gamma: np.ndarray, beta: np.ndarray, dy: np.ndarray, axis: int
+    x: np.ndarray,
+    gamma: np.ndarray,
+    beta: np.ndarray,
+    dy: np.ndarray,
+    axes: tuple[int, ...],
+    parameter_axes: tuple[int, ...],
 ) -> tuple[np.ndarray, ...]:
-    """LayerNorm over the last axis (axis -1) or BatchNorm in training (axis 0) of rows.
+    """Normalise over some axes: LayerNorm, or BatchNorm in training mode.
 
     Args:
-        x, dy: [R, C]; gamma, beta: [C].
+        x, dy: of the same shape; gamma, beta: [C].
+        axes: axes of mean and variance.
+        parameter_axes: axes that gamma and beta are shared over.
 
     Returns:
-        y, the gradients of x, gamma and beta, and the mean and variance along the axis.
+        y, the gradients of x, gamma and beta, and the mean and variance.
     """
     x, dy = x.astype(np.float64), dy.astype(np.float64)
-    mean, variance = x.mean(axis, keepdims=True), x.var(axis, keepdims=True)
+    gamma, beta = (np.expand_dims(p.astype(np.float64), parameter_axes) for p in (gamma, beta))
+    mean, variance = x.mean(axes, keepdims=True), x.var(axes, keepdims=True)
     inverse = 1 / np.sqrt(variance + EPS)
     normed = (x - mean) * inverse
     g = dy * gamma
-    dx = g - g.mean(axis, keepdims=True) - normed * (g * normed).mean(axis, keepdims=True)
-    return normed * gamma + beta, dx * inverse, (dy * normed).sum(0), dy.sum(0), mean, variance
+    dx = g - g.mean(axes, keepdims=True) - normed * (g * normed).mean(axes, keepdims=True)
+    dgamma, dbeta = (dy * normed).sum(parameter_axes), dy.sum(parameter_axes)
+    return normed * gamma + beta, dx * inverse, dgamma, dbeta, mean, variance
 
 
 def attention(
     q: np.ndarray, k: np.ndarray, v: np.ndarray, dy: np.ndarray, scale: float
 ) -> tuple[np.ndarray, ...]:
-    """softmax(scale q k^T) v: y and the gradients of q, k and v, all [B, h, T, C / h]."""
+    """Return softmax(scale q k^T) v and the gradients of q, k and v, all [B, h, T, C / h]."""
     q, k, v, dy = (each.astype(np.float64) for each in (q, k, v, dy))
     weights = softmax(scale * q @ k.swapaxes(-1, -2))
     dweights = dy @ v.swapaxes(-1, -2)
@@ -98,27 +107,27 @@ def attention(
 
 
 def softmax(x: np.ndarray) -> np.ndarray:
-    """Along the last axis."""
+    """Compute softmax along the last axis."""
     shifted = np.exp(x - x.max(-1, keepdims=True))
     return shifted / shifted.sum(-1, keepdims=True)
 
 
 def quick_gelu(x: np.ndarray, dy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """x sigmoid(1.702 x) and the gradient of x."""
+    """Return x sigmoid(1.702 x) and the gradient of x."""
     x = x.astype(np.float64)
     sigmoid = 1 / (1 + np.exp(-1.702 * x))
     return x * sigmoid, dy * (sigmoid + 1.702 * x * sigmoid * (1 - sigmoid))
 
 
 def cross_entropy(logits: np.ndarray, targets: np.ndarray) -> tuple[float, np.ndarray]:
-    """Mean cross entropy against soft targets [B, C], and the gradient of the logits."""
+    """Return the mean cross entropy with soft targets [B, C] and the logits' gradient."""
     probabilities = softmax(logits.astype(np.float64))
     loss = -(targets * np.log(probabilities)).sum(1).mean()
     return loss, (probabilities - targets) / len(logits)
 
 
 def smooth_targets(labels: np.ndarray, classes: int, smoothing: float) -> np.ndarray:
-    """Labels [B] as soft targets [B, classes]."""
+    """Return the soft targets [B, classes] of labels [B]."""
     return (1 - smoothing) * np.eye(classes)[labels] + smoothing / classes
 
 
@@ -130,7 +139,7 @@ def adamw(
     betas: tuple[float, float],
     eps: float,
 ) -> np.ndarray:
-    """A weight after a step for each gradient, as `torch.optim.AdamW` computes it."""
+    """Return a weight after a step of `torch.optim.AdamW` for each gradient."""
     weight = weight.astype(np.float64)
     mean, square = np.zeros_like(weight), np.zeros_like(weight)
     for time, gradient in enumerate(gradients, 1):
@@ -143,19 +152,19 @@ def adamw(
 
 
 def hash_bits(x: np.ndarray) -> np.ndarray:
-    """The hash "lowbias32" of uint32 numbers."""
+    """Compute the hash "lowbias32" of uint32 numbers."""
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):
         x = (x ^ (x >> np.uint32(shift))) * np.uint32(factor)
     return x
 
 
 def random_bits(keys: np.ndarray, slots: int) -> np.ndarray:
-    """Random bits uint32 [slots, B] from uint32 keys [B]."""
+    """Return random bits uint32 [slots, B] for uint32 keys [B]."""
     counter = np.arange(slots, dtype=np.uint32) * np.uint32(0x9E3779B9)
     return hash_bits(counter[:, None] ^ hash_bits(keys)[None])
 
 
 def sample_keys(key: int, count: int) -> np.ndarray:
-    """A uint32 key for each image of a batch."""
+    """Return a uint32 key for each image of a batch."""
     own = hash_bits(np.array([key], np.uint32))
     return hash_bits(np.arange(count, dtype=np.uint32) * np.uint32(0x9E3779B9) ^ own)

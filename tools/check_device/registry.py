@@ -1,6 +1,6 @@
-"""The list of checks, in the order in which they run, and what a check gets and returns.
+"""The list of checks in the order in which they run, and their input and output types.
 
-Nothing here imports MindSpore: the program that starts the checks must not touch the device.
+This module does not import MindSpore: the program that starts the checks must not use the device.
 """
 
 from __future__ import annotations
@@ -10,18 +10,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-FLOAT32, PRECISIONS = "float32", ("float32", "float16", "bfloat16")
-
 
 @dataclass(frozen=True)
 class Setting:
-    """What every check is told.
+    """The input of every check.
 
     Args:
-        device: "Ascend", "GPU" or "CPU"; "auto" until the first check has chosen.
-        ranks: devices that the checks of several ranks use; 0 takes what fits this host.
-        full: whether to measure and check more, for as long as it takes.
-        folder: where a check may write; removed at the end.
+        device: "Ascend", "GPU" or "CPU"; "auto" until the first check has selected one.
+        ranks: devices for checks with several ranks; 0 selects by the host.
+        full: whether to run the long checks too.
+        folder: temporary folder for files; removed at the end.
         worker: command that starts a worker process, `tools.check_device.worker`.
     """
 
@@ -37,11 +35,11 @@ class Finding:
     """The outcome of a check.
 
     Args:
-        measured: the decisive number, in words.
-        allowed: what it may be; "" where there is no limit.
-        passed: whether it is.
-        hint: what this finding in particular points at, beside the check's own text.
-        details: further numbers, for the report file.
+        measured: the decisive value as text.
+        allowed: its limit as text; "" if there is none.
+        passed: whether the check passed.
+        hint: details on a failure, beside the check's own `cause`.
+        details: further values for the report file.
     """
 
     measured: str
@@ -60,22 +58,22 @@ class Check:
     """A check.
 
     Args:
-        name: as the table shows it.
+        name: its name in the table.
         function: "module:function" below `tools.check_device.checks`; Setting -> Finding.
-        process: checks of one name run in one process and share what is compiled there. After a
-            crash, an exception or a time-out the remaining ones get a new process.
-        seconds: limit, after which the process is ended.
-        points_at: what a failure points at.
+        process: checks with the same value run in one process and share compiled graphs. After a
+            crash, an exception or a time-out, the remaining ones run in a new process.
+        seconds: time limit, after which the process is killed.
+        cause: likely cause of a failure.
         runtime: keys of `runtime` that the process sets.
-        full: runs only with --full.
-        uses_device: False where the process itself must leave the device to others.
+        full: whether the check runs only with --full.
+        uses_device: False if the process must leave the device to processes that it starts.
     """
 
     name: str
     function: str
     process: str
     seconds: float
-    points_at: str
+    cause: str
     runtime: tuple[tuple[str, Any], ...] = ()
     full: bool = False
     uses_device: bool = True
@@ -92,31 +90,31 @@ _LAYER = "the forward or backward kernel of this layer: MindSpore's or CANN's (c
 CHECKS = (
     Check(
         "environment", "environment:environment", "environment", 300,
-        "the installation: MindSpore, driver and CANN (CUDA) must fit each other; docs/install.md "
-        "has the versions",
+        "the installation: the versions of MindSpore, driver and CANN (CUDA) must match; see "
+        "docs/install.md",
     ),
     Check(
         "arithmetic", "arithmetic:arithmetic", "operators", 300,
-        "how the device handles infinity and NaN: a step that overflows would not be noticed or "
-        "would leave NaN behind. On Atlas A2 unset MS_ASCEND_CHECK_OVERFLOW_MODE",
+        "how the device handles infinity and NaN: a step that overflows is not detected or "
+        "leaves NaN behind. On Atlas A2 unset MS_ASCEND_CHECK_OVERFLOW_MODE",
     ),
     Check(
         "random numbers", "arithmetic:random_numbers", "operators", 300,
-        "int32 products or shifts that do not wrap modulo 2^32: drop path and dropout would draw "
-        "wrong masks; set model.drop_path_rate and model.drop_rate to 0 until it is repaired",
+        "int32 products or shifts that do not wrap modulo 2^32: drop path and dropout draw "
+        "wrong masks; set model.drop_path_rate and model.drop_rate to 0 until it is fixed",
     ),
     Check(
         "drop path", "arithmetic:drop_path", "operators", 300,
-        "the masks of drop path: a residual branch is dropped by another branch's numbers. Where "
+        "the masks of drop path: a residual branch is dropped by another branch's numbers. If "
         "'random numbers' fails too, that is the cause; else Gather or slicing of the random bits",
     ),
     Check(
         "mixup and cutmix", "mixing:mixing", "operators", 300,
         "images or labels are not mixed with the batch in reverse order (ReverseV2); leave "
-        "augment.mixup and augment.cutmix at 0 until it is repaired",
+        "augment.mixup and augment.cutmix at 0 until it is fixed",
     ),
     Check("layer: depthwise convolution", "layers:depthwise", "operators", 300,
-          f"{_LAYER}; runtime.depthwise chooses between the two forms"),
+          f"{_LAYER}; runtime.depthwise selects one of the two forms"),
     Check("layer: token embedding", "layers:token_embedding", "operators", 300, _LAYER),
     Check("layer: BatchNorm", "layers:batch_norm", "operators", 300,
           f"{_LAYER}, or its running statistics"),
@@ -132,53 +130,53 @@ CHECKS = (
     ),
     Check(
         "logits float32", "network:float32", "network", 900,
-        "the forward pass: look at the layers above. Where all of them pass, compare the stages "
+        "the forward pass: see the layers above. If all of them pass, compare the stages "
         "(details in the report), and try runtime.jit_level O0",
     ),
     Check("logits float16", "network:float16", "network", 900,
-          "the forward pass in float16; train in float32 or bfloat16 until it is repaired"),
+          "the forward pass in float16; train in float32 or bfloat16 until it is fixed"),
     Check("logits bfloat16", "network:bfloat16", "network", 600,
-          "the forward pass in bfloat16; train in float16 until it is repaired"),
+          "the forward pass in bfloat16; train in float16 until it is fixed"),
     Check("logits flash attention", "network:flash", "network", 600,
-          "ops.flash_attention_score, or how it is called; leave runtime.flash_attention out"),
+          "ops.flash_attention_score, or its call; do not set runtime.flash_attention"),
     Check(
         "gradients", "training:gradients", "training", 900,
-        "the backward pass of the layer that is named; the forward pass is judged by 'logits'",
+        "the backward pass of the named layer; 'logits' checks the forward pass",
     ),
     Check(
         "trajectory float32", "training:trajectory", "training", 600,
-        "the training step. Where 'gradients' passes: optimizer, weight decay, or the order of "
-        "updates; else what 'gradients' points at",
+        "the training step. If 'gradients' passes: optimizer, weight decay, or the order of "
+        "updates; else the cause of 'gradients'",
     ),
     Check(
         "running statistics", "training:statistics", "training", 600,
         "BatchNorm's moving mean or variance, used in evaluation: momentum or unbiased variance. "
-        "Where 'logits float32' fails too, that is the cause",
+        "If 'logits float32' fails too, that is the cause",
     ),
     Check("moving average", "training:average", "training", 600,
           "Assign and the order of updates: the average must see the weights after the update"),
     Check(
         "overflow", "training:overflow", "training", 600,
         "a step with infinite gradients leaves something behind; train without a dynamic "
-        "training.loss_scale and with training.non_finite stop until it is repaired",
+        "training.loss_scale and with training.non_finite stop until it is fixed",
     ),
     Check(
         "repeatability", "training:repeatability", "training", 600,
-        "atomic additions or other kernels that add in changing order; expected on cards, and "
-        "runtime.deterministic true removes it. Larger differences are a race",
+        "atomic additions or other kernels that sum in varying order; expected on cards, and "
+        "runtime.deterministic true avoids it. Larger differences are a race condition",
     ),
     Check("accumulation", "accumulation:accumulation", "accumulation", 600,
           "sums of gradients over the parts of a batch; use training.accumulate 1"),
     Check(
         "trajectory float16", "training:trajectory_float16", "float16", 900,
-        "training in float16 with loss scale, where 'trajectory float32' passes",
+        "training in float16 with loss scale, if 'trajectory float32' passes",
     ),
     Check("determinism", "state:determinism", "state", 900,
-          "runtime.deterministic true is not fulfilled: a resumed run will not repeat exactly",
+          "runtime.deterministic true has no effect: a resumed run will not repeat exactly",
           runtime=DETERMINISTIC),
     Check("save and resume", "state:resume", "state", 600,
           "the saved state: the file was changed on its way to the disk or back (disk, memory), or "
-          "something is not saved. Where 'determinism' fails, that is the cause",
+          "something is not saved. If 'determinism' fails, that is the cause",
           runtime=DETERMINISTIC),
     Check("state on the CPU", "state:on_cpu", "state", 600,
           "a state written on this device gives other results on a CPU: the file (see 'save and "
@@ -191,7 +189,7 @@ CHECKS = (
     Check(
         "data parallel", "ranks:data_parallel", "data parallel", 900,
         "training on several ranks. Unequal checksums: a rank updates by numbers of its own. "
-        "Unequal losses: gradients, statistics or labels are not shared as they should be",
+        "Unequal losses: gradients, statistics or labels are not shared correctly",
         uses_device=False,
     ),
     Check(
@@ -201,7 +199,7 @@ CHECKS = (
     ),
     Check(
         "killed rank", "jobs:killed_rank", "jobs", 900,
-        "scripts/run_distribute_train.sh: ending all ranks, or starting again at once on the same "
+        "scripts/run_distribute_train.sh: ending all ranks, or restarting at once on the same "
         "devices and port", uses_device=False,
     ),
     Check("export MINDIR", "programs:mindir", "export", 600,
@@ -209,15 +207,15 @@ CHECKS = (
     Check("export ONNX", "programs:onnx", "export", 600,
           "export.py --format onnx, or onnxruntime", uses_device=False),
     Check("export AIR", "programs:air", "export", 600,
-          "export.py --format air: MindSpore's graph engine; --format onnx and ATC are another way",
+          "export.py --format air: MindSpore's graph engine; use --format onnx and ATC instead",
           uses_device=False),
     Check(
         "train.py", "programs:train", "train.py", 900,
-        "the whole path of training: data, step, evaluation, files. Look at the failures above",
+        "the whole training path: data, step, evaluation, files; see the failures above",
         uses_device=False,
     ),
     Check("speed", "speed:speed", "speed", 1800, "the profile, in the report file"),
     Check("speed by form", "speed:forms", "speed by form", 3600,
-          "the form that fails; leave runtime.jit_level and runtime.depthwise as they are",
+          "the failing form; leave runtime.jit_level and runtime.depthwise at their defaults",
           full=True, uses_device=False),
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The table on the console and the report file."""
+"""Formats the results for the console and the report file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ INDENT = "    "
 
 
 def head() -> str:
-    """The table's first line."""
+    """Return the table's header."""
     name, measured, allowed = (
         word.ljust(width) for word, width in zip(("check", "measured", "allowed"), WIDTHS)
     )
@@ -25,30 +25,30 @@ def head() -> str:
 
 
 def line(result: Result) -> str:
-    """A check's line; for a failure, what it points at as well."""
+    """Return a check's line, with the likely cause if it failed."""
     finding, name = result.finding, result.check.name.ljust(WIDTHS[0])
     if result.status == NOT_HERE:
         return f"{name}  not here: {finding.measured}"
     text = f"{name}  {finding.measured.ljust(WIDTHS[1])}  {finding.allowed.ljust(WIDTHS[2])}"
     text += f"  {result.seconds:7.1f}  {result.status}"
     if result.status == FAILED:
-        hints = [f"points at: {result.check.points_at}", *filter(None, [finding.hint])]
-        for hint in hints:
+        causes = [f"likely cause: {result.check.cause}", *filter(None, [finding.hint])]
+        for cause in causes:
             text += "\n" + textwrap.fill(
-                hint, 100, initial_indent=INDENT, subsequent_indent=2 * INDENT
+                cause, 100, initial_indent=INDENT, subsequent_indent=2 * INDENT
             )
     return text
 
 
 def summary(results: Sequence[Result], seconds: float) -> str:
-    """One line on all checks."""
+    """Return one line on all checks."""
     counts = Counter(result.status for result in results)
     words = ", ".join(f"{number} {status}" for status, number in counts.items())
     return f"{len(results)} checks: {words}; {seconds / 60:.1f} minutes"
 
 
 def report(results: Sequence[Result], device: str) -> dict[str, Any]:
-    """All of it, for a file."""
+    """Return the content of the report file."""
     return {
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "device": device,
@@ -70,7 +70,7 @@ def report(results: Sequence[Result], device: str) -> dict[str, Any]:
 
 
 def _as_json(value: Any) -> Any:
-    """A value without what JSON has no word for: NaN and infinity become text."""
+    """Replace NaN and infinity, which JSON does not have, by text."""
     if isinstance(value, dict):
         return {name: _as_json(each) for name, each in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,8 +1,8 @@
 """The process that runs checks: python -m tools.check_device.worker ROLE JSON.
 
-Role "checks" runs checks one after another and writes an event for each start and end to the file
-descriptor that it is given. The other roles are programs that checks start. After an exception the
-process ends, since a device may be unusable then; whoever started it goes on with a new one.
+Role "checks" runs checks one after another and sends a message for each through a connection. The
+other roles are programs that checks start. After an exception the process ends, because the device
+may be unusable; the runner starts a new one for the remaining checks.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ import atexit
 import contextlib
 import dataclasses
 import json
-import os
 import sys
 import time
 import traceback
+from multiprocessing.connection import Connection
 from typing import Any
 
-LONGEST = 600  # characters of an error's message
+MAX_MESSAGE = 600  # characters of an error's message
 
 
 def main(argv: list[str]) -> None:
-    """Play a role."""
+    """Run a role with its arguments."""
     role, text = argv
     from src.device import prepare_environment
 
@@ -41,43 +41,41 @@ def main(argv: list[str]) -> None:
         raise SystemExit(f"no such role: {role}")
 
 
-def run_checks(names: list[str], setting: dict[str, Any], events: int) -> None:
-    """Run checks of one process."""
+def run_checks(names: list[str], setting: dict[str, Any], connection: int) -> None:
+    """Run the checks of one process; an empty message says that it is ready."""
     from tools.check_device.registry import CHECKS, Finding, NotHere, Setting
 
-    atexit.register(end_children)  # what a check has started ends with it
+    atexit.register(_kill_children)
+    sender = Connection(connection, readable=False)
+
+    def send(**message: Any) -> None:
+        sender.send_bytes(json.dumps(message, default=str).encode())
+
     setting = Setting(**setting)
     checks = {check.name: check for check in CHECKS}
-    with os.fdopen(events, "w", buffering=1) as file:
-
-        def send(**event: Any) -> None:
-            file.write(json.dumps(event, default=str) + "\n")
-
-        is_set_up = False
-        for name in names:
-            check = checks[name]
-            send(start=name)
-            start = time.perf_counter()
-            try:
-                if check.uses_device and not is_set_up:
-                    set_up(setting.device, dict(check.runtime))
-                    is_set_up = True
-                finding = check.run(setting)
-            except NotHere as reason:
-                send(end=name, not_here=str(reason), seconds=time.perf_counter() - start)
-                continue
-            except Exception as error:
-                traceback.print_exc()
-                line = next((s.strip() for s in str(error).splitlines() if s.strip()), "")
-                finding = Finding(f"{type(error).__name__}", passed=False, hint=line[:LONGEST])
-                send(end=name, finding=dataclasses.asdict(finding), seconds=0, broken=True)
-                return
-            seconds = time.perf_counter() - start
-            send(end=name, finding=dataclasses.asdict(finding), seconds=seconds)
+    is_set_up = False
+    send()
+    for name in names:
+        check = checks[name]
+        start = time.perf_counter()
+        try:
+            if check.uses_device and not is_set_up:
+                _set_up(setting.device, dict(check.runtime))
+                is_set_up = True
+            finding = check.run(setting)
+        except NotHere as reason:
+            send(not_here=str(reason), seconds=time.perf_counter() - start)
+            continue
+        except Exception as error:
+            traceback.print_exc()
+            line = next((s.strip() for s in str(error).splitlines() if s.strip()), "")
+            finding = Finding(type(error).__name__, passed=False, hint=line[:MAX_MESSAGE])
+            send(finding=dataclasses.asdict(finding), seconds=0, broken=True)
+            return
+        send(finding=dataclasses.asdict(finding), seconds=time.perf_counter() - start)
 
 
-def end_children() -> None:
-    """End every process that this one has started."""
+def _kill_children() -> None:
     import psutil
 
     for child in psutil.Process().children(recursive=True):
@@ -85,7 +83,7 @@ def end_children() -> None:
             child.kill()
 
 
-def set_up(device: str, runtime: dict[str, Any]) -> None:
+def _set_up(device: str, runtime: dict[str, Any]) -> None:
     """Choose the device as train.py does."""
     from src.config import RuntimeConfig
     from src.device import setup

@@ -11,7 +11,7 @@ from src.errors import UserError, executable
 
 @executable
 def main(argv: list[str]) -> None:
-    """Convert what is not converted yet, or verify; print what is there."""
+    """Convert an image folder, verify shards, or both; print the number of images."""
 
     def add_arguments(parser) -> None:
         parser.add_argument("--src", type=str, help="image folder: train/<class>/*, val/<class>/*")
@@ -22,21 +22,24 @@ def main(argv: list[str]) -> None:
             "--images_per_shard", type=int, default=50_000, help="images of the folder in a shard"
         )
         parser.add_argument(
-            "--workers", type=int, default=0, help="threads that read and check; 0: one per core"
+            "--workers",
+            type=int,
+            default=0,
+            help="threads that read and check; 0: one per core, at most 16",
         )
         parser.add_argument("--train_folder", type=str, default="train", help="below --src")
         parser.add_argument("--val_folder", type=str, default="val", help="below --src")
         parser.add_argument(
-            "--skip_broken", action="store_true", help="leave out unreadable images, count them"
+            "--skip_broken", action="store_true", help="skip unreadable images and count them"
         )
         parser.add_argument(
-            "--force", action="store_true", help="go on though images or options have changed"
+            "--force", action="store_true", help="continue although images or options have changed"
         )
         parser.add_argument(
             "--verify", action="store_true", help="read all of --dst against its checksums"
         )
 
-    description = "Pack an image folder into MindRecord shards; run again, it goes on."
+    description = "Pack an image folder into MindRecord shards; run again to continue."
     _, arguments = parse(argv, "-m tools.records", description, add_arguments, schema=None)
     if not arguments.src and not arguments.verify:
         raise UserError("--src is missing; give the image folder, or --verify to check --dst")
@@ -54,8 +57,8 @@ def main(argv: list[str]) -> None:
         done = convert(Path(arguments.src).expanduser(), target, options, **folders)
         for name, split in done.items():
             print(
-                f"{target / name}: {split.images} images in {split.shards} shards, {split.kept} of "
-                f"them kept from before; {len(split.skipped)} broken images left out"
+                f"{target / name}: {split.images} images in {split.shards} shards ({split.kept} "
+                f"kept from an earlier start), {len(split.skipped)} broken images skipped"
             )
     if arguments.verify:
         for folder, images in verify(target).items():

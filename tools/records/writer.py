@@ -1,4 +1,4 @@
-"""From an image folder to MindRecord shards, in steps that an interruption cannot spoil."""
+"""Packs an image folder into MindRecord shards; an interrupted conversion can be continued."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ from typing import Any, NoReturn, TypeVar
 
 import mindspore.dataset as ds
 from mindspore.mindrecord.common.exceptions import MindRecordException
+from tqdm import tqdm
 
 from src.data.base import Source
 from src.data.images import find_fault, is_decodable
 from src.data.records import FORMAT, INDEX, UNFINISHED, load_index
 from src.data.shards import open_writer, seal, verify_shard
 from src.data.sources import open_source
+from src.device import usable_cores
 from src.errors import UserError
 from src.files import remove_unfinished, write_json
 from src.progress import progress_bar
@@ -29,25 +31,25 @@ from src.progress import progress_bar
 _log = logging.getLogger("cvt")
 
 _T = TypeVar("_T")
-_ASIDE = ".writing"
+_PARTIAL = ".writing"
 _BATCH = 64  # records handed to MindSpore at once
 _CHANGED = {
-    "listing": "the list of images in {} is",
-    "class_names": "the list of classes in {} is",
-    "images_per_shard": "--images_per_shard is",
-    "skip_broken": "--skip_broken is",
+    "class_names": "the list of classes in {} has",
+    "listing": "the list of images in {} has",
+    "images_per_shard": "--images_per_shard has",
+    "skip_broken": "--skip_broken has",
 }
 
 
 @dataclass(frozen=True)
 class Options:
-    """How to convert.
+    """Options of a conversion.
 
     Args:
-        images_per_shard: images of the folder in a shard; a training opens all shards at once.
-        workers: threads that read and check images.
-        skip_broken: leave out images that cannot be read instead of refusing.
-        force: go on where the folder or these options changed; shards that still fit are kept.
+        images_per_shard: source images per shard; training opens all shards at once.
+        workers: threads that read and check images; 0 chooses by the cores.
+        skip_broken: skip unreadable images instead of failing.
+        force: continue although the folder or these options have changed; matching shards are kept.
     """
 
     images_per_shard: int = 50_000
@@ -62,7 +64,7 @@ class Options:
 
 @dataclass
 class Converted:
-    """What a split became: images in the shards, shards kept from before, files left out."""
+    """Result for one split: images and shards, shards kept from an earlier start, skipped files."""
 
     images: int
     shards: int
@@ -78,33 +80,33 @@ def convert(
     train_folder: str = "train",
     val_folder: str = "val",
 ) -> dict[str, Converted]:
-    """Convert the splits of an image folder, those of the two folders that are there.
+    """Convert the splits of an image folder that exist.
 
-    Killed at any moment and started again, it ends with the same files as without: a shard is
-    written aside, moved into place whole and then noted; one that is noted is kept if its checksums
-    and its source files (names, sizes, times) are still the same.
+    If it is killed at any moment and started again, the result is the same, byte for byte: a shard
+    is written to a temporary folder, moved into place and then recorded. A recorded shard is kept
+    if its checksums and its source files (names, sizes, times) have not changed.
 
     Returns:
-        What each split became, by the name of its folder.
+        The result for each split, by the name of its folder.
 
     Raises:
-        UserError: the folder is not what "imagefolder" takes, an image can't be read, the target
-            can't be written or holds shards of other images.
+        UserError: "imagefolder" rejects the folder, an image cannot be read, the target cannot be
+            written or contains shards of other images.
     """
     if not root.is_dir():
         raise UserError(f"--src {root}: no such folder; give the image folder")
     folders = {"train_folder": train_folder, "val_folder": val_folder}
-    there = [s for s in ("train", "val") if (root / folders[f"{s}_folder"]).is_dir()]
+    found = [s for s in ("train", "val") if (root / folders[f"{s}_folder"]).is_dir()]
     if target.resolve() == root.resolve():
         raise UserError(f"--dst {target}: is the image folder itself; give another folder")
     root = Path(os.path.abspath(root))
-    sources = {  # all opened before the first is converted, so that their faults come early
+    sources = {  # open all before converting the first, so that their errors come early
         folders[f"{split}_folder"]: open_source("imagefolder", str(root), split, **folders)
-        for split in there or ["train"]
+        for split in found or ["train"]
     }
-    missing = [folders[f"{s}_folder"] for s in ("train", "val") if s not in there]
+    missing = [folders[f"{s}_folder"] for s in ("train", "val") if s not in found]
     if missing:
-        _log.warning("%s: no folder %s, going on without it", root, missing[0])
+        _log.warning("%s: no folder %s, skipping this split", root, missing[0])
     return {
         name: _Conversion(source, root, target / name, options).run()
         for name, source in sources.items()
@@ -112,238 +114,217 @@ def convert(
 
 
 class _Conversion:
-    """One split on its way into its folder."""
+    """Converts one split."""
 
     def __init__(self, source: Source, root: Path, folder: Path, options: Options) -> None:
         self._source = source
         self._root = root
         self._folder = folder
         self._options = options
-        self._workers = options.workers or min(os.cpu_count() or 1, 16)
-        self._index = {
+        self._workers = options.workers or min(len(usable_cores()), 16)
+        step, count = options.images_per_shard, len(source)
+        self._ranges = [range(i, min(i + step, count)) for i in range(0, count, step)]
+        self._head = {
             "format": FORMAT,
             "source": str(root),
             "class_names": list(source.class_names),
             "listing": self._listing(),
             "images_per_shard": options.images_per_shard,
             "skip_broken": options.skip_broken,
-            "images": 0,
-            "shards": [],
         }
 
     def run(self) -> Converted:
-        """Keep what is there, write the rest, close with the index."""
-        earlier, bounds = self._earlier(), self._bounds()
+        """Keep the intact shards of an earlier start, write the others, finish with the index."""
+        shards = self._intact_shards()
+        kept = len(shards)
+        if kept < len(self._ranges) or not (self._folder / INDEX).is_file():
+            self._write_missing(shards)
+        self._remove_leftovers({shard["name"] for shard in shards.values()})
+        skipped = [name for number in sorted(shards) for name in shards[number]["skipped"]]
+        images = sum(shard["images"] for shard in shards.values())
+        return Converted(images, len(shards), kept, skipped)
+
+    def _write_missing(self, shards: dict[int, dict[str, Any]]) -> None:
+        """Write the shards that are missing in `shards`, add them, and write the index."""
         index, unfinished = self._folder / INDEX, self._folder / UNFINISHED
-        if index.is_file() and len(earlier) == len(bounds):
-            return self._close(list(earlier.values()), len(earlier))
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             if index.is_file():
-                os.replace(index, unfinished)  # for readers too, from here on
+                os.replace(index, unfinished)  # from now on readers reject the folder
         except OSError as error:
             raise UserError(f"{self._folder}: {error.strerror}; give another --dst") from error
-        # Before the first shard, so that no shard of ours is ever without an index.
-        write_json({**self._index, "shards": list(earlier.values())}, unfinished)
-        shards = self._index["shards"]
-        with ThreadPoolExecutor(self._workers) as pool, self._bar("convert") as bar:
-            for number, (first, last) in enumerate(bounds):
-                if number in earlier:
-                    shards.append(earlier[number])
-                    bar.update(last - first)
-                    continue
-                shards.append(self._write(number, first, last, pool, bar.update))
-                # Later shards of the earlier start are noted on, lest a second kill loses them.
-                later = [shard for key, shard in earlier.items() if key > number]
-                write_json({**self._index, "shards": shards + later}, unfinished)
-        self._index["images"] = sum(shard["images"] for shard in shards)
-        write_json(self._index, index)
-        return self._close(shards, len(earlier))
+        self._write_index(shards, unfinished)  # before the first shard, to mark the folder as ours
+        bar = progress_bar(len(self._source), f"convert {self._folder.name}")
+        with ThreadPoolExecutor(self._workers) as pool, bar:
+            for number, positions in enumerate(self._ranges):
+                if number in shards:
+                    bar.update(len(positions))
+                else:
+                    shards[number] = self._write_shard(number, positions, pool, bar)
+                    self._write_index(shards, unfinished)
+        self._write_index(shards, index)
 
-    def _close(self, shards: list[dict[str, Any]], kept: int) -> Converted:
-        self._tidy({shard["name"] for shard in shards})
-        skipped = [name for shard in shards for name in shard["skipped"]]
-        return Converted(sum(shard["images"] for shard in shards), len(shards), kept, skipped)
+    def _write_index(self, shards: dict[int, dict[str, Any]], file: Path) -> None:
+        images = sum(shard["images"] for shard in shards.values())
+        ordered = [shards[number] for number in sorted(shards)]
+        write_json({**self._head, "images": images, "shards": ordered}, file)
 
-    def _tidy(self, names: set[str]) -> None:
-        """Take away what an interruption, or another number of shards, has left behind."""
+    def _remove_leftovers(self, names: set[str]) -> None:
+        """Remove what an interruption, or another number of shards, has left behind."""
         (self._folder / UNFINISHED).unlink(missing_ok=True)
-        shutil.rmtree(self._folder / _ASIDE, ignore_errors=True)
+        shutil.rmtree(self._folder / _PARTIAL, ignore_errors=True)
         remove_unfinished(self._folder)
         for path in self._folder.glob("[0-9]" * 5 + ".mindrecord*"):
             if path.name not in names and path.name.replace(".db", "") not in names:
                 path.unlink()
 
-    def _bar(self, doing: str):
-        return progress_bar(len(self._source), f"{doing} {self._folder.name}")
-
-    def _bounds(self) -> list[tuple[int, int]]:
-        step, count = self._options.images_per_shard, len(self._source)
-        return [(first, min(first + step, count)) for first in range(0, count, step)]
-
     def _name(self, position: int) -> str:
-        """An image's path below the source folder; bytes that are no UTF-8 as escapes."""
+        """Return an image's path below the source folder, with bytes that are not UTF-8 escaped."""
         path = self._source.describe(position)[len(os.path.join(self._root, "")) :]
         return os.fsencode(path).decode("utf-8", "backslashreplace")
 
     def _listing(self) -> str:
-        """SHA-256 of the images' names and labels."""
+        """Return the SHA-256 of the images' names and labels."""
         digest = hashlib.sha256()
         for position, label in enumerate(self._source.labels.tolist()):
             digest.update(f"{self._name(position)}\0{label}\n".encode())
         return digest.hexdigest()
 
-    def _look_at(self, first: int, last: int) -> tuple[list[int], str, str]:
-        """Some images' sizes in bytes, a digest of names, labels and sizes, and one with times.
+    def _fingerprint(self, positions: range) -> tuple[list[int], str, str]:
+        """Return the files' sizes, a digest of names, labels and sizes, and one with times too.
 
-        The first digest marks the shard as this set's, the second notices a file that has changed.
+        The first digest, in the shard's header, identifies the data set; the second one detects a
+        source file that has changed.
         """
-        sizes, marks = [], hashlib.sha256()
-        times = hashlib.sha256()
-        for position in range(first, last):
-            stat = _of_file(os.stat, self._source.describe(position))
+        sizes, content, times = [], hashlib.sha256(), hashlib.sha256()
+        for position in positions:
+            stat = _access(os.stat, self._source.describe(position))
             sizes.append(stat.st_size)
             line = f"{self._name(position)}\0{self._source.labels[position]} {stat.st_size}\n"
-            marks.update(line.encode())
+            content.update(line.encode())
             times.update(f"{stat.st_mtime_ns}\n".encode())
-        times.update(marks.digest())
-        return sizes, marks.hexdigest(), times.hexdigest()
+        times.update(content.digest())
+        return sizes, content.hexdigest(), times.hexdigest()
 
-    def _earlier(self) -> dict[int, dict[str, Any]]:
-        """The shards of an earlier start that are good, by number.
+    def _intact_shards(self) -> dict[int, dict[str, Any]]:
+        """Return the shards of an earlier start that are intact and match the source, by number.
 
         Raises:
-            UserError: the images or the options are not what they were.
+            UserError: the images or the options have changed.
         """
         paths = [self._folder / name for name in (INDEX, UNFINISHED)]
         path = next((path for path in paths if path.is_file()), None)
         if path is None:
-            strange = sorted(path.name for path in self._folder.glob("*.mindrecord*"))
-            if strange and not self._options.force:
+            foreign = sorted(path.name for path in self._folder.glob("*.mindrecord*"))
+            if foreign and not self._options.force:
                 raise UserError(
-                    f"{self._folder}: {strange[0]} there is not of this command and would be "
+                    f"{self._folder}: {foreign[0]} was not written by this command and would be "
                     "replaced; give another --dst, or add --force"
                 )
             return {}
-        before = load_index(path)
-        for key in ("class_names", "listing", "images_per_shard", "skip_broken"):
-            if before[key] != self._index[key]:
-                self._check_forced(_CHANGED[key].format(self._root))
-        bounds, good = self._bounds(), {}
-        with self._bar("verify") as bar:
-            for shard in before["shards"]:
+        earlier = load_index(path)
+        for key, what in _CHANGED.items():
+            if earlier[key] != self._head[key]:
+                self._require_force(what.format(self._root))
+        if earlier["class_names"] != self._head["class_names"]:
+            return {}
+        intact = {}
+        with progress_bar(len(self._source), f"verify {self._folder.name}") as bar:
+            for shard in earlier["shards"]:
                 number = int(Path(shard["name"]).stem)
-                if number >= len(bounds) or before["class_names"] != self._index["class_names"]:
+                if number >= len(self._ranges):
                     continue
                 if shard["skipped"] and not self._options.skip_broken:
                     continue
-                if self._look_at(*bounds[number])[2] != shard["origin"]:
-                    self._check_forced(f"an image file of shard {number} in {self._root} is")
+                if self._fingerprint(self._ranges[number])[2] != shard["origin"]:
+                    self._require_force(f"an image file of shard {number} in {self._root} has")
                     continue
                 try:
                     verify_shard(self._folder, shard)
-                    good[number] = shard
+                    intact[number] = shard
                 except UserError as error:
-                    _log.warning("written anew: %s", error)
-                bar.update(bounds[number][1] - bounds[number][0])
-        return good
+                    _log.warning("rewriting a shard: %s", error)
+                bar.update(len(self._ranges[number]))
+        return intact
 
-    def _check_forced(self, what: str) -> None:
+    def _require_force(self, what: str) -> None:
         if not self._options.force:
             raise UserError(
-                f"{self._folder}: {what} not what it was when the conversion began; add --force to "
-                "write anew the shards that no longer fit, or give another --dst"
+                f"{self._folder}: {what} changed since the conversion began; add --force to "
+                "rewrite the shards that no longer match, or give another --dst"
             )
 
-    def _write(
-        self,
-        number: int,
-        first: int,
-        last: int,
-        pool: ThreadPoolExecutor,
-        advance: Callable[[int], Any],
+    def _write_shard(
+        self, number: int, positions: range, pool: ThreadPoolExecutor, bar: tqdm
     ) -> dict[str, Any]:
-        """Write one shard; its entry in the index."""
-        aside = self._folder / _ASIDE
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
-        path = aside / f"{number:05d}.mindrecord"
-        sizes, mark, origin = self._look_at(first, last)
-        labels, skipped, unready = [], [], []
+        """Write one shard; returns its entry in the index."""
+        folder = self._folder / _PARTIAL
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        path = folder / f"{number:05d}.mindrecord"
+        sizes, content_digest, origin = self._fingerprint(positions)
+        files = [self._source.describe(position) for position in positions]
+        labels, skipped, unready, batch = [], [], 0, []
         try:
-            writer = open_writer(path, sizes, mark)
-            for batch in self._records(first, last, sizes, pool, skipped, unready):
-                labels += [record["label"] for record in batch]
-                writer.write_raw_data(batch)
-                advance(len(batch))
-            advance(len(skipped))
+            writer = open_writer(path, sizes, content_digest)
+            reads = _map_ahead(pool, _read, files, 4 * self._workers)
+            for position, file, size, read in zip(positions, files, sizes, reads):
+                bar.update()
+                if read is None:
+                    if not self._options.skip_broken:
+                        self._raise_broken(position, pool)
+                    skipped.append(self._name(position))
+                    continue
+                content, ready = read
+                if len(content) != size:
+                    raise UserError(f"{file}: changed while it was read; start again later")
+                unready += not ready
+                labels.append(int(self._source.labels[position]))
+                name = self._name(position)
+                batch.append({"image": content, "file": name, "label": labels[-1]})
+                if len(batch) == _BATCH:
+                    writer.write_raw_data(batch)
+                    batch = []
             if not labels:
-                raise UserError(f"{self._name(first)} and the {last - first - 1} images behind it: "
-                                "not one is readable; is this the right --src?")  # fmt: skip
+                raise UserError(
+                    f"{self._name(positions[0])} to {self._name(positions[-1])}: no image is "
+                    "readable; is this the right --src?"
+                )
+            if batch:
+                writer.write_raw_data(batch)
             writer.commit()
-            # MindSpore leaves out a record that it finds at fault, with no more than a warning.
+            # MindSpore drops a record that it finds invalid with only a warning.
             if ds.MindDataset([str(path)]).get_dataset_size() != len(labels):
                 raise RuntimeError("MindSpore has not written every record")
             entry = seal(path, self._folder)
         except (OSError, RuntimeError, MindRecordException) as error:
             text = " ".join(str(error).split())[:300]
             raise UserError(f"{self._folder}: cannot write {path.name}: {text}") from error
-        runs = [[label, len(list(group))] for label, group in itertools.groupby(labels)]
-        content = {"images": len(labels), "labels": runs, "skipped": skipped, "origin": origin}
-        content["unready"] = len(unready)
-        return {"name": path.name, **content, **entry}
+        return {
+            "name": path.name,
+            "images": len(labels),
+            "labels": [[label, len(list(group))] for label, group in itertools.groupby(labels)],
+            "skipped": skipped,
+            "origin": origin,
+            "unready": unready,
+            **entry,
+        }
 
-    def _records(
-        self,
-        first: int,
-        last: int,
-        sizes: list[int],
-        pool: ThreadPoolExecutor,
-        skipped: list[str],
-        unready: list[str],
-    ) -> Iterator[list[dict[str, Any]]]:
-        """Records of the readable images in batches; names of the others go into `skipped`.
-
-        Names of those that MindSpore reads right only after `make_decodable` go into `unready`.
-        """
-        paths = [self._source.describe(position) for position in range(first, last)]
-        batch = []
-        for offset, read in enumerate(_ahead(pool, _read, paths, 4 * self._workers)):
-            position = first + offset
-            if read is None:
-                if not self._options.skip_broken:
-                    self._refuse(position, pool)
-                skipped.append(self._name(position))
-                continue
-            content, ready = read
-            unready += [self._name(position)] * (not ready)
-            if len(content) != sizes[offset]:
-                raise UserError(f"{paths[offset]}: changes while it is read; start again later")
-            label = int(self._source.labels[position])
-            batch.append({"image": content, "file": self._name(position), "label": label})
-            if len(batch) == _BATCH:
-                yield batch
-                batch = []
-        if batch:
-            yield batch
-
-    def _refuse(self, position: int, pool: ThreadPoolExecutor) -> NoReturn:
-        """Look through the rest, so that one start finds all that is broken."""
-        paths = [self._source.describe(p) for p in range(position, len(self._source))]
-        contents = _ahead(pool, _read, paths, 4 * self._workers)
-        broken = [path for path, content in zip(paths, contents) if content is None]
-        for path in broken[1:]:
-            _log.warning("%s: not a readable image", path)
-        more = _and_more(len(broken) - 1)
-        remedy = "replace what is broken, or leave it out with --skip_broken"
-        raise UserError(f"{broken[0]}: not a readable image{more}; {remedy}")
+    def _raise_broken(self, position: int, pool: ThreadPoolExecutor) -> NoReturn:
+        """Check the remaining images too, so that one start finds all broken ones."""
+        files = [self._source.describe(p) for p in range(position, len(self._source))]
+        reads = _map_ahead(pool, _read, files, 4 * self._workers)
+        broken = [file for file, read in zip(files, reads) if read is None]
+        for file in broken[1:]:
+            _log.warning("%s: not a readable image", file)
+        more = f" ({len(broken) - 1} more are named above)" if len(broken) > 1 else ""
+        raise UserError(
+            f"{broken[0]}: not a readable image{more}; replace broken images, or skip them with "
+            "--skip_broken"
+        )
 
 
-def _and_more(count: int) -> str:
-    return f", nor are {count} more, named above" if count else ""
-
-
-def _of_file(function: Callable[[str], _T], path: str) -> _T:
+def _access(function: Callable[[str], _T], path: str) -> _T:
     try:
         return function(path)
     except OSError as error:
@@ -351,24 +332,26 @@ def _of_file(function: Callable[[str], _T], path: str) -> _T:
 
 
 def _read(path: str) -> tuple[bytes, bool] | None:
-    """An image file's bytes, and whether MindSpore decodes them right; None if they are no image.
+    """Read an image file.
 
-    A record holds the file unchanged: the bitmap that `make_decodable` makes of a photograph that
-    EXIF turns is ten times as large.
+    Returns:
+        Its bytes, and whether MindSpore decodes them correctly without `make_decodable`; None if it
+        is not an image. Records hold the file unchanged: the bitmap that `make_decodable` makes of
+        a photograph with EXIF rotation is ten times as large.
     """
-    content = _of_file(lambda name: Path(name).read_bytes(), path)
+    content = _access(lambda name: Path(name).read_bytes(), path)
     fault, _ = find_fault(content)
     return None if fault else (content, is_decodable(content))
 
 
-def _ahead(
-    pool: ThreadPoolExecutor, function: Callable[[str], _T], items: Iterable[str], window: int
+def _map_ahead(
+    pool: ThreadPoolExecutor, function: Callable[[str], _T], items: Iterable[str], limit: int
 ) -> Iterator[_T]:
-    """`map(function, items)` by the pool's threads, at most `window` results waiting in memory."""
+    """Like `pool.map(function, items)`, with at most `limit` results waiting in memory."""
     waiting: deque = deque()
     for item in items:
         waiting.append(pool.submit(function, item))
-        if len(waiting) > window:
+        if len(waiting) > limit:
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()

@@ -13,7 +13,7 @@ from src.errors import UserError, executable
 
 @executable
 def main(argv: list[str]) -> None:
-    """Train what is not done yet of a study; write its table and plots."""
+    """Train the unfinished cells of a study; write its table and plots."""
 
     def add_arguments(parser) -> None:
         parser.add_argument(
@@ -23,33 +23,36 @@ def main(argv: list[str]) -> None:
             "--only",
             type=str,
             default="*",
-            help="train the cells of these names only (model-images-seed), as 'cvt_nano-250-*'",
+            help="train only the cells with these names (model-images-seed), e.g. 'cvt_nano-250-*'",
         )
         parser.add_argument(
-            "--dry_run", action="store_true", help="check all, and list the cells that are done"
+            "--dry_run",
+            action="store_true",
+            help="check everything, list the cells, do not train",
         )
 
     argv, options = take_keys(argv)
     if take_option(argv, "--config")[1] is None and not {"-h", "--help"} & set(argv):
-        raise UserError("--config is missing; give a study, as config/study/digits.yaml")
+        raise UserError("--config is missing; give a study such as config/study/digits.yaml")
     description = (
-        "Train a grid of models x training images x seeds, one run at a time; called again, it "
-        "goes on. Any key of a recipe (train.py --help) may be given, for all runs: "
+        "Train a grid of models x training images x seeds, one run at a time; run the same command "
+        "again to continue. Any recipe key (train.py --help) applies to all runs, for example "
         "--data.path FOLDER."
     )
     study, arguments = parse(argv, "-m tools.study", description, add_arguments, schema=Study)
     prepare_environment()
     log_to()
-    from tools.study.grid import cells_of
-    from tools.study.study import StudyRun
+    from tools.study.cells import expand_study
+    from tools.study.runner import StudyRunner
 
     output = Path(arguments.output or default_output(arguments.config))
-    run = StudyRun(cells_of(study, Path(arguments.config), options), output, arguments.only)
+    cells = expand_study(study, Path(arguments.config), options)
+    runner = StudyRunner(cells, output, arguments.only)
     if arguments.dry_run:
-        run.show()
+        runner.list_cells()
         return
-    run.train()
-    print(f"{(output / 'table.md').read_text(encoding='utf-8')}\neverything lies in {output}")
+    runner.run()
+    print(f"{(output / 'table.md').read_text(encoding='utf-8')}\nresults: {output}")
 
 
 if __name__ == "__main__":

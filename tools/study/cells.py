@@ -1,131 +1,136 @@
-"""The runs behind a study's cells: how far they are, and how to get them done."""
+"""Expands a study into its cells; each is one call of train.py."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import logging
-import signal
-import subprocess
-import sys
-from collections.abc import Sequence
+import copy
+import itertools
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from src.config_io import load_config
-from src.errors import UserError, shown
-from src.training.resume import FREE_TO_CHANGE, flatten
-from src.training.state import has_state
-from src.training.stop_signal import SIGNALS
-from tools.study.grid import Cell
+from src.cli import as_option, parse
+from src.config import Config, Study
+from src.errors import UserError
 
-logger = logging.getLogger("cvt")
-TRAIN = Path(__file__).resolve().parents[2] / "train.py"
-RESOLVED = ("model.num_classes", "data.class_names")  # a run fills them in where they are null
+STUDY_KEYS = (
+    "runtime.seed", "data.train_images", "training.epochs", "training.epoch_steps",
+    "evaluation.every",
+)  # fmt: skip
+_NAME = re.compile(r"[\w+.-]*\w[\w+.-]*", re.ASCII)
 
 
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """What a cell's folder holds.
+@dataclass(frozen=True)
+class Cell:
+    """One run of a study.
 
     Args:
-        rows: of metrics.jsonl, one for each finished epoch.
-        begun: whether there is a state to go on from.
-        done: whether the last epoch is evaluated.
+        model, train_images, seed: its place in the grid.
+        arguments: those of train.py, without --output.
+        config: the configuration that these arguments give.
     """
 
-    rows: list[dict]
-    begun: bool
-    done: bool
+    model: str
+    train_images: int
+    seed: int
+    arguments: tuple[str, ...]
+    config: Config
+
+    @property
+    def name(self) -> str:
+        """Name of its folder: model, training images, seed."""
+        return f"{self.model}-{self.train_images}-{self.seed}"
+
+    @property
+    def steps(self) -> int:
+        """Steps of the whole run."""
+        return self.config.training.epochs * self.config.training.epoch_steps
 
 
-def look(cell: Cell, folder: Path) -> Run:
-    """See how far a cell is.
+def expand_study(study: Study, file: Path, options: Sequence[str] = ()) -> list[Cell]:
+    """Return all cells, seed by seed, so that an unfinished study covers every model and size.
 
-    A finished cell needs no checkpoints, only config.yaml and metrics.jsonl, so that results can be
-    kept in a repository and a study continued on another machine.
+    Args:
+        study: the grid.
+        file: its file; `study.recipe` is relative to it.
+        options: `--key=value` of a recipe, for all cells; they override the study's.
 
     Raises:
-        UserError: it was trained under other settings than the study has now.
+        UserError: the grid or a key is invalid.
     """
-    begun = has_state(folder / "checkpoints")
-    rows = read_rows(folder)
-    if begun or rows:
-        _refuse_changes(cell, folder)
-    last = rows[-1] if rows else {}
-    done = last.get("epoch") == cell.config.training.epochs and last.get("top1") is not None
-    return Run(rows if begun or done else [], begun, done)
+    budgets = _check_grid(study, file)
+    recipe = Path(os.path.normpath(file.parent / study.recipe))
+    if not recipe.is_file():
+        raise UserError(f"{file}: recipe {study.recipe}: no such file relative to the study's")
+    _refuse_study_keys([option[2:].partition("=")[0] for option in options], "the command line")
+    variants = {}
+    for model, changes in study.models.items():
+        where = f"{file}: models.{model}"
+        arguments = [
+            f"--config={recipe}",
+            *_to_options(study.settings, f"{file}: settings"),
+            *_to_options(changes, where),
+            *options,
+        ]
+        try:
+            config, _ = parse(arguments, "", "", lambda parser: None)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+        variants[model] = arguments, config
+    every = study.evaluate_every
+    cells = []
+    for seed, images, model in itertools.product(study.seeds, study.train_images, variants):
+        arguments, config = variants[model]
+        config = copy.deepcopy(config)
+        values = dict(zip(STUDY_KEYS, (seed, images, budgets[images] // every, every, 1)))
+        for key, value in values.items():
+            group, name = key.split(".")
+            setattr(getattr(config, group), name, value)
+        own = (as_option(key, value) for key, value in values.items())
+        cells.append(Cell(model, images, seed, (*arguments, *own), config))
+    return cells
 
 
-def read_rows(folder: Path) -> list[dict]:
-    """The figures of a run; none of a file that is damaged, which resuming the run repairs."""
-    try:
-        text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
-        rows = [json.loads(line) for line in text.splitlines()]
-    except (OSError, ValueError):
-        return []
-    return rows if [row.get("epoch") for row in rows] == list(range(1, len(rows) + 1)) else []
-
-
-def _refuse_changes(cell: Cell, folder: Path) -> None:
-    before, now = flatten(load_config(folder / "config.yaml")), flatten(cell.config)
-    free = {key for key in RESOLVED if now[key] is None} | set(FREE_TO_CHANGE)
-    changed = [
-        f"{key} {shown(before[key])}, not {shown(now[key])}"
-        for key in now
-        if key not in free and before[key] != now[key]
-    ]
-    if changed:
+def _check_grid(study: Study, file: Path) -> dict[int, int]:
+    """Check a study's grid; returns the steps for each number of training images."""
+    for key in ("models", "train_images", "seeds"):
+        values = list(getattr(study, key))
+        if not values:
+            raise UserError(f"{file}: {key}: is empty; give at least one")
+        if len(set(values)) < len(values):
+            raise UserError(f"{file}: {key} {values}: contains a value twice")
+    for name in study.models:
+        if not _NAME.fullmatch(name):
+            raise UserError(
+                f"{file}: models: {name!r} names a folder; use letters, digits, and any of _+.-"
+            )
+    steps, sizes = study.steps, study.train_images
+    steps = list(steps) if isinstance(steps, list) else [steps] * len(sizes)
+    if len(steps) != len(sizes):
         raise UserError(
-            f"{folder}: was trained with {'; '.join(changed)}. Give another --output, or remove "
-            "this folder to train the cell again"
+            f"{file}: steps {steps}: give one number, or one for each of train_images {sizes}"
         )
+    for count in steps:
+        if count % study.evaluate_every:
+            raise UserError(
+                f"{file}: steps {count}: not a multiple of evaluate_every {study.evaluate_every}"
+            )
+    return dict(zip(sizes, steps))
 
 
-class Trainings:
-    """Runs train.py, one process at a time; a signal is passed on, so that the run saves first.
+def _to_options(groups: dict[str, dict], where: str) -> list[str]:
+    keys = {
+        f"{group}.{key}": value for group, keys in groups.items() for key, value in keys.items()
+    }
+    _refuse_study_keys(keys, where)
+    return [as_option(key, value) for key, value in keys.items()]
 
-    Used as a context. The process has a session of its own: a terminal's Ctrl-C would reach it
-    beside the signal passed on, and it takes the second one as the order to end at once.
-    """
 
-    def __init__(self) -> None:
-        self.signal = 0
-        self._process: subprocess.Popen | None = None
-
-    def __enter__(self) -> Trainings:
-        self._before = {number: signal.signal(number, self._pass_on) for number in SIGNALS}
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _pass_on(self, number: int, frame: object) -> None:
-        self.signal = number
-        if self._process is not None:
-            self._process.send_signal(signal.SIGTERM)
-
-    def run(self, words: Sequence[str], quiet: bool = False) -> int:
-        """Run train.py to its end; returns its exit code.
-
-        Raises:
-            SystemExit: 128 + the signal that asked to stop.
-        """
-        self._leave_if_asked()
-        self._process = subprocess.Popen(
-            [sys.executable, str(TRAIN), *words],
-            stdout=subprocess.DEVNULL if quiet else None,
-            start_new_session=True,
-        )
-        if self.signal:  # since the last look, before there was a process to pass it on to
-            self._process.send_signal(signal.SIGTERM)
-        code = self._process.wait()
-        self._process = None
-        self._leave_if_asked()
-        return code
-
-    def _leave_if_asked(self) -> None:
-        if self.signal:
-            name = signal.Signals(self.signal).name
-            logger.warning("stopped by %s; the same command goes on from here", name)
-            raise SystemExit(128 + self.signal)
+def _refuse_study_keys(keys: Iterable[str], where: str) -> None:
+    for key in keys:
+        if key in STUDY_KEYS:
+            raise UserError(
+                f"{where}: {key} follows from the study's seeds, train_images, steps and "
+                "evaluate_every; set those"
+            )

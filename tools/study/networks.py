@@ -1,4 +1,4 @@
-"""What a study's networks and data are, found before hours are spent on them."""
+"""Checks a study's networks and data before any training."""
 
 from __future__ import annotations
 
@@ -11,23 +11,29 @@ from src.config import Config
 from src.data import Source
 from src.errors import UserError
 from src.models.complexity import complexity, uninitialised
-from tools.study.grid import Cell
+from tools.study.cells import Cell
 
 
 @dataclass(frozen=True)
 class Network:
-    """Trained parameters, multiply-accumulates for an image, and the images it is evaluated on."""
+    """A network's costs and evaluation set.
+
+    Args:
+        parameters: trainable ones.
+        macs: multiply-accumulates for one image.
+        held_out: images it is evaluated on.
+    """
 
     parameters: int
     macs: int
     held_out: int
 
 
-def networks_of(cells: Sequence[Cell]) -> dict[str, Network]:
-    """The network of each model of a study, built without initialising it.
+def check_networks(cells: Sequence[Cell]) -> dict[str, Network]:
+    """Build each model of a study without initialising it; return their costs by name.
 
     Raises:
-        UserError: data or networks that training would refuse.
+        UserError: training would refuse the data or a network.
     """
     opened: dict[str, tuple[Source, int]] = {}
     networks: dict[str, Network] = {}
@@ -43,7 +49,7 @@ def networks_of(cells: Sequence[Cell]) -> dict[str, Network]:
                 f"train_images {cell.train_images}: {source.title} has only {len(source)}"
             )
         if not held_out:
-            raise UserError(f"{source.title}: there are no held-out images beside these; add some")
+            raise UserError(f"{source.title}: there are no held-out images; add some")
         if cell.model not in networks:
             try:
                 networks[cell.model] = _network(resolve_classes(config, source), held_out)

@@ -1,4 +1,4 @@
-"""Plots of a study: accuracy against images, the course of training, parameters and MACs."""
+"""Plots of a study: accuracy against training images, training progress and model cost."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Point = tuple[float, float]  # mean and standard deviation, NaN where there is o
 
 
 def _style(number: int) -> dict:
-    """A model's colour and marker, the same in every plot."""
+    """Return a model's colour and marker, the same in every plot."""
     return {"color": f"C{number % 10}", "marker": MARKERS[number % len(MARKERS)], "capsize": 3}
 
 
@@ -27,11 +27,11 @@ def _errors(deviations: Sequence[float]) -> np.ndarray:
 
 
 def plot_by_images(accuracy: dict[str, dict[int, Point]], path: Path) -> None:
-    """Accuracy against training images; bars are standard deviations.
+    """Plot accuracy against training images; bars are standard deviations.
 
     Args:
-        accuracy: of each model, by training images.
-        path: of the image.
+        accuracy: mean and deviation by model and number of training images.
+        path: the image file.
     """
     figure, axes = _figure(1)
     for number, (model, points) in enumerate(accuracy.items()):
@@ -48,13 +48,13 @@ Curves = dict[int, dict[str, tuple[np.ndarray, np.ndarray]]]
 
 
 def plot_curves(curves: Curves, xlabel: str, path: Path) -> None:
-    """Accuracy in the course of training, a panel for each number of training images.
+    """Plot accuracy in the course of training, one panel per number of training images.
 
     Args:
-        curves: by training images and model: positions of the evaluations, [N], and accuracies, one
-            row for each seed, [S, N]. A band is a standard deviation to either side.
-        xlabel: what the positions are.
-        path: of the image.
+        curves: by training images and model: positions of the evaluations [N] and accuracies [S, N]
+            of S seeds. A band is one standard deviation to either side.
+        xlabel: label of the positions.
+        path: the image file.
     """
     figure, panels = _figure(len(curves))
     for axes, (size, models) in zip(panels, curves.items()):
@@ -70,12 +70,12 @@ def plot_curves(curves: Curves, xlabel: str, path: Path) -> None:
 
 
 def plot_by_cost(points: dict[str, tuple[int, int, Point]], size: int, path: Path) -> None:
-    """Accuracy against parameters and against multiply-accumulates.
+    """Plot accuracy against parameters and against multiply-accumulates.
 
     Args:
-        points: of each model: parameters, MACs for an image, accuracy.
-        size: the training images of these accuracies.
-        path: of the image.
+        points: parameters, MACs for one image, and accuracy by model.
+        size: number of training images of these accuracies.
+        path: the image file.
     """
     figure, panels = _figure(2)
     for number, (model, (*costs, (mean, deviation))) in enumerate(points.items()):
@@ -83,7 +83,7 @@ def plot_by_cost(points: dict[str, tuple[int, int, Point]], size: int, path: Pat
             errors = _errors([deviation])
             axes.errorbar([cost / unit], [mean], errors, ls="", label=model, **_style(number))
     for axes, name in zip(
-        panels, ("thousand parameters", "million multiply-accumulates for an image")
+        panels, ("thousand parameters", "million multiply-accumulates per image")
     ):
         axes.set(xlabel=name, ylabel=ACCURACY, title=f"{size:,} training images")
         axes.margins(x=0.2)

@@ -1,4 +1,4 @@
-"""What a study found: a row for each finished cell, and their means and spreads."""
+"""Results of a study: a row for each finished cell, means and standard deviations."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import mindspore as ms
 import numpy as np
 
-from tools.study.grid import Cell
+from tools.study.cells import Cell
 from tools.study.networks import Network
 
 COLUMNS = (
@@ -27,12 +27,12 @@ class Result:
 
     @property
     def top1(self) -> float:
-        """Of the last weights, in per cent: no test accuracy has had a say in which these are."""
+        """Top-1 of the last weights in per cent; held-out accuracy does not select them."""
         return self.rows[-1]["top1"]
 
     @property
     def passes(self) -> np.ndarray:
-        """Passes over the training images behind each evaluation."""
+        """Passes over the training images before each evaluation."""
         training = self.cell.config.training
         images = training.batch_size * training.accumulate
         return np.array([row["step"] for row in self.rows]) * images / self.cell.train_images
@@ -41,8 +41,8 @@ class Result:
     def training_macs(self) -> np.ndarray:
         """Multiply-accumulates of training until each evaluation.
 
-        A step costs three forward passes: its own, the gradients of the layers' inputs and those of
-        their weights.
+        A step costs three forward passes: the forward pass itself, the gradients of the layers'
+        inputs and those of their weights.
         """
         return 3 * self.network.macs * self.passes * self.cell.train_images
 
@@ -57,16 +57,16 @@ class Result:
         return np.array([row["top1"] for row in self.rows])
 
     def row(self) -> dict[str, str | int | float]:
-        """Its line of cells.csv, by `COLUMNS`; `epochs` are passes over the training images."""
+        """Return its row of cells.csv; `epochs` are passes over the training images."""
         last = self.rows[-1]
-        figures = {key: last[key] for key in ("top1", "top5", "loss", "train_loss")}
+        metrics = {key: last[key] for key in ("top1", "top5", "loss", "train_loss")}
         return {
             "model": self.cell.model,
             "train_images": self.cell.train_images,
             "seed": self.cell.seed,
             "steps": last["step"],
             "epochs": round(float(self.passes[-1]), 2),
-            **figures,
+            **metrics,
             "best_top1": max(row["top1"] for row in self.rows),
             "seconds": round(sum(row["seconds"] for row in self.rows), 1),
             "parameters": self.network.parameters,
@@ -76,7 +76,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean and sample standard deviation (NaN of one value) of some values."""
+    """Mean and sample standard deviation of some values; the latter is NaN for one value."""
 
     mean: float
     deviation: float
@@ -84,18 +84,18 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """Of at least one value."""
+        """Compute both from at least one value."""
         deviation = np.std(values, ddof=1) if len(values) > 1 else np.nan
         return cls(float(np.mean(values)), float(deviation), len(values))
 
     def text(self, form: str = ".2f") -> str:
-        """For a table: mean, deviation, number of values."""
+        """Format mean, deviation and number of values for a table."""
         deviation = "" if self.count == 1 else f" ± {self.deviation:.2f}"
         return f"{self.mean:{form}}{deviation} ({self.count})"
 
 
-def top1s(results: Sequence[Result]) -> dict[tuple[str, int], dict[int, float]]:
-    """Top-1 by seed, of each model and number of training images that has any."""
+def top1_by_seed(results: Sequence[Result]) -> dict[tuple[str, int], dict[int, float]]:
+    """Return top-1 by seed for each (model, training images) that has finished cells."""
     found: dict[tuple[str, int], dict[int, float]] = {}
     for result in results:
         cell = result.cell
@@ -104,12 +104,12 @@ def top1s(results: Sequence[Result]) -> dict[tuple[str, int], dict[int, float]]:
 
 
 def markdown(cells: Sequence[Cell], results: Sequence[Result]) -> str:
-    """The tables of a study, to be pasted as they are."""
+    """Return the tables of a study in Markdown."""
     models, sizes = (
         list(dict.fromkeys(getattr(cell, key) for cell in cells))
         for key in ("model", "train_images")
     )
-    found = top1s(results)
+    found = top1_by_seed(results)
     networks = {result.cell.model: result.network for result in results}
 
     def entry(model: str, size: int) -> str:
@@ -126,7 +126,7 @@ def markdown(cells: Sequence[Cell], results: Sequence[Result]) -> str:
     if len(models) > 1:
         reference = models[0]
         parts += [
-            f"Points of top-1 ahead of `{reference}`, by the seeds that both have:",
+            f"Difference in top-1 to `{reference}` in points, over the seeds that both have:",
             _differences(reference, models[1:], sizes, found),
         ]
     return "\n\n".join(parts) + "\n"
@@ -156,12 +156,12 @@ def _caption(cells: Sequence[Cell], results: Sequence[Result]) -> str:
     weights = {
         frozenset({True}): "the weights' moving average",
         frozenset({False}): "the weights",
-    }.get(frozenset(averaged), "the weights (their moving average where the model has one)")
+    }.get(frozenset(averaged), "the weights (their moving average for models that have one)")
     held_out = " / ".join(f"{n:,}" for n in dict.fromkeys(r.network.held_out for r in results))
     return (
-        f"Top-1 accuracy in % on {held_out or 'the'} held-out images, of {weights} behind the last "
+        f"Top-1 accuracy in % on {held_out or 'the'} held-out images, of {weights} after the last "
         f"of {values(lambda cell: cell.steps)} steps of {images} images: mean ± sample standard "
-        f"deviation (number of seeds). Nothing is chosen by held-out accuracy within a run. "
+        f"deviation (number of seeds). Held-out accuracy selects nothing within a run. "
         f"{len(results)} of {len(cells)} runs are finished. MindSpore {ms.__version__}."
     )
 

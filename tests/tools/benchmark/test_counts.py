@@ -71,7 +71,7 @@ def test_scaling_from_the_command_line(tmp_path):
     assert times["8"] == pytest.approx(2 * 7 / 8 * held["gradients"] / 30e9)
     assert list(times) == ["8", "16", "32", "64", "128", "256", "512", "1024"]
     title, *rows = done.stdout.splitlines()
-    assert title == "cvt_13, image 224 x 224, 128 images a card, float16, adamw"
+    assert title == "cvt_13, image 224 x 224, 128 images per card, float16, adamw"
     assert f"{held['total'] / 1e9:.3f} GB" in next(row for row in rows if row.startswith("total"))
 
 
@@ -91,7 +91,7 @@ def test_a_recipe_and_options_reach_the_network(monkeypatch, capsys):
         (["--model.image_size=8"], "16 pixels or more"),
         (["--model.width=64"], "unknown key model.width"),
         (["--json=."], "--json .: is a folder"),
-        (["--batch_size=2"], "--batch_size: has no meaning in mode complexity"),
+        (["--batch_size=2"], "--batch_size: has no effect in mode complexity"),
     ],
     ids=lambda value: value if isinstance(value, str) else value[0],
 )

@@ -15,7 +15,7 @@ from src.models import create_model
 from tests.conftest import ROOT
 from tools.benchmark.__main__ import main
 from tools.benchmark.measure import alternate, start_all
-from tools.benchmark.process import Side, usable_cores
+from tools.benchmark.process import BenchmarkProcess, select_cores
 from tools.benchmark.table import summarise, warn_of_idle_work
 from tools.benchmark.workload import Plan, cvt_sizes, plan_files
 
@@ -29,7 +29,7 @@ TINY = [
     "--batch_size=4",
     "--rounds=2",
 ]
-CORES = usable_cores(None)
+CORES = select_cores(None)
 PEER = [f"--peer={STAND_IN}", f"--peer_python={sys.executable}"]
 
 
@@ -56,7 +56,7 @@ def call(monkeypatch, mode, *words):
 
 
 def test_the_sides_take_turns_and_change_their_order(log):
-    with Side(plan("a"), CORES) as a, Side(plan("b"), CORES) as b:
+    with BenchmarkProcess(plan("a"), CORES) as a, BenchmarkProcess(plan("b"), CORES) as b:
         started = start_all([a, b])
         rounds = alternate([a, b], 3, 0.1)
     assert log.read_text().split("\n")[:-1] == ["a 1", "b 1", "b 2", "a 2", "a 3", "b 3"]
@@ -66,7 +66,7 @@ def test_the_sides_take_turns_and_change_their_order(log):
 
 def test_a_side_runs_on_the_cores_it_is_given(log):
     cores = sorted(os.sched_getaffinity(0))
-    with Side(plan("a"), cores[-1:]) as side:
+    with BenchmarkProcess(plan("a"), cores[-1:]) as side:
         side.start()  # before that the kernel may still show no environment
         assert os.sched_getaffinity(side._process.pid) == {cores[-1]}
         environment = Path(f"/proc/{side._process.pid}/environ").read_text()
@@ -95,8 +95,8 @@ def test_ratios_and_operations_are_worked_out_round_by_round():
     assert peer["rounds"] == [5, 5, 1]
     assert ours["images_per_core_second"] == 2.5
     assert ours["gflops"] == pytest.approx(3 * 2 * 5 * macs / 1e9)
-    assert ours["share_of_peak"] == pytest.approx(3 * 5 / 10)
-    assert best["share_of_peak"] == 1
+    assert ours["fraction_of_peak"] == pytest.approx(3 * 5 / 10)
+    assert best["fraction_of_peak"] == 1
     assert "ratio" not in best
     ours, peer, _ = summarise(dict.fromkeys(rounds, start), rounds, "train", macs, "peer")
     assert [ours["ratio"], peer["ratio"]] == [0.5, 1]
@@ -126,7 +126,7 @@ def test_a_side_that_works_out_of_turn_is_told(caplog):
 def test_peers_run_on_the_cpu(log):
     ours = plan("ours", device="Ascend")._replace(remedy=None)
     refused = pytest.raises(UserError, match="ours on Ascend")
-    with Side(ours, CORES) as side, Side(plan("a"), CORES) as peer, refused:
+    with BenchmarkProcess(ours, CORES) as side, BenchmarkProcess(plan("a"), CORES) as peer, refused:
         start_all([side, peer])
 
 
@@ -135,12 +135,12 @@ def test_peers_run_on_the_cpu(log):
     [
         ("dies", "no module named torch here"),
         ("raises", "ValueError: broken in two lines"),
-        ("babbles", "said 'babble'"),
+        ("babbles", "answered 'babble'"),
     ],
 )
 def test_a_peer_that_fails_is_one_line(monkeypatch, log, fault, complaint):
     monkeypatch.setenv("STAND_IN", fault)
-    with Side(plan("a"), CORES) as side, pytest.raises(UserError) as caught:
+    with BenchmarkProcess(plan("a"), CORES) as side, pytest.raises(UserError) as caught:
         side.start()
     assert str(caught.value).startswith(f"--peer a: {complaint}")
     assert str(caught.value).endswith("; look at it") and "\n" not in str(caught.value)
@@ -149,7 +149,7 @@ def test_a_peer_that_fails_is_one_line(monkeypatch, log, fault, complaint):
 def test_a_failure_of_ours_keeps_its_traceback(log, monkeypatch):
     monkeypatch.setenv("STAND_IN", "raises")
     ours = plan("ours")._replace(remedy=None)
-    with Side(ours, CORES) as side, pytest.raises(RuntimeError, match="Traceback"):
+    with BenchmarkProcess(ours, CORES) as side, pytest.raises(RuntimeError, match="Traceback"):
         side.start()
 
 
@@ -157,13 +157,13 @@ def test_inference_beside_an_exported_file_and_a_peer(monkeypatch, log, tmp_path
     sizes = {"embed_dims": (8, 16, 32), "depths": (1, 1, 1), "num_classes": 10}
     net = create_model("cvt_nano", **sizes).set_train(False)
     write_model(net, (4, 3, 16, 16), tmp_path / "tiny.mindir", "mindir")
-    file = tmp_path / "figures.json"
+    file = tmp_path / "result.json"
     words = ["--seconds=0.1", *PEER, f"--json={file}", f"--model_file={tmp_path}/tiny.mindir"]
     words += ["--predictor"]
     assert call(monkeypatch, "infer", *words) == 0
-    figures = json.loads(file.read_text())
-    ours, exported, predictor, peer, matmul = figures["sides"]
-    names = [side["name"] for side in figures["sides"]]
+    result = json.loads(file.read_text())
+    ours, exported, predictor, peer, matmul = result["sides"]
+    names = [side["name"] for side in result["sides"]]
     assert names == ["ours", "tiny.mindir", "predictor", "stand_in", "matmul"]
     assert exported["what"].startswith("tiny.mindir in mindspore, written by MindSpore")
     assert predictor["what"].startswith("Predictor, MindSpore")
@@ -178,7 +178,7 @@ def test_inference_beside_an_exported_file_and_a_peer(monkeypatch, log, tmp_path
     main()
     macs = json.loads(counted.read_text())["total"]["total_macs"]
     assert ours["gflops"] == pytest.approx(2e-9 * macs * ours["images_per_second"])
-    assert ours["share_of_peak"] == pytest.approx(ours["gflops"] / matmul["gflops"])
+    assert ours["fraction_of_peak"] == pytest.approx(ours["gflops"] / matmul["gflops"])
     assert 1e8 < ours["peak_memory"] < 4e9
     assert "MindSpore" in ours["what"]
     title, head, *rows = capsys.readouterr().out.splitlines()
@@ -189,12 +189,12 @@ def test_inference_beside_an_exported_file_and_a_peer(monkeypatch, log, tmp_path
 
 def test_an_interpreter_without_a_peer_is_refused(monkeypatch, capsys):
     assert call(monkeypatch, "infer", PEER[1]) == 2
-    assert "--peer_python does nothing without --peer" in capsys.readouterr().err
+    assert "--peer_python has no effect without --peer" in capsys.readouterr().err
 
 
 def test_two_sides_of_one_name_are_refused(monkeypatch, capsys):
     assert call(monkeypatch, "infer", "--peer", *2 * [str(STAND_IN)], PEER[1]) == 2
-    assert "another side has the name stand_in" in capsys.readouterr().err
+    assert "another side is called stand_in" in capsys.readouterr().err
 
 
 def test_another_network_is_no_peer(monkeypatch, log, capsys):
@@ -205,7 +205,7 @@ def test_another_network_is_no_peer(monkeypatch, log, capsys):
 
 
 def test_the_whole_step_is_trained(monkeypatch, tmp_path, built):
-    file = tmp_path / "figures.json"
+    file = tmp_path / "result.json"
     words = ["--seconds=0.1", "--optimizer.clip_norm=1", "--training.ema_decay=0.9"]
     words += ["--augment.mixup=0.8", "--training.accumulate=2", "--runtime.mode=pynative"]
     words += ["--training.epoch_steps=1000"]  # which a schedule of all steps would take GB for
@@ -218,7 +218,7 @@ def test_the_whole_step_is_trained(monkeypatch, tmp_path, built):
 
 
 def test_the_pipeline_is_measured_on_as_many_images_as_asked_for(monkeypatch, tmp_path):
-    file = tmp_path / "figures.json"
+    file = tmp_path / "result.json"
     words = ["--data.source=digits", "--images=50", "--seconds=0.01", f"--json={file}"]
     assert call(monkeypatch, "data", *words) == 0
     (ours,) = json.loads(file.read_text())["sides"]
@@ -226,7 +226,7 @@ def test_the_pipeline_is_measured_on_as_many_images_as_asked_for(monkeypatch, tm
 
 
 def test_first_calls_come_from_fresh_processes(monkeypatch, log, tmp_path, capsys):
-    file = tmp_path / "figures.json"
+    file = tmp_path / "result.json"
     words = ["--rounds=1", "--runtime.mode=pynative", *PEER, f"--json={file}"]
     assert call(monkeypatch, "compile", *words) == 0
     sides = json.loads(file.read_text())["sides"]
@@ -240,14 +240,22 @@ def test_first_calls_come_from_fresh_processes(monkeypatch, log, tmp_path, capsy
 @pytest.mark.parametrize(
     "mode, words, complaint",
     [
-        ("infer", ["--peer=hf"], "needs --peer_python"),
-        ("infer", ["--peer=hf", "--peer_python=nowhere"], "nowhere is no program"),
-        ("infer", ["--peer=timm", f"--peer_python={sys.executable}"], "is for --mode data"),
+        ("infer", ["--peer=hf"], "needs --peer_python; give"),
+        ("infer", ["--peer=hf", "--peer_python=nowhere"], "--peer_python nowhere not found"),
+        (
+            "infer",
+            ["--peer=timm", f"--peer_python={sys.executable}"],
+            "supports --mode data",
+        ),
         ("infer", ["--peer=tim", f"--peer_python={sys.executable}"], "choose from hf, hf_comp"),
-        ("infer", ["--peer=hf", f"--peer_python={sys.executable}"], "must have 1, 2 and 3"),
+        (
+            "infer",
+            ["--peer=hf", f"--peer_python={sys.executable}"],
+            "at least 1, 2 and 3",
+        ),
         ("train", ["--training.ema_decay=0.9", *PEER], "recipe's training.ema_decay"),
         ("data", ["--data.source=digits", *PEER], "recipe's data.source"),
-        ("train", ["--images=3"], "--images: has no meaning in mode train"),
+        ("train", ["--images=3"], "--images: has no effect in mode train"),
         ("infer", ["--threads=4096"], "--threads 4096"),
         ("infer", ["--model_file=nowhere.mindir"], "--model_file nowhere.mindir"),
         ("infer", ["--reference=theirs"], "--reference theirs: no such side; choose from ours"),
@@ -270,7 +278,7 @@ def test_each_file_runs_in_each_engine_that_takes_it(tmp_path):
         "a.onnx:openvino", "a.onnx:onnxruntime", "b.mindir:mindspore",
     ]  # fmt: skip
     assert [each.name for each in plan_files(files, [], {})] == ["a.onnx", "b.mindir"]
-    with pytest.raises(UserError, match=r"b.mindir: is not run by openvino"):
+    with pytest.raises(UserError, match=r"b.mindir: cannot run in openvino"):
         plan_files(files, ["openvino"], {})
     with pytest.raises(UserError, match="another file has this name"):
         plan_files([files[0], files[0]], [], {})
@@ -283,7 +291,7 @@ def test_the_sizes_of_a_variant_are_read_off_the_network():
     assert sizes["patch_sizes"] == (5, 3, 3) and sizes["kv_strides"] == [2, 2, 2]
     assert sizes["cls_tokens"] == [False, False, True]
     assert sizes["drop_path_rates"] == [0, 0, 0.1]
-    with pytest.raises(UserError, match="of the cvt models only"):
+    with pytest.raises(UserError, match="for the cvt models only"):
         cvt_sizes(create_model("resnet_nano"))
 
 
@@ -297,11 +305,7 @@ def test_the_protocol_needs_no_package_and_keeps_what_libraries_print_apart():
         "    return Work(lambda: 3, 'w', {'loaded': [m for m in sys.modules if m in job['no']]})\n"
         "serve(make)\n"
     )
-    orders = [
-        {"do": "start", "job": {"mode": "infer", "no": ["mindspore", "numpy", "yaml"]}},
-        {"do": "round", "seconds": 0},
-        {"do": "end"},
-    ]
+    orders = [{"mode": "infer", "no": ["mindspore", "numpy", "yaml"]}, {"seconds": 0}]
     done = subprocess.run(
         [sys.executable, "-c", script],
         input="".join(json.dumps(order) + "\n" for order in orders),

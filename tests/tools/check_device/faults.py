@@ -88,8 +88,8 @@ def drop_path_off_by_one() -> None:
 
     original = DropPath.__init__
 
-    def init(self, rate, rng_slot):
-        original(self, rate, rng_slot - 1)
+    def init(self, rate, slot):
+        original(self, rate, slot - 1)
 
     DropPath.__init__ = init
 

@@ -60,7 +60,7 @@ def test_a_fault_fails_the_checks_that_it_should(fault, names, expected, words, 
     results = run(names, tmp_path, fault)
     failed = {name for name, result in results.items() if result.status == FAILED}
     assert failed == expected, {name: results[name].finding for name in failed ^ expected}
-    assert any(words in results[name].check.points_at for name in expected)
+    assert any(words in results[name].check.cause for name in expected)
 
 
 def test_a_crash_a_failure_and_a_hang_stop_no_other_check(tmp_path):
@@ -75,7 +75,7 @@ def test_a_crash_a_failure_and_a_hang_stop_no_other_check(tmp_path):
     assert crash == "ended early by SIGSEGV"
     assert failure == "RuntimeError" and "Traceback" in results[1].log
     assert results[1].finding.hint == "aclnnSoftmax failed"
-    assert hang == "no end within 2 s"
+    assert hang == "no result within 2 s"
 
 
 def test_the_script_checks_this_cpu_and_writes_a_report(tmp_path):

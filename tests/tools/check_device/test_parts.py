@@ -10,10 +10,10 @@ import pytest
 from src.errors import UserError
 from tests.conftest import ROOT
 from tools.check_device import limits, table
-from tools.check_device.__main__ import choose, parse
+from tools.check_device.__main__ import parse, select_checks
 from tools.check_device.checks.speed import PROFILED, summarise
 from tools.check_device.checks.training import last_line
-from tools.check_device.compare import by_largest, by_norm, judge
+from tools.check_device.compare import by_largest, by_norm, check_limits
 from tools.check_device.registry import CHECKS, Finding
 from tools.check_device.runner import FAILED, NOT_HERE, PASSED, Result
 
@@ -29,18 +29,18 @@ def test_checks_have_names_of_their_own_and_processes_that_follow_each_other():
 
 
 def test_only_the_named_checks_run_and_full_ones_when_asked():
-    assert [check.name for check in choose(["AdamW"], False)] == ["environment", "AdamW"]
-    assert {check.name for check in choose(None, True)} - {
-        check.name for check in choose(None, False)
+    assert [check.name for check in select_checks(["AdamW"], False)] == ["environment", "AdamW"]
+    assert {check.name for check in select_checks(None, True)} - {
+        check.name for check in select_checks(None, False)
     } == {"late rank", "speed by form"}
     with pytest.raises(UserError, match="'Adam': no such check; choose from environment, "):
-        choose(["Adam"], False)
+        select_checks(["Adam"], False)
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--rank", "2"], "unrecognized arguments: --rank 2; --help"),
+        (["--rank", "2"], "unknown key rank: did you mean ranks?"),
         (["--device", "NPU"], "invalid choice: 'NPU'"),
         (["--ranks", "1"], "--ranks 1: give 2 or more"),
         (["--report", "/"], "--report /: is a folder"),
@@ -58,7 +58,7 @@ def test_a_device_that_is_not_here_fails_the_first_check_and_ends(tmp_path):
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
-    assert "finds only" in done.stdout and "points at: the installation" in done.stdout
+    assert "finds only" in done.stdout and "likely cause: the installation" in done.stdout
     assert "the other checks did not run" in done.stdout
     assert not list(tmp_path.iterdir())
 
@@ -75,7 +75,7 @@ def test_a_line_for_each_outcome():
     assert table.line(passed).split() == ["AdamW", "1e-7", "1e-5", "2.0", "ok"]
     assert table.line(absent).split(maxsplit=1) == ["AdamW", "not here: the kernel is Ascend's"]
     first, *rest = table.line(failed).splitlines()
-    assert first.endswith("FAILED") and "    points at: the Adam kernel" in rest[0]
+    assert first.endswith("FAILED") and "    likely cause: the Adam kernel" in rest[0]
     assert rest[-1] == "    outside: weight"
     assert table.summary([passed, absent, failed], 6.0) == (
         "3 checks: 1 ok, 1 not here, 1 FAILED; 0.1 minutes"
@@ -87,10 +87,12 @@ def test_a_line_for_each_outcome():
 
 
 def test_the_worst_difference_for_its_limit_is_shown():
-    finding = judge({"a": 0.5, "b": 0.01}, {"a": 1.0, "b": 0.001})
+    finding = check_limits({"a": 0.5, "b": 0.01}, {"a": 1.0, "b": 0.001})
     assert (finding.measured, finding.allowed, finding.passed) == ("1.0e-02 (b)", "0.001", False)
-    assert "b" in finding.hint and judge({"a": 0.5}, 1.0).passed
-    assert not judge({"a": float("nan")}, 1.0).passed and judge({"a": 0.0}, 0.0).passed
+    assert "b" in finding.hint and check_limits({"a": 0.5}, 1.0).passed
+    assert (
+        not check_limits({"a": float("nan")}, 1.0).passed and check_limits({"a": 0.0}, 0.0).passed
+    )
 
 
 def test_differences_that_are_not_finite_are_infinite():
@@ -147,7 +149,7 @@ def test_a_profile_of_a_card_names_what_runs_on_the_host(tmp_path):
         "Host,Cast,Cast-op1,Default/Cast-op1,3,0.5,0.2\n"
     )
     found = summarise(tmp_path)
-    assert found["dearest kernels"]["MatMulV2 (AI_CORE)"] == 8 / PROFILED
+    assert found["slowest kernels"]["MatMulV2 (AI_CORE)"] == 8 / PROFILED
     assert found["kernels on the host"] == {"Cast": 0.5 / PROFILED, "RightShift": 1 / PROFILED}
 
 

@@ -48,7 +48,7 @@ KILLS = {
     "before it is noted": ("writer.write_json", "{die} if len(a[0]['shards']) == 2 else 0"),
     "before the index": ("writer.write_json", "{die} if a[1].name == 'index.json' else 0"),
     "in the index": ("os.replace", "{die} if str(a[1]).endswith('train/index.json') else 0"),
-    "before tidying up": ("writer._Conversion._tidy", "{die}"),
+    "before tidying up": ("writer._Conversion._remove_leftovers", "{die}"),
 }
 KILLED = """
 import os, signal, sys
@@ -94,7 +94,7 @@ def test_shards_of_somebody_else_are_neither_replaced_nor_removed(folder, tmp_pa
     for name in ("00000.mindrecord", "00042.mindrecord", "00042.mindrecord.db"):
         (target / "train").mkdir(parents=True, exist_ok=True)
         (target / "train" / name).write_text("mine")
-    refused("00000.mindrecord there is not of this command.*--force", folder, target, Options(4))
+    refused("00000.mindrecord was not written by this command.*--force", folder, target, Options(4))
     assert {path.read_text() for path in (target / "train").iterdir()} == {"mine"}
     assert len(list((target / "train").iterdir())) == 3
 
@@ -121,7 +121,7 @@ def test_a_damaged_shard_is_written_anew(folder, tmp_path, damage, caplog):
         path.write_bytes(content[:-5] if damage == "cut" else content)
     with caplog.at_level(logging.WARNING):
         assert convert(folder, tmp_path / "out", EIGHT)["train"].kept == 2
-    assert "written anew" in caplog.text and "00001.mindrecord" in caplog.text
+    assert "rewriting a shard" in caplog.text and "00001.mindrecord" in caplog.text
     assert contents(tmp_path / "out") == whole
 
 
@@ -168,7 +168,7 @@ def test_a_changed_source_is_noticed(folder, tmp_path, change, words, kept):
     convert(folder, tmp_path / "out", EIGHT)
     before = contents(tmp_path / "out")
     change(folder)
-    refused(f"{words} .* not what it was .* add --force", folder, tmp_path / "out", EIGHT)
+    refused(f"{words} .* has changed since .* add --force", folder, tmp_path / "out", EIGHT)
     assert contents(tmp_path / "out") == before
     forced = Options(images_per_shard=8, force=True)
     assert convert(folder, tmp_path / "out", forced)["train"].kept == kept
@@ -178,8 +178,8 @@ def test_a_changed_source_is_noticed(folder, tmp_path, change, words, kept):
 
 def test_other_options_are_noticed_and_leave_no_shard_behind(folder, tmp_path):
     convert(folder, tmp_path / "out", EIGHT)
-    refused("--images_per_shard is not what it was", folder, tmp_path / "out", Options(20))
-    refused("--skip_broken is not", folder, tmp_path / "out", Options(8, skip_broken=True))
+    refused("--images_per_shard has changed", folder, tmp_path / "out", Options(20))
+    refused("--skip_broken has changed", folder, tmp_path / "out", Options(8, skip_broken=True))
     convert(folder, tmp_path / "out", Options(20, force=True))
     convert(folder, tmp_path / "anew", Options(20))
     assert contents(tmp_path / "out") == contents(tmp_path / "anew")
@@ -200,13 +200,13 @@ def broken(folder):
 def test_broken_images_are_refused_and_all_named(broken, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         refused(
-            "train/2/0.jpg: not a readable image, nor are 1 more, named above; .*--skip_broken",
+            "train/2/0.jpg: not a readable image .1 more are named above.; .*--skip_broken",
             broken, tmp_path / "out", EIGHT,
         )  # fmt: skip
     assert [record.getMessage() for record in caplog.records] == [
         f"{broken / 'train/33/5.png'}: not a readable image"
     ]
-    refused("0.jpg: not a readable image, nor", broken, tmp_path / "out", EIGHT)
+    refused("0.jpg: not a readable image .1 more", broken, tmp_path / "out", EIGHT)
     with pytest.raises(UserError, match="its conversion is unfinished"):
         open_source("mindrecord", str(tmp_path / "out"), "train")
 
@@ -234,7 +234,7 @@ def test_broken_images_are_skipped_if_told(broken, tmp_path):
     (broken / "val/2/0.jpg").write_text("x")
     again = Options(8, force=True)
     refused("train/2/0.jpg: not a readable image", broken, tmp_path / "out", again)
-    words = "val/2/0.jpg and the 0 images behind it: not one is readable"
+    words = "val/2/0.jpg to val/2/0.jpg: no image is readable"
     refused(words, broken, tmp_path / "ones", Options(1, skip_broken=True), train_folder="val")
 
 
@@ -255,7 +255,7 @@ def test_a_split_alone_and_other_folder_names(folder, tmp_path, caplog):
     (folder / "val").rename(folder / "test")
     with caplog.at_level(logging.WARNING):
         assert list(convert(folder, tmp_path / "out", EIGHT)) == ["train"]
-    assert "no folder val, going on without it" in caplog.text
+    assert "no folder val, skipping this split" in caplog.text
     names = {"val_folder": "test"}
     assert list(convert(folder, tmp_path / "out", EIGHT, **names)) == ["train", "test"]
     assert len(open_source("mindrecord", str(tmp_path / "out"), "val", **names)) == 9
@@ -300,8 +300,8 @@ def test_the_command(folder, tmp_path):
     done = run_command(*words, "--verify", cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     assert done.stdout.splitlines() == [
-        "out/train: 21 images in 3 shards, 0 of them kept from before; 0 broken images left out",
-        "out/val: 9 images in 2 shards, 0 of them kept from before; 0 broken images left out",
+        "out/train: 21 images in 3 shards (0 kept from an earlier start), 0 broken images skipped",
+        "out/val: 9 images in 2 shards (0 kept from an earlier start), 0 broken images skipped",
         "out/train: verified, 21 images",
         "out/val: verified, 9 images",
         "next: python train.py --config RECIPE --data.source mindrecord --data.path out",

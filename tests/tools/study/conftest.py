@@ -8,8 +8,8 @@ import pytest
 
 from src.config import Study
 from tests.conftest import ROOT
-from tools.study import cells as cells_module
-from tools.study.grid import cells_of
+from tools.study import train_process
+from tools.study.cells import expand_study
 
 PRETENDER = '''
 """Behaves as train.py does, without training: two epochs, of top-1 10 and 20 + seed."""
@@ -74,7 +74,7 @@ def study():
 @pytest.fixture
 def cells(study, study_file):
     """Its cells."""
-    return cells_of(study, study_file)
+    return expand_study(study, study_file)
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def pretender(tmp_path, monkeypatch):
     folder.mkdir()
     script = folder / "train.py"
     script.write_text(textwrap.dedent(PRETENDER).replace("{root!r}", repr(str(ROOT))))
-    monkeypatch.setattr(cells_module, "TRAIN", script)
+    monkeypatch.setattr(train_process, "TRAIN", script)
     return folder
 
 

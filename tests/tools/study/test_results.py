@@ -50,7 +50,7 @@ def test_mean_and_sample_deviation_of_the_final_accuracy(cells, results):
     assert "| `conv` | 1,234,567 | 12.3 | 62.12 ± 1.24 (2) |" in lines
     ahead = [50.5 - 61.25, 55.0 - 63.0]
     assert lines[-1] == f"| `linear` | {np.mean(ahead):+.2f} ± {np.std(ahead, ddof=1):.2f} (2) |"
-    assert "on 1,000 held-out images, of the weights behind the last of 6 steps of 64" in lines[0]
+    assert "on 1,000 held-out images, of the weights after the last of 6 steps of 64" in lines[0]
 
 
 def test_what_is_not_finished_is_not_in_the_table(cells, results):
@@ -64,7 +64,7 @@ def test_what_is_not_finished_is_not_in_the_table(cells, results):
 def test_a_moving_average_is_named(cells, results):
     for cell in cells:
         cell.config.training.ema_decay = 0.9
-    assert "of the weights' moving average behind" in markdown(cells, results)
+    assert "of the weights' moving average after" in markdown(cells, results)
 
 
 def test_one_value_has_no_deviation():

@@ -1,4 +1,4 @@
-"""A study with a pretended train.py: what runs, what does not run again, what is told."""
+"""A study with a stand-in for train.py: what runs, what does not run again, what is logged."""
 
 import csv
 import dataclasses
@@ -14,9 +14,10 @@ from PIL import Image
 
 from src.errors import UserError
 from tests.tools.study.conftest import calls
-from tools.study.cells import Trainings, look
-from tools.study.grid import cells_of
-from tools.study.study import StudyRun
+from tools.study.cell_state import read_state
+from tools.study.cells import expand_study
+from tools.study.runner import StudyRunner
+from tools.study.train_process import TrainProcess
 
 NAMES = ["conv-40-0", "linear-40-0", "conv-40-1", "linear-40-1"]
 
@@ -27,8 +28,8 @@ def output(tmp_path):
 
 
 def test_a_study_writes_its_files_and_runs_nothing_twice(cells, output, pretender):
-    StudyRun(cells, output).train()
-    assert calls(pretender) == [".estimate", ".estimate", *NAMES], "a probe of either network"
+    StudyRunner(cells, output).run()
+    assert calls(pretender) == NAMES
     with open(output / "cells.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [f"{row['model']}-{row['train_images']}-{row['seed']}" for row in rows] == NAMES
@@ -43,7 +44,7 @@ def test_a_study_writes_its_files_and_runs_nothing_twice(cells, output, pretende
         "accuracy_cost.png", "accuracy_epochs.png", "accuracy_images.png",
         "accuracy_operations.png", "accuracy_time.png", "cells", "cells.csv", "table.md",
     ]  # fmt: skip
-    StudyRun(cells, output).train()
+    StudyRunner(cells, output).run()
     assert calls(pretender) == []
 
 
@@ -51,52 +52,52 @@ def test_a_study_writes_its_files_and_runs_nothing_twice(cells, output, pretende
 def test_files_that_no_study_wrote_are_not_replaced(cells, output, pretender, name):
     output.mkdir()
     (output / name).write_text("mine")
-    with pytest.raises(UserError, match=f"{name} there is not of a study"):
-        StudyRun(cells, output).train()
+    with pytest.raises(UserError, match=f"{name} would be overwritten"):
+        StudyRunner(cells, output).run()
     assert (output / name).read_text() == "mine" and calls(pretender) == []
     assert [path.name for path in output.iterdir()] == [name]
 
 
 def test_a_larger_grid_trains_only_what_is_new(study, study_file, cells, output, pretender):
-    StudyRun(cells, output).train()
+    StudyRunner(cells, output).run()
     calls(pretender)
     study.seeds.append(7)
-    StudyRun(cells_of(study, study_file), output).train()
-    assert calls(pretender) == ["conv-40-7", "linear-40-7"], "and the pace is known"
+    StudyRunner(expand_study(study, study_file), output).run()
+    assert calls(pretender) == ["conv-40-7", "linear-40-7"]
 
 
 def test_some_cells_only(cells, output, pretender):
-    StudyRun(cells, output, "conv-*-1").train()
-    assert calls(pretender) == [".estimate", "conv-40-1"]
-    with pytest.raises(UserError, match="no cell has such a name; one is conv-40-0"):
-        StudyRun(cells, output, "vit*")
+    StudyRunner(cells, output, "conv-*-1").run()
+    assert calls(pretender) == ["conv-40-1"]
+    with pytest.raises(UserError, match="matches no cell; one is conv-40-0"):
+        StudyRunner(cells, output, "vit*")
 
 
 def test_a_cell_of_other_settings_is_refused(study, study_file, cells, output, pretender):
-    StudyRun(cells, output).train()
+    StudyRunner(cells, output).run()
     study.models["linear"]["optimizer"] = {"lr": 0.25}
-    changed = cells_of(study, study_file)
+    changed = expand_study(study, study_file)
     with pytest.raises(UserError, match=r"linear-40-0: .* optimizer.lr 0.002, not 0.25\. ") as e:
-        StudyRun(changed, output)
+        StudyRunner(changed, output)
     assert "\n" not in str(e.value)
     del study.models["linear"]["optimizer"]
-    StudyRun(cells_of(study, study_file, ["--evaluation.batch_size=5"]), output)
+    StudyRunner(expand_study(study, study_file, ["--evaluation.batch_size=5"]), output)
 
 
 def test_finished_cells_need_neither_checkpoints_nor_the_same_path(cells, output, pretender):
     """As in a repository, cloned on another machine."""
-    StudyRun(cells, output).train()
+    StudyRunner(cells, output).run()
     calls(pretender)
     for folder in (output / "cells").iterdir():
         shutil.rmtree(folder / "checkpoints")
     data = dataclasses.replace(cells[0].config.data, path="elsewhere")
     moved = dataclasses.replace(cells[0], config=dataclasses.replace(cells[0].config, data=data))
-    assert look(moved, output / "cells" / moved.name).done
-    StudyRun(cells, output).train()
+    assert read_state(moved, output / "cells" / moved.name).finished
+    StudyRunner(cells, output).run()
     assert calls(pretender) == []
     file = output / "cells/conv-40-0/metrics.jsonl"
     file.write_text(file.read_text().splitlines()[0] + "\n")
-    StudyRun(cells, output).train()
+    StudyRunner(cells, output).run()
     assert calls(pretender) == ["conv-40-0"], "from the start, as there is no state"
 
 
@@ -113,70 +114,83 @@ def test_a_stopped_study_goes_on_where_it_was(cells, output, pretender):
     threading.Thread(target=stop, daemon=True).start()
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as end:
-        StudyRun(cells, output).train()
+        StudyRunner(cells, output).run()
     assert end.value.code == 128 + signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) is before
     session = int((pretender / "session.txt").read_text())
     assert session != os.getsid(0), "Ctrl-C would reach train.py twice, which ends it unsaved"
-    assert calls(pretender) == [".estimate", ".estimate", *NAMES[:2]]
-    run = StudyRun(cells, output)
-    assert [(r.begun, r.done) for r in run.runs.values()] == [
+    assert calls(pretender) == NAMES[:2]
+    runner = StudyRunner(cells, output)
+    assert [(s.resumable, s.finished) for s in runner.states.values()] == [
         (True, True), (True, False), (False, False), (False, False),
     ]  # fmt: skip
-    run.train()
+    runner.run()
     assert calls(pretender) == ["linear-40-0 --resume", *NAMES[2:]]
-    assert all(look(cell, output / "cells" / cell.name).done for cell in cells)
+    assert all(read_state(cell, output / "cells" / cell.name).finished for cell in cells)
 
 
 def test_a_failing_cell_does_not_stop_the_others(cells, output, pretender, capfd):
     (pretender / "fail.txt").write_text("conv-40-0")
     with pytest.raises(UserError, match="1 of 4 cells failed: conv-40-0;"):
-        StudyRun(cells, output).train()
+        StudyRunner(cells, output).run()
     assert "it fails" in capfd.readouterr().err
     assert "3 of 4 runs are finished" in (output / "table.md").read_text()
     (pretender / "fail.txt").unlink()
     calls(pretender)
-    StudyRun(cells, output).train()
+    StudyRunner(cells, output).run()
     assert calls(pretender) == ["conv-40-0"]
 
 
 def test_damaged_figures_are_no_result(cells, output, pretender):
-    StudyRun(cells, output).train()
+    StudyRunner(cells, output).run()
     file = output / "cells/conv-40-0/metrics.jsonl"
     file.write_text(file.read_text()[:-20])
     calls(pretender)
-    StudyRun(cells, output).train()
+    StudyRunner(cells, output).run()
     assert calls(pretender) == ["conv-40-0 --resume"]
 
 
 def test_a_second_study_in_the_folder_is_refused(cells, output, pretender, monkeypatch):
-    run, second = StudyRun(cells, output), StudyRun(cells, output)
-    monkeypatch.setattr(Trainings, "run", lambda *_, **__: second.train())
+    run, second = StudyRunner(cells, output), StudyRunner(cells, output)
+    monkeypatch.setattr(TrainProcess, "run", lambda *_, **__: second.run())
     with pytest.raises(UserError, match="another run is using this folder"):
-        run.train()
+        run.run()
 
 
 def test_too_many_images_are_noticed_before_the_first_cell(study, study_file, output, pretender):
     study.train_images = [40, 4001]
     with pytest.raises(UserError, match="train_images 4001: digits .train. has only 4000"):
-        StudyRun(cells_of(study, study_file), output)
+        StudyRunner(expand_study(study, study_file), output)
     study.train_images, study.models["bad"] = [40], {"model": {"num_heads": [3, 3, 3]}}
     with pytest.raises(UserError, match="models.bad: "):
-        StudyRun(cells_of(study, study_file), output)
+        StudyRunner(expand_study(study, study_file), output)
     assert calls(pretender) == [] and not output.exists()
 
 
+def test_finished_epochs_give_an_estimate_of_the_time_left(cells, output, pretender, caplog):
+    """Of each model: a cell takes 8 + 3 + 5 + 3 seconds."""
+    with caplog.at_level("INFO", "cvt"):
+        StudyRunner(cells, output, "*-0").run()
+        StudyRunner(cells, output, "*-1").run()
+    assert [m for m in caplog.messages if m.startswith("cell ")] == [
+        "cell 1 of 2: conv-40-0",
+        "cell 2 of 2: linear-40-0",
+        "cell 1 of 2: conv-40-1; about 0:00:38 left",
+        "cell 2 of 2: linear-40-1; about 0:00:19 left",
+    ]
+
+
 def test_a_list_of_the_cells(cells, output, pretender, capsys):
-    StudyRun(cells, output, "*-0").train()
-    StudyRun(cells, output).show()
+    StudyRunner(cells, output, "*-0").run()
+    StudyRunner(cells, output).list_cells()
     lines = capsys.readouterr().out.splitlines()[-4:]
     assert lines[0] == "conv-40-0: 20,170 parameters, 1.0 MMACs; done, top1 20.00"
     assert lines[3] == "linear-40-1: 18,322 parameters, 1.9 MMACs; 0 of 6 steps"
 
 
 def test_folders_of_images_are_checked_once_for_all_cells(cells, output, monkeypatch):
-    monkeypatch.setattr("tools.study.study.networks_of", lambda cells: {})
-    run = StudyRun(cells, output)
-    assert run._words(cells[0]) == list(cells[0].words)
+    monkeypatch.setattr("tools.study.runner.check_networks", lambda cells: {})
+    run = StudyRunner(cells, output)
+    assert run._arguments(cells[0]) == list(cells[0].arguments)
     cells[0].config.data.source = "imagefolder"
-    assert run._words(cells[0])[-1] == f"--data.index={output / 'images.json'}"
+    assert run._arguments(cells[0])[-1] == f"--data.index={output / 'images.json'}"

@@ -1,6 +1,6 @@
 """The peer hf: the CvT of transformers on PyTorch, on the CPU; hf_compiled: with torch.compile.
 
-Run by an interpreter that has both, and imported by nothing. docs/performance.md sets it up.
+Runs in the interpreter that has both; see docs/performance.md.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tools.benchmark.protocol import Work, serve
 
 
 def make(job: dict) -> Work:
-    """The network with the job's sizes; "infer" runs it, "train" takes a whole step."""
+    """Build the network of a job; "infer" runs it, "train" runs a whole training step."""
     torch.set_num_threads(job["threads"])
     torch.manual_seed(0)
     net = build(job["sizes"], job["num_classes"])
@@ -27,7 +27,7 @@ def make(job: dict) -> Work:
 
 
 def build(sizes: dict, num_classes: int) -> nn.Module:
-    """transformers' network with the sizes that `tools.benchmark.workload.cvt_sizes` gives."""
+    """Build transformers' network with the sizes of `tools.benchmark.workload.cvt_sizes`."""
     config = CvtConfig(
         num_channels=sizes["in_channels"],
         patch_sizes=sizes["patch_sizes"],
@@ -48,7 +48,7 @@ def build(sizes: dict, num_classes: int) -> nn.Module:
 
 
 def infer(run, net: nn.Module, images: torch.Tensor, job: dict):
-    """A step from an array to an array."""
+    """Return a step from a NumPy array to a NumPy array."""
     net.eval()
     array = images.numpy()
 
@@ -60,7 +60,7 @@ def infer(run, net: nn.Module, images: torch.Tensor, job: dict):
 
 
 def train(run, net: nn.Module, images: torch.Tensor, job: dict):
-    """A step: forward, loss, backward, clipping where ours clips, AdamW."""
+    """Return a step: forward, loss, backward, clipping as in the recipe, AdamW."""
     net.train()
     keys = job["optimizer"]
     layers = [m for m in net.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
@@ -71,7 +71,7 @@ def train(run, net: nn.Module, images: torch.Tensor, job: dict):
         {"params": decayed, "weight_decay": keys["weight_decay"]},
         {"params": rest, "weight_decay": 0.0},
     ]
-    # Fused is what transformers' own Trainer takes, and the fastest.
+    # Fused is the default of transformers' Trainer and the fastest.
     optimizer = torch.optim.AdamW(
         groups, lr=keys["warmup_lr"], betas=keys["betas"], eps=keys["eps"], fused=True
     )

@@ -1,7 +1,7 @@
 """The peers hf_onnxruntime and hf_openvino: transformers' CvT, exported by PyTorch as ONNX.
 
-Run by an interpreter that has transformers, PyTorch, onnx and the engine, and imported by nothing.
-docs/performance.md sets it up.
+Runs in the interpreter that has transformers, PyTorch, onnx and the engine; see
+docs/performance.md.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from hf import build  # beside this script
 
 from tools.benchmark.protocol import Work, serve
 
-OPSET = 17  # with LayerNormalization as one node, which both engines compute fastest
+OPSET = 17  # has LayerNormalization as one node, the fastest in both engines
 
 
 def make(job: dict) -> Work:
-    """The exported network in the engine that the peer's name ends in."""
+    """Export the network and open it in the engine in the peer's name."""
     torch.manual_seed(0)
     net = build(job["sizes"], job["num_classes"])
     parameters = sum(p.numel() for p in net.parameters())
@@ -51,7 +51,7 @@ class _Logits(torch.nn.Module):
 
 
 def onnxruntime(file: str, threads: int):
-    """A function of images, and the version."""
+    """Return a function from images to logits, and the engine's version."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -62,7 +62,7 @@ def onnxruntime(file: str, threads: int):
 
 
 def openvino(file: str, threads: int):
-    """A function of images, and the version."""
+    """Return a function from images to logits, and the engine's version."""
     import openvino
 
     settings = {

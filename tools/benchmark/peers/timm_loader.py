@@ -1,6 +1,6 @@
 """The peer timm: its loader with its RandAugment and random erasing.
 
-Run by an interpreter that has it, and imported by nothing. docs/performance.md sets it up.
+Runs in the interpreter that has it; see docs/performance.md.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tools.benchmark.protocol import Work, serve
 
 
 class Spread(ImageDataset):
-    """So many items, spread evenly over a folder's, each as often as it takes."""
+    """A given number of items spread evenly over a folder, repeated if it has fewer."""
 
     def __init__(self, root: str, images: int) -> None:
         super().__init__(root)
@@ -29,7 +29,7 @@ class Spread(ImageDataset):
 
 
 def make(job: dict) -> Work:
-    """A step is a pass over the images, in new worker processes as many as there are cores."""
+    """Build the loader; a step is a pass over the images in new worker processes."""
     torch.set_num_threads(job["threads"])
     data, augment = job["data"], job["augment"]
     workers = data["workers"] or job["threads"]
@@ -50,7 +50,7 @@ def make(job: dict) -> Work:
         std=data["std"],
         num_workers=workers,
         device=torch.device("cpu"),
-        persistent_workers=False,  # ours ends its threads behind an epoch too
+        persistent_workers=False,  # ours ends its threads after an epoch too
     )
     what = f"timm {timm.__version__}, PyTorch {torch.__version__}"
     return Work(lambda: sum(len(labels) for _, labels in loader), what, {"workers": workers})

@@ -1,7 +1,7 @@
 """The peer torchvision: ImageFolder, its transforms and PyTorch's DataLoader.
 
-Its RandAugment is its own: magnitudes are not drawn, and each operation is always applied.
-Run by an interpreter that has it, and imported by nothing. docs/performance.md sets it up.
+Its RandAugment differs: magnitudes are fixed, and each operation is always applied.
+Runs in the interpreter that has it; see docs/performance.md.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tools.benchmark.protocol import Work, serve
 
 
 def make(job: dict) -> Work:
-    """A step is a pass over the images, in new worker processes as many as there are cores."""
+    """Build the loader; a step is a pass over the images in new worker processes."""
     torch.set_num_threads(job["threads"])
     data, images = job["data"], job["images"]
     workers = data["workers"] or job["threads"]
@@ -34,7 +34,7 @@ def make(job: dict) -> Work:
 
 
 def transform(job: dict) -> transforms.Compose:
-    """The recipe's augmentation in torchvision's operations."""
+    """Return the recipe's augmentation in torchvision's operations."""
     data, augment = job["data"], job["augment"]
     filters = InterpolationMode(data["interpolation"])
     steps = [

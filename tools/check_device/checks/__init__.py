@@ -1,1 +1,1 @@
-"""The checks themselves, one module for each part of the system."""
+"""The checks, one module for each part of the system."""

@@ -1,4 +1,4 @@
-"""What the device's numbers are, and the random numbers that are made of them."""
+"""Checks the device's arithmetic and the random numbers based on it."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from tools.check_device.limits import arithmetic as kind_of_arithmetic
 from tools.check_device.limits import products
 from tools.check_device.registry import Finding, Setting
 
-KEY, IMAGES, SITES, RATE = 0x89ABCDEF, 256, 40, 0.4
+KEY, IMAGES, SLOTS, RATE = 0x89ABCDEF, 256, 40, 0.4
 
 
 def arithmetic(setting: Setting) -> Finding:
-    """Precision of float32 products, and what becomes of infinity and NaN."""
+    """Detect the precision of float32 products; check infinity and NaN."""
     values = Tensor(np.array([np.inf, -np.inf, np.nan, 1.0], np.float32))
     finite = ops.isfinite(values).asnumpy().tolist()
     zeros = ops.MulNoNan()(values, Tensor(0.0, mstype.float32)).asnumpy()
@@ -43,9 +43,9 @@ def arithmetic(setting: Setting) -> Finding:
 
 class _Random(nn.Cell):
     def construct(self, key: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
-        """The numbers as the training step draws them."""
+        """Draw numbers as the training step does."""
         keys = sample_keys(key, positions)
-        bits = random_bits(keys, SITES)
+        bits = random_bits(keys, SLOTS)
         return hash_bits(positions), keys, bits, uniform(bits)
 
 
@@ -54,11 +54,11 @@ def _int32(value: int) -> Tensor:
 
 
 def random_numbers(setting: Setting) -> Finding:
-    """Hash, keys of the images, random bits and uniform numbers: exact."""
+    """Check hash, keys of the images, random bits and uniform numbers: exact."""
     positions = np.arange(IMAGES, dtype=np.int32)
     found = [each.asnumpy() for each in _Random()(_int32(KEY), Tensor(positions))]
     keys = reference.sample_keys(KEY, IMAGES)
-    bits = reference.random_bits(keys, SITES)
+    bits = reference.random_bits(keys, SLOTS)
     right = [reference.hash_bits(positions.view(np.uint32)), keys, bits]
     right = [each.view(np.int32) for each in right]
     right.append((bits & 0xFFFFFF).astype(np.float32) * np.float32(2**-24))
@@ -68,7 +68,7 @@ def random_numbers(setting: Setting) -> Finding:
 
 
 class _Masks(nn.Cell):
-    """What every drop path of a network multiplies by: float32 [paths, B]."""
+    """The factors of every drop path of a network: float32 [paths, B]."""
 
     def __init__(self, net: nn.Cell) -> None:
         super().__init__(auto_prefix=False)
@@ -87,10 +87,10 @@ class _Masks(nn.Cell):
 
 
 def drop_path(setting: Setting) -> Finding:
-    """Which images each residual branch of a network drops: exact.
+    """Check which images each residual branch of a network drops: exact.
 
-    The slots of the random bits count, stage by stage: the embedding's dropout, then for each block
-    the attention's dropout, its drop path, two of the MLP's dropouts, its drop path.
+    The random bits have these slots, stage by stage: the embedding's dropout, then for each block
+    the attention's dropout, its drop path, the MLP's two dropouts, its drop path.
     """
     net = create_model("cvt_13", num_classes=10, **{**official.NANO, "depths": (1, 2, 3)},
                        drop_path_rate=RATE).set_train(True)  # fmt: skip
@@ -115,7 +115,7 @@ def drop_path(setting: Setting) -> Finding:
 
 
 def _exact(wrong: dict[str, int], count: int) -> Finding:
-    """A finding on numbers that must be equal."""
+    """Return a finding on numbers that must be equal."""
     named = [f"{number} {name}" for name, number in wrong.items() if number]
     return Finding(
         f"{sum(wrong.values())} of {count:,} differ", "0", not named, hint=", ".join(named),

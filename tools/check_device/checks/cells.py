@@ -1,4 +1,4 @@
-"""Running a cell forward and backward as one graph."""
+"""Helpers of the checks: run a cell forward and backward as one graph, build a training step."""
 
 from __future__ import annotations
 
@@ -7,12 +7,38 @@ from collections.abc import Sequence
 import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, value_and_grad
 
+from src.build import compiled_library
+from src.config import RuntimeConfig
+from src.training.loss import LabelSmoothingCrossEntropy
+from src.training.optimizer import AdamW
+from src.training.train_step import TrainStep
+
+
+def build_step(
+    net: nn.Cell,
+    lr: float,
+    steps: int,
+    optimizer: nn.Optimizer | None = None,
+    loss: nn.Cell | None = None,
+    runtime: RuntimeConfig | None = None,
+    **options,
+) -> TrainStep:
+    """Build a training step, by default with AdamW and a label smoothing of 0.1."""
+    return TrainStep(
+        net,
+        loss or LabelSmoothingCrossEntropy(0.1),
+        optimizer or AdamW(net.trainable_params()),
+        np.full(steps, lr, np.float32),
+        library=compiled_library(runtime or RuntimeConfig()),
+        **options,
+    ).set_train(True)
+
 
 class _Backward(nn.Cell):
     def __init__(self, cell: nn.Cell, inputs: int, parameters: Sequence[Parameter]) -> None:
         super().__init__(auto_prefix=False)
         self.cell = cell
-        positions = tuple(range(1, 1 + inputs))  # behind dy
+        positions = tuple(range(1, 1 + inputs))  # after dy
         weights = ParameterTuple(parameters) if parameters else None
         self.gradients = value_and_grad(self._weighted, positions, weights, has_aux=True)
 
@@ -21,14 +47,14 @@ class _Backward(nn.Cell):
         return (y * dy).sum(), y
 
     def construct(self, dy: Tensor, *inputs: Tensor) -> tuple:
-        """Output and gradients."""
+        """Return output and gradients."""
         return self.gradients(dy, *inputs)
 
 
-def run_both_ways(
+def run_forward_backward(
     cell: nn.Cell, dy: np.ndarray, *inputs: np.ndarray, parameters: Sequence[Parameter] = ()
 ) -> tuple[np.ndarray, list[np.ndarray]]:
-    """y = cell(*inputs), and the gradients of sum(y * dy): inputs first, then parameters."""
+    """Return y = cell(*inputs) and the gradients of sum(y * dy): inputs, then parameters."""
     backward = _Backward(cell, len(inputs), parameters)
     (_, y), gradients = backward(Tensor(dy), *map(Tensor, inputs))
     groups = gradients if parameters else (gradients,)
@@ -37,11 +63,11 @@ def run_both_ways(
 
 
 def noise(*shape: int, seed: int = 0) -> np.ndarray:
-    """Standard normal float32 numbers."""
+    """Return standard normal float32 numbers."""
     return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(np.float32)
 
 
 def fill(parameter: Parameter, value: np.ndarray) -> np.ndarray:
-    """Give a parameter a value, before anything is compiled; returns it."""
+    """Set a parameter before anything is compiled; returns the value."""
     parameter.set_data(Tensor(value.astype(np.float32)))
     return value

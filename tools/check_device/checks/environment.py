@@ -1,4 +1,4 @@
-"""What the host is, and whether MindSpore can use the device at all."""
+"""Checks that MindSpore can use the device; collects versions and variables."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CANN_FILES = ("version.cfg", "version.info", "ascend_toolkit_install.info")
 
 
 def environment(setting: Setting) -> Finding:
-    """Versions, devices and variables; the worker has set the device up before."""
+    """Collect versions, devices and variables; the worker has already set up the device."""
     import mindspore as ms
     from mindspore import ops
 
@@ -37,7 +37,7 @@ def environment(setting: Setting) -> Finding:
 
 
 def versions() -> dict[str, str]:
-    """Of packages, Python, the system, CANN and the driver, where they are found."""
+    """Return versions of packages, Python, the system, CANN and the driver, if found."""
     found = {"python": platform.python_version(), "system": platform.platform()}
     for package in PACKAGES:
         try:
@@ -61,7 +61,7 @@ def versions() -> dict[str, str]:
 
 
 def _count(kind: str) -> int:
-    """Devices of a kind that MindSpore can use."""
+    """Return the number of devices of a kind that MindSpore can use."""
     from mindspore import device_context
 
     context = getattr(device_context, kind.lower())

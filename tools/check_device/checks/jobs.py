@@ -1,4 +1,4 @@
-"""Distributed jobs through the users' script: killed, stopped, and started again at once."""
+"""Checks distributed jobs started by the script: killed, restarted at once, stopped."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ KEYS = (
 
 
 class _Job:
-    """A job of scripts/run_distribute_train.sh; its output goes to a file."""
+    """A job of scripts/run_distribute_train.sh with its output in a file."""
 
     def __init__(self, setting: Setting, world: int, port: int, *words: str) -> None:
         self.output = Path(setting.folder) / f"job-{time.monotonic_ns()}.log"
@@ -40,32 +40,32 @@ class _Job:
             )  # fmt: skip
 
     def text(self) -> str:
-        """What it has printed."""
+        """Return its output so far."""
         return self.output.read_text("utf-8", "replace")
 
     def wait_for(self, pattern: str) -> None:
-        """Wait until a line of its output matches.
+        """Wait for a line of its output that matches.
 
         Raises:
-            RuntimeError: it ended, or took too long.
+            RuntimeError: the job ended or took too long.
         """
         deadline = time.monotonic() + START_SECONDS
         while not re.search(pattern, self.text(), re.M):
             if self.process.poll() is not None or time.monotonic() > deadline:
                 print(self.text())
-                raise RuntimeError(f"the job did not get to train: {last_line(self.text())}")
+                raise RuntimeError(f"the job did not start training: {last_line(self.text())}")
             time.sleep(0.2)
 
     def rank(self, number: int) -> psutil.Process:
-        """One of its ranks."""
+        """Return the process of a rank."""
         for process in psutil.Process(self.process.pid).children(recursive=True):
             environ = process.environ()
             if environ.get("MS_ROLE") == "MS_WORKER" and environ.get("RANK_ID") == str(number):
                 return process
-        raise RuntimeError(f"no process of rank {number}")
+        raise RuntimeError(f"no process has rank {number}")
 
-    def end(self) -> tuple[int | None, float]:
-        """Its exit code, None where it does not end, and how long it took."""
+    def wait(self) -> tuple[int | None, float]:
+        """Wait for its end; return the exit code, None if it does not end, and the seconds."""
         start = time.monotonic()
         try:
             code = self.process.wait(END_SECONDS)
@@ -75,14 +75,14 @@ class _Job:
 
 
 def killed_rank(setting: Setting) -> Finding:
-    """A job whose last rank is killed, then resumed at once and stopped by SIGTERM."""
+    """Kill a job's last rank, resume the job at once and stop it by SIGTERM."""
     world, port = number_of_ranks(setting), free_port()
     begun = r"^epoch \d+/"
     job = _Job(setting, world, port)
     job.wait_for(begun)
     children = psutil.Process(job.process.pid).children(recursive=True)
     job.rank(world - 1).kill()
-    code, seconds = job.end()
+    code, seconds = job.wait()
     _, alive = psutil.wait_procs(children, timeout=5)
     faults = []
     if code != 128 + signal.SIGKILL:
@@ -93,7 +93,7 @@ def killed_rank(setting: Setting) -> Finding:
     again.wait_for("^resumed after epoch")
     again.wait_for(begun)
     again.process.send_signal(signal.SIGTERM)
-    stopped, seconds_to_stop = again.end()
+    stopped, seconds_to_stop = again.wait()
     if stopped != 128 + signal.SIGTERM:
         faults.append(f"after SIGTERM the job ended with {stopped}, not 143")
     if "saved at epoch" not in again.text():

@@ -1,4 +1,4 @@
-"""The users' programs: train.py on the digits, export.py in each format."""
+"""Checks the executables: train.py on the digits, export.py in each format."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ EPOCHS, LOWEST_TOP1 = 2, 70.0
 
 
 def run_program(setting: Setting, name: str, *words: str) -> str:
-    """Run an executable as a user does and return what it printed.
+    """Run an executable as a user does and return its output.
 
     Raises:
-        RuntimeError: it failed; the message is its own.
+        RuntimeError: it failed; the message has its last error.
     """
     done = subprocess.run(
         [sys.executable, str(ROOT / name), *words], cwd=setting.folder, capture_output=True,
@@ -33,7 +33,7 @@ def run_program(setting: Setting, name: str, *words: str) -> str:
 
 
 def train(setting: Setting) -> Finding:
-    """Two epochs of 4,000 digits."""
+    """Train two epochs of 4,000 digits."""
     run_program(
         setting, "train.py", "--config", str(RECIPE), "--output", "run",
         "--runtime.device", setting.device, f"--training.epochs={EPOCHS}",
@@ -49,24 +49,24 @@ def train(setting: Setting) -> Finding:
 
 
 def mindir(setting: Setting) -> Finding:
-    """A MINDIR file, written and checked by export.py, then run on this device by infer.py."""
+    """Export a MINDIR file, which export.py checks, and run it on this device by infer.py."""
     return _export(setting, "mindir", "--runtime.device", setting.device)
 
 
 def onnx(setting: Setting) -> Finding:
-    """An ONNX file, run by the engine that is installed."""
+    """Export an ONNX file and run it in the installed engine."""
     return _export(setting, "onnx")
 
 
 def air(setting: Setting) -> Finding:
-    """An AIR file for ATC."""
+    """Export an AIR file for ATC."""
     if setting.device != "Ascend":
         raise NotHere("MindSpore writes AIR on Ascend only")
     return _export(setting, "air")
 
 
 def _export(setting: Setting, kind: str, *words: str) -> Finding:
-    """Export random weights, and where a program reads the format classify digits by the file."""
+    """Export random weights, and classify digits with the file unless it is AIR."""
     folder = Path(setting.folder)
     checkpoint = _weights(folder)
     file = folder / f"model.{kind}"
@@ -92,7 +92,7 @@ def _export(setting: Setting, kind: str, *words: str) -> Finding:
 
 
 def _weights(folder: Path) -> Path:
-    """Random weights with the configuration of a run beside them."""
+    """Write random weights with a run's configuration beside them."""
     from src.build import build_model, open_split, resolve_classes
     from src.config_io import CONFIG, load_config, save_config
     from src.weights import save_weights

@@ -1,4 +1,4 @@
-"""Several ranks: what they tell each other, and training on all of them against one."""
+"""Checks several ranks: collectives, and training compared with a single rank."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from src.launch.plan import HCCL_TIMEOUTS, visible_devices
 from tools.check_device.checks.training import last_line
-from tools.check_device.compare import judge, relative
+from tools.check_device.compare import check_limits, relative
 from tools.check_device.limits import LIMITS
 from tools.check_device.rank_program import SIZES
 from tools.check_device.registry import Finding, NotHere, Setting
@@ -22,25 +22,25 @@ RANK_COUNTS = (2, 3, 4, 6, 8)  # that divide the batch of `rank_program`
 
 
 def number_of_ranks(setting: Setting) -> int:
-    """How many ranks the checks start.
+    """Return the number of ranks that the checks start.
 
     Raises:
-        NotHere: this host has one device or core.
+        NotHere: this host has too few devices or cores.
     """
-    here = len(visible_devices(setting.device, os.environ))
-    wanted = setting.ranks or min(here, 2 if setting.device == "CPU" else MOST_RANKS)
+    available = len(visible_devices(setting.device, os.environ))
+    wanted = setting.ranks or min(available, 2 if setting.device == "CPU" else MOST_RANKS)
     what = "cores" if setting.device == "CPU" else f"{setting.device} devices"
-    if here < 2 or wanted > here:
-        raise NotHere(f"{here} {what} on this host, {max(wanted, 2)} needed")
+    if available < 2 or wanted > available:
+        raise NotHere(f"{available} {what} on this host, {max(wanted, 2)} needed")
     counts = [count for count in RANK_COUNTS if count <= wanted]
     return counts[-1]
 
 
 def run_ranks(setting: Setting, what: str, world: int, **arguments: Any) -> list[dict[str, Any]]:
-    """What each rank of a job found.
+    """Run a job of `rank_program` and return each rank's results.
 
     Raises:
-        RuntimeError: a rank failed; names it and its last words.
+        RuntimeError: a rank failed; the message has its last error.
     """
     folder = Path(setting.folder) / f"{what}-{world}"
     folder.mkdir(exist_ok=True)
@@ -74,14 +74,14 @@ def run_ranks(setting: Setting, what: str, world: int, **arguments: Any) -> list
 
 
 def free_port() -> int:
-    """A port that was free a moment ago."""
+    """Return a port that is free now."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         return probe.getsockname()[1]
 
 
 def collectives(setting: Setting) -> Finding:
-    """Exact exchange, and sums that are equal on all ranks."""
+    """Check that exchange is exact and that sums are equal on all ranks."""
     world = number_of_ranks(setting)
     found, faults = run_ranks(setting, "collectives", world), []
     for rank, each in enumerate(found):
@@ -102,12 +102,12 @@ def collectives(setting: Setting) -> Finding:
 
 
 def data_parallel(setting: Setting) -> Finding:
-    """Twenty steps on all ranks against one with the whole batch; equal weights on every rank."""
+    """Compare twenty steps on all ranks with one rank; all ranks must have equal weights."""
     world = number_of_ranks(setting)
     found = run_ranks(setting, "training", world)
     (alone,) = run_ranks(setting, "training", 1)
-    column = 0 if setting.device == "CPU" else 1  # sums in another order round elsewhere
-    finding = judge(
+    column = 0 if setting.device == "CPU" else 1  # sums in another order round differently
+    finding = check_limits(
         {
             "losses": relative(found[0]["losses"], alone["losses"]),
             "gradient norms": relative(found[0]["norms"], alone["norms"]),
@@ -118,10 +118,10 @@ def data_parallel(setting: Setting) -> Finding:
         },
     )
     checksums = [each["checksum"] for each in found]
-    apart = [rank for rank, checksum in enumerate(checksums) if checksum != checksums[0]]
-    if apart:
+    different = [rank for rank, checksum in enumerate(checksums) if checksum != checksums[0]]
+    if different:
         finding.passed = False
-        finding.hint += f" ranks {apart} have other weights than rank 0 (unequal checksums)"
+        finding.hint += f" ranks {different} have other weights than rank 0 (unequal checksums)"
     own, slowest = alone["milliseconds"], max(each["milliseconds"] for each in found)
     finding.measured += f"; {world} ranks {slowest:.0f} ms a step, one {own:.0f}"
     finding.details.update(
@@ -132,9 +132,9 @@ def data_parallel(setting: Setting) -> Finding:
 
 
 def late_rank(setting: Setting) -> Finding:
-    """A rank that comes 150 s late to a collective, longer than HCCL's default of 120 s."""
+    """Delay a rank by 150 s before a collective, longer than HCCL's default of 120 s."""
     if setting.device == "CPU":
-        raise NotHere("MindSpore's CPU collectives give up before 150 s; this checks HCCL and NCCL")
+        raise NotHere("CPU collectives time out before 150 s; this checks HCCL and NCCL")
     world = number_of_ranks(setting)
     found = run_ranks(setting, "late", world, late_seconds=LATE_SECONDS)
     right = all(each["right"] for each in found)

@@ -1,4 +1,4 @@
-"""How fast CvT-13 trains here, without a limit, and the kernels that take longest."""
+"""Measures CvT-13's training speed, without a limit, and lists the slowest kernels."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FORM_SECONDS = 1200
 
 
 def speed(setting: Setting) -> Finding:
-    """A training step of CvT-13 at 224 px as the recipe trains it: compile, step, copy, kernels."""
+    """Measure compilation, step, copy and kernels of CvT-13's training step at 224 px."""
     found = measure(setting.device, Path(setting.folder) / "profile")
     words = (
         f"{found['images_per_second']:.1f} img/s at batch {found['batch_size']}, "
@@ -36,30 +36,27 @@ def speed(setting: Setting) -> Finding:
 
 
 def measure(device: str, profile: Path | None, form: str = "conv") -> dict[str, Any]:
-    """Time a step; profile: where to write a profile of it, None takes none."""
+    """Time a step, and profile it into the folder `profile` unless that is None."""
     from mindspore import Tensor
 
-    from src.build import accelerate, compiled_library, set_precision
+    from src.build import accelerate, set_precision
     from src.config import IMAGENET_MEAN, IMAGENET_STD, RuntimeConfig
     from src.models import create_model
-    from src.training.loss import LabelSmoothingCrossEntropy
-    from src.training.optimizer import AdamW
     from src.training.preprocess import Preprocess
-    from src.training.train_step import TrainStep
+    from tools.check_device.checks.cells import build_step
 
     precision = "float32" if device == "CPU" else "float16"
     net = set_precision(create_model("cvt_13", 1000, drop_path_rate=(0, 0, 0.1)), precision)
     runtime = RuntimeConfig(precision=precision, depthwise=form)
     accelerate(net, runtime)
-    step = TrainStep(
+    step = build_step(
         net,
-        LabelSmoothingCrossEntropy(0.1),
-        AdamW(net.trainable_params()),
-        np.full(1000, 1e-4, np.float32),
+        lr=1e-4,
+        steps=1000,
+        runtime=runtime,
         loss_scale=1.0 if precision == "float32" else 1024.0,
         preprocess=Preprocess((IMAGE, IMAGE), IMAGENET_MEAN, IMAGENET_STD),
-        library=compiled_library(runtime),
-    ).set_train(True)
+    )
     batch = BATCHES[device]
     pixels = np.random.default_rng(0).integers(256, size=(batch, IMAGE, IMAGE, 3))
     pixels = pixels.astype(np.uint8)
@@ -76,7 +73,7 @@ def measure(device: str, profile: Path | None, form: str = "conv") -> dict[str, 
     copies = []
     for _ in range(5):
         start = time.perf_counter()
-        (Tensor(pixels) + 1)[:1, :1, :1].asnumpy()  # the copy happens with the first use
+        (Tensor(pixels) + 1)[:1, :1, :1].asnumpy()  # the copy happens at the first use
         copies.append(time.perf_counter() - start)
     found = {
         "precision": precision, "batch_size": batch, "compile_seconds": compile_seconds,
@@ -84,14 +81,14 @@ def measure(device: str, profile: Path | None, form: str = "conv") -> dict[str, 
         "copy_milliseconds": statistics.median(copies) * 1000,
     }  # fmt: skip
     if profile is not None:
-        found.update(kernels(device, profile, lambda: once(images)))
+        found.update(profile_kernels(device, profile, lambda: once(images)))
     return found
 
 
-def kernels(device: str, folder: Path, run) -> dict[str, Any]:
-    """The kinds of kernels that take longest, and all that run on a processor of the host.
+def profile_kernels(device: str, folder: Path, run) -> dict[str, Any]:
+    """Profile steps; return the slowest kinds of kernels and all that run on the host.
 
-    MindSpore's profiler writes one table of the host's kernels and, on Ascend, one of the card's.
+    MindSpore's profiler writes a table of the host's kernels and, on Ascend, one of the card's.
     """
     from mindspore import profiler
     from mindspore.profiler import ProfilerActivity
@@ -107,7 +104,7 @@ def kernels(device: str, folder: Path, run) -> dict[str, Any]:
 
 
 def summarise(folder: Path) -> dict[str, Any]:
-    """What a profile's tables say, by kind of kernel, in milliseconds a step."""
+    """Summarise a profile's tables by kind of kernel, in milliseconds per step."""
     times: dict[str, float] = defaultdict(float)
     host: dict[str, float] = defaultdict(float)
     for file in folder.rglob("cpu_op_detail_info_*.csv"):
@@ -121,9 +118,9 @@ def summarise(folder: Path) -> dict[str, Any]:
             times[f"{kind} ({core})"] += float(row["Duration(us)"]) / 1000
             if core in HOST_CORES:
                 host[kind] += float(row["Duration(us)"]) / 1000
-    dearest = sorted(times, key=times.get, reverse=True)[:KERNELS]
+    slowest = sorted(times, key=times.get, reverse=True)[:KERNELS]
     return {
-        "dearest kernels": {name: round(times[name] / PROFILED, 3) for name in dearest},
+        "slowest kernels": {name: round(times[name] / PROFILED, 3) for name in slowest},
         "kernels on the host": {name: round(ms / PROFILED, 3) for name, ms in sorted(host.items())},
     }
 
@@ -134,7 +131,7 @@ def _rows(file: Path) -> list[dict[str, str]]:
 
 
 def forms(setting: Setting) -> Finding:
-    """The step by jit level and by form of the depthwise convolution, each in a process."""
+    """Time the step for each jit level and form of the depthwise convolution in new processes."""
     found, faults = {}, []
     for level, form in FORMS:
         if level == "O2" and setting.device != "Ascend":

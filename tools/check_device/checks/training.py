@@ -1,4 +1,4 @@
-"""One compiled training step: the official trajectory, and what else that step must fulfil."""
+"""Checks the compiled training step: the official trajectory and further properties."""
 
 from __future__ import annotations
 
@@ -16,29 +16,28 @@ import numpy as np
 from mindspore import Tensor
 
 from src.arithmetic import FIXED_SCALE, overflows_to_infinity
-from src.build import accelerate, compiled_library, set_precision
+from src.build import accelerate, set_precision
 from src.config import RuntimeConfig
 from src.launch.job import ERROR_LINE
 from src.training.loss import LabelSmoothingCrossEntropy
 from src.training.optimizer import AdamW
 from src.training.train_step import FIRST_DYNAMIC_SCALE, TrainStep
-from tools.check_device.compare import by_largest, by_norm, judge, relative
+from tools.check_device.checks.cells import build_step
+from tools.check_device.compare import by_largest, by_norm, check_limits, relative
 from tools.check_device.golden import official
 from tools.check_device.limits import limit
 from tools.check_device.registry import Finding, Setting
 
 TRAJECTORY = official.DESCRIPTION["trajectories"][0]
 STEPS, EMA_DECAY = TRAJECTORY["steps"], 0.15
-# Softmax ignores a shift of all keys: the true gradient is zero, and Adam follows rounding noise.
-WITHOUT_GRADIENT = ("proj_k.bias", "conv_proj_k.bn.bias", "conv_proj_k.bn.beta")
-# Of the whole gradient's norm. A tensor with less is measured by this share: BatchNorm behind norm1
-# cancels its gamma's gradient almost wholly (2e-4 of the whole), and what is left is rounding.
-SMALLEST_SHARE = 1e-2
+# Differences are divided by at least this fraction of the whole gradient's norm: BatchNorm cancels
+# almost all of norm1.gamma's gradient (2e-4 of the whole), so that mostly rounding remains.
+MIN_FRACTION = 1e-2
 CPU_SECONDS = 300
 
 
 def batches(count: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The images and labels of the official trajectory."""
+    """Yield the images and labels of the official trajectory."""
     rng = np.random.default_rng([TRAJECTORY["seed"], zlib.crc32(b"data")])
     size, image = TRAJECTORY["batch"], TRAJECTORY["image"]
     for _ in range(count):
@@ -47,7 +46,7 @@ def batches(count: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 
 def make_step(precision: str = "float32", **options) -> TrainStep:
-    """The step of the official trajectory."""
+    """Build the training step of the official trajectory."""
     runtime = RuntimeConfig(precision=precision)
 
     def network():
@@ -63,42 +62,40 @@ def make_step(precision: str = "float32", **options) -> TrainStep:
         TRAJECTORY["eps"],
         TRAJECTORY["weight_decay"],
     )
-    rates = np.full(2 * STEPS, TRAJECTORY["lr"], np.float32)
     loss = LabelSmoothingCrossEntropy(TRAJECTORY["label_smoothing"])
-    options["library"] = compiled_library(runtime)
-    step = TrainStep(net, loss, optimizer, rates, **options).set_train(True)
+    step = build_step(net, TRAJECTORY["lr"], 2 * STEPS, optimizer, loss, runtime, **options)
     if step.ema_net is not None:
         step.ema_net.set_train(False)
     return step
 
 
-def take(step: TrainStep, images: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
-    """Loss and gradient norm of a step."""
+def run_step(step: TrainStep, images: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+    """Run a step and return its loss and gradient norm."""
     loss, norm = step.run_batch(Tensor(images), Tensor(labels))
     return float(loss.asnumpy()), float(norm.asnumpy())
 
 
-def everything(step: TrainStep) -> dict[str, np.ndarray]:
-    """A copy of all that a step keeps."""
+def copy_state(step: TrainStep) -> dict[str, np.ndarray]:
+    """Copy all parameters of a step."""
     return {p.name: p.asnumpy().copy() for p in step.get_parameters()}
 
 
 def restore(step: TrainStep, values: dict[str, np.ndarray]) -> None:
-    """Go back to an earlier moment."""
+    """Restore parameters copied by `copy_state`."""
     for parameter in step.get_parameters():
         ms.ops.assign(parameter, Tensor(values[parameter.name]))
 
 
 @dataclass
 class _Run:
-    """What the trajectory left behind.
+    """The results of the trajectory.
 
     Args:
-        step: after the last step.
-        start: everything before the first.
+        step: the training step after the last step.
+        start: its state before the first.
         curve: loss and gradient norm of each step.
-        gradients: of the first step, by parameter.
-        average: what the moving average should be at the end.
+        gradients: gradients of the first step, by parameter.
+        average: the expected moving average at the end.
     """
 
     step: TrainStep
@@ -110,14 +107,14 @@ class _Run:
 
 @functools.cache
 def _run() -> _Run:
-    """Twenty steps with moving average, clipping far above the norm, and dynamic loss scale."""
+    """Run twenty steps with moving average, clipping far above the norm, and dynamic loss scale."""
     step = make_step(ema_decay=EMA_DECAY, clip_norm=1e6, loss_scale=None)
     names = [p.name for p in step.net.get_parameters()]
-    run = _Run(step, everything(step))
+    run = _Run(step, copy_state(step))
     run.average = {name: run.start[name].astype(np.float64) for name in names}
     for time, batch in enumerate(batches(STEPS)):
-        run.curve.append(take(step, *batch))
-        now = everything(step)
+        run.curve.append(run_step(step, *batch))
+        now = copy_state(step)
         if not time:
             share = 1 - TRAJECTORY["betas"][0]
             run.gradients = {
@@ -132,26 +129,24 @@ def _run() -> _Run:
 
 
 def gradients(setting: Setting) -> Finding:
-    """Every gradient of the first step against a CPU process that computes it another way."""
+    """Compare every gradient of the first step with an operator-by-operator CPU process."""
     file = Path(setting.folder) / "gradients.npz"
-    reference = start_on_cpu(setting, "gradients", output=str(file))
+    process = start_on_cpu(setting, "gradients", output=str(file))
     found = _run().gradients
-    wait_for_cpu(reference)
+    wait_for_cpu(process)
     with np.load(file) as expected:
         right = {name: expected[name] for name in expected.files}
     whole = float(np.sqrt(sum((value.astype(np.float64) ** 2).sum() for value in right.values())))
     if set(found) != set(right):
-        raise ValueError(f"other parameters: {sorted(set(found) ^ set(right))[:4]}")
-    differences = {
-        name: by_norm(found[name], right[name], SMALLEST_SHARE * whole) for name in right
-    }
-    return judge(differences, limit("gradients"))
+        raise ValueError(f"parameters differ: {sorted(set(found) ^ set(right))[:4]}")
+    differences = {name: by_norm(found[name], right[name], MIN_FRACTION * whole) for name in right}
+    return check_limits(differences, limit("gradients"))
 
 
 def start_on_cpu(setting: Setting, what: str, **arguments: str) -> subprocess.Popen:
-    """Let a CPU process compute something, beside this one.
+    """Start a CPU process that computes something.
 
-    It is always the plain worker: a test's fault is in the device's process alone.
+    It is always the original worker, so that a test's fault affects only the device's process.
     """
     text = json.dumps({"what": what, **arguments})
     command = [sys.executable, "-m", "tools.check_device.worker", "cpu", text]
@@ -161,7 +156,7 @@ def start_on_cpu(setting: Setting, what: str, **arguments: str) -> subprocess.Po
 
 
 def wait_for_cpu(process: subprocess.Popen) -> None:
-    """Wait until a CPU process has written its result.
+    """Wait for a CPU process to write its result.
 
     Raises:
         RuntimeError: it failed.
@@ -172,7 +167,7 @@ def wait_for_cpu(process: subprocess.Popen) -> None:
 
 
 def last_line(text: str) -> str:
-    """The last line that names an error; where none does, the last one that is no [INFO]."""
+    """Return the last line that names an error, else the last line that is not [INFO]."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if ERROR_LINE.match(line)]
     words = errors or [line for line in lines if not line.startswith("[INFO]")]
@@ -180,24 +175,24 @@ def last_line(text: str) -> str:
 
 
 def trajectory(setting: Setting) -> Finding:
-    """Losses and gradient norms of twenty steps against the official code's."""
-    return _judge_curve(_run().curve, "float32")
+    """Compare losses and gradient norms of twenty steps with the official code's."""
+    return _compare_curve(_run().curve, "float32")
 
 
-def _judge_curve(curve: list[tuple[float, float]], precision: str) -> Finding:
+def _compare_curve(curve: list[tuple[float, float]], precision: str) -> Finding:
     differences, limits = {}, {}
     kinds = (("loss", "loss"), ("grad_norm", "gradient norm"))
     for column, (key, what) in enumerate(kinds):
         right = official.REFERENCE[f"{TRAJECTORY['tag']}/{key}"]
         differences[what] = relative([row[column] for row in curve], right)
         limits[what] = limit(what, precision)
-    finding = judge(differences, limits)
+    finding = check_limits(differences, limits)
     finding.details["curve"] = curve
     return finding
 
 
 def statistics(setting: Setting) -> Finding:
-    """Norms of the running statistics, and of the weights, after twenty steps."""
+    """Compare norms of the running statistics after twenty steps with the official code's."""
     run, norms = _run(), TRAJECTORY["param_l2_norm_after"]
     differences = {}
     for parameter in run.step.net.get_parameters():
@@ -205,40 +200,40 @@ def statistics(setting: Setting) -> Finding:
         if ".running_" in name:
             norm = np.linalg.norm(parameter.asnumpy().astype(np.float64))
             differences[name] = abs(norm - norms[name]) / norms[name]
-    return judge(differences, 10 * limit("loss"))
+    return check_limits(differences, 10 * limit("loss"))
 
 
 def average(setting: Setting) -> Finding:
-    """The moving average of weights and statistics against numpy, from the weights of each step."""
+    """Compare the moving average with NumPy's average of the weights of each step."""
     run = _run()
     found = {p.name.removeprefix("ema."): p.asnumpy() for p in run.step.ema_net.get_parameters()}
     differences = {name: by_largest(found[name], right) for name, right in run.average.items()}
-    return judge(differences, 1e-5)
+    return check_limits(differences, 1e-5)
 
 
 def overflow(setting: Setting) -> Finding:
-    """A step with an infinite pixel: nothing stays of it, the scale halves, the next is normal."""
+    """Check that an overflowing step changes nothing but halves the scale; the next is normal."""
     run = _run()
     step = run.step
     restore(step, run.start)
     first, bad, last = batches(3)
     bad = (bad[0].copy(), bad[1])
     bad[0][1, 0, 5, 5] = np.inf
-    take(step, *first)
-    before = everything(step)
-    loss, norm = take(step, *bad)
-    after = everything(step)
+    run_step(step, *first)
+    before = copy_state(step)
+    loss, norm = run_step(step, *bad)
+    after = copy_state(step)
     changed = {name for name in before if before[name].tobytes() != after[name].tobytes()}
     faults = []
     if np.isfinite(loss) and np.isfinite(norm):
-        faults.append("the overflow was not noticed: loss and gradient norm are finite")
+        faults.append("the overflow was not detected: loss and gradient norm are finite")
     left = sorted(changed - {"step", "skipped", "loss_scale", "steady"})
     if left:
         faults.append(f"{len(left)} tensors changed, such as {left[0]}")
     scale = float(after["loss_scale"] / before["loss_scale"])
     if scale != 0.5:
         faults.append(f"the loss scale went to {scale:g} times its value, not to half")
-    following = take(step, *last)
+    following = run_step(step, *last)
     if not np.isfinite(following).all():
         faults.append(f"the next step has loss {following[0]}, gradient norm {following[1]}")
     words = f"{len(left)} tensors changed, scale x {scale:g}"
@@ -246,20 +241,20 @@ def overflow(setting: Setting) -> Finding:
 
 
 def repeatability(setting: Setting) -> Finding:
-    """Three steps twice, without runtime.deterministic."""
+    """Compare three steps with their repetition, without runtime.deterministic."""
     run, curves = _run(), []
     for _ in range(2):
         restore(run.step, run.start)
-        curves.append([take(run.step, *batch) for batch in batches(3)])
-    return judge({"loss and gradient norm": relative(curves[0], curves[1])}, limit("loss"))
+        curves.append([run_step(run.step, *batch) for batch in batches(3)])
+    return check_limits({"loss and gradient norm": relative(curves[0], curves[1])}, limit("loss"))
 
 
 def trajectory_float16(setting: Setting) -> Finding:
-    """The twenty steps in float16; where it saturates, with a fixed loss scale."""
+    """Compare the twenty steps in float16; with a fixed loss scale if float16 saturates."""
     scale = None if overflows_to_infinity() else float(FIXED_SCALE)
     step = make_step("float16", loss_scale=scale)
-    curve = [take(step, *batch) for batch in batches(STEPS)]
-    finding = _judge_curve(curve, "float16")
+    curve = [run_step(step, *batch) for batch in batches(STEPS)]
+    finding = _compare_curve(curve, "float16")
     finding.details["loss scale"] = float(step.loss_scale.asnumpy())
     if int(step.skipped.asnumpy()):
         finding.hint += f"; {int(step.skipped.asnumpy())} steps overflowed from a scale of "

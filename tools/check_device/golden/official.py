@@ -1,6 +1,6 @@
-"""The official implementation's numbers, and the deterministic weights that they were made with.
+"""Golden numbers of the official implementation, and the deterministic weights behind them.
 
-Names and recipe of the tensors: numpy's PCG64, seeded by a number and the official name's CRC-32.
+Tensors come from NumPy's PCG64, seeded by a number and the CRC-32 of the official name.
 """
 
 import json
@@ -26,13 +26,13 @@ NANO = {"embed_dims": (16, 32, 64), "num_heads": (1, 2, 4), "depths": (1, 1, 2)}
 
 
 def official_name(name: str) -> str:
-    """Our parameter name in the official state dict."""
+    """Return a parameter's name in the official state dict."""
     prefix, _, suffix = name.rpartition(".")
     return f"{prefix}.{SUFFIXES.get(suffix, suffix)}"
 
 
 def tensor(seed: int, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The deterministic tensor of an official name."""
+    """Return the deterministic tensor of an official name."""
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
     if name.endswith("running_var"):
         return (0.5 + rng.random(shape)).astype(np.float32)
@@ -49,7 +49,7 @@ def tensor(seed: int, name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def model(case: dict):
-    """The network of a case of official_reference.json, with its weights."""
+    """Create the network of a case of official_reference.json with its weights."""
     name, options = case["model"], {}
     if name == "nano":
         name, options = "cvt_13", dict(NANO)
@@ -67,6 +67,6 @@ def model(case: dict):
 
 
 def images(case: dict) -> ms.Tensor:
-    """The input of a case."""
+    """Return the input of a case."""
     rng = np.random.default_rng([case["seed"], zlib.crc32(b"input")])
     return ms.Tensor(rng.standard_normal(case["input_shape"]).astype(np.float32))

@@ -1,0 +1,72 @@
+"""Reads how far the run of a cell is."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from src.config_io import load_config
+from src.errors import UserError, shorten
+from src.training.resume import FREE_TO_CHANGE, flatten
+from src.training.state import has_state
+from tools.study.cells import Cell
+
+RESOLVED = ("model.num_classes", "data.class_names")  # a run fills them in where they are null
+
+
+@dataclass(frozen=True)
+class CellState:
+    """What a cell's folder contains.
+
+    Args:
+        rows: metrics.jsonl, one row per finished epoch.
+        resumable: whether there is a saved state to resume from.
+        finished: whether the last epoch has been evaluated.
+    """
+
+    rows: list[dict]
+    resumable: bool
+    finished: bool
+
+
+def read_state(cell: Cell, folder: Path) -> CellState:
+    """Read how far a cell is.
+
+    A finished cell needs only config.yaml and metrics.jsonl, so results can be committed and the
+    study continued on another machine.
+
+    Raises:
+        UserError: the cell was trained under other settings.
+    """
+    resumable = has_state(folder / "checkpoints")
+    rows = _read_metrics(folder / "metrics.jsonl")
+    if resumable or rows:
+        _require_same_settings(cell, folder)
+    last = rows[-1] if rows else {}
+    finished = last.get("epoch") == cell.config.training.epochs and last.get("top1") is not None
+    return CellState(rows if resumable or finished else [], resumable, finished)
+
+
+def _read_metrics(file: Path) -> list[dict]:
+    """Return the rows of metrics.jsonl; none if it is damaged, which resuming repairs."""
+    try:
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError):
+        return []
+    return rows if [row.get("epoch") for row in rows] == list(range(1, len(rows) + 1)) else []
+
+
+def _require_same_settings(cell: Cell, folder: Path) -> None:
+    before, now = flatten(load_config(folder / "config.yaml")), flatten(cell.config)
+    free = {key for key in RESOLVED if now[key] is None} | set(FREE_TO_CHANGE)
+    changed = [
+        f"{key} {shorten(before[key])}, not {shorten(now[key])}"
+        for key in now
+        if key not in free and before[key] != now[key]
+    ]
+    if changed:
+        raise UserError(
+            f"{folder}: was trained with {'; '.join(changed)}. Give another --output, or remove "
+            "this folder to train the cell again"
+        )
