@@ -2,6 +2,8 @@
 
 import contextlib
 import fcntl
+import hashlib
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -14,21 +16,45 @@ from src.device import prepare_environment
 
 prepare_environment()  # before any test imports MindSpore
 
-LONG_FILES = ("tests/faults", "tests/launch", "tests/ascend", "tests/tools/benchmark")
-# Whole runs, jobs, campaigns and compiled graphs of training: left out by run_tests.sh --quick.
-SLOW_FILES = (
-    *LONG_FILES,
-    "tests/end_to_end",
+# The longest first, so that no worker ends with one while the others are idle.
+LONG_FILES = (
+    "tests/launch/test_job.py",
+    "tests/ascend",
+    "tests/tools/check_device/test_checks.py",
     "tests/deploy/test_export.py",
-    "tests/deploy/test_predictor.py",
+    "tests/training/test_train_step.py",
+    "tests/faults",
+    "tests/models/test_cvt.py",
+    "tests/launch/test_two_hosts.py",
+    "tests/tools/benchmark",
+    "tests/training/test_state.py",
+    "tests/training/test_run.py",
+    "tests/end_to_end/test_study.py",
+    "tests/end_to_end/test_commands.py",
+    "tests/models/test_compiled.py",
+)
+# Left out by run_tests.sh --quick: whole runs, jobs, campaigns, programs, and compiled graphs.
+SLOW_FILES = (
     "tests/deploy/test_convert.py",
+    "tests/deploy/test_export.py",
     "tests/deploy/test_mindspore_lite.py",
+    "tests/deploy/test_predictor.py",
     "tests/deploy/test_quantize.py",
+    "tests/end_to_end/test_commands.py",
+    "tests/end_to_end/test_from_records.py",
+    "tests/end_to_end/test_study.py",
+    "tests/evaluation/test_evaluator.py",
+    "tests/examples/test_demo.py",
+    "tests/examples/test_serve.py",
+    "tests/faults",
+    "tests/launch/test_job.py",
+    "tests/launch/test_two_hosts.py",
+    "tests/tools/benchmark/test_measure.py",
+    "tests/tools/check_device/test_checks.py",
     "tests/training/test_branches.py",
     "tests/training/test_run.py",
     "tests/training/test_state.py",
     "tests/training/test_train_step.py",
-    "tests/evaluation/test_evaluator.py",
 )
 ROOT = Path(__file__).resolve().parents[1]
 TINY = {"embed_dims": (8, 16, 32), "num_heads": (1, 2, 4), "depths": (1, 1, 2), "num_classes": 10}
@@ -42,14 +68,19 @@ TINY_KEYS = [
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items) -> None:
-    """Start the long files first, so that no worker ends with one while the others are idle.
+    """Mark the slow tests, and start the long files first.
 
     First of all hooks, because `-m "not slow"` selects by the marks that are set here.
     """
+
+    def place(item) -> int:
+        found = (i for i, file in enumerate(LONG_FILES) if item.nodeid.startswith(file))
+        return next(found, len(LONG_FILES))
+
     for item in items:
-        if item.nodeid.startswith(SLOW_FILES):
+        if item.nodeid.startswith(SLOW_FILES) or "compiled_graph" in item.fixturenames:
             item.add_marker(pytest.mark.slow)
-    items.sort(key=lambda item: not any(item.nodeid.startswith(file) for file in LONG_FILES))
+    items.sort(key=place)
 
 
 @contextlib.contextmanager
@@ -80,12 +111,37 @@ def shared_folder(tmp_path_factory) -> Path:
     return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
 
+@pytest.fixture(scope="session", autouse=True)
+def synchronous():
+    """Launch PyNative's operators one by one: the threads of its pipeline spin while they wait."""
+    import mindspore as ms
+
+    ms.runtime.launch_blocking()
+
+
 @pytest.fixture(autouse=True)
 def graph_mode():
     """Each test starts in graph mode, as the executables do."""
     import mindspore as ms
 
     ms.set_context(mode=ms.GRAPH_MODE)
+
+
+@pytest.fixture(autouse=True)
+def compiled_graphs(monkeypatch):
+    """Keep the graphs of dead networks until the test ends.
+
+    When MindSpore drops a graph it forgets the signatures of all of them, so that every living
+    network compiles anew at its next call.
+    """
+    from mindspore.common.api import _CellGraphExecutor as Executor
+
+    drop, dead = Executor.del_net_res, []
+    with monkeypatch.context() as patch:
+        patch.setattr(Executor, "del_net_res", lambda *arguments: dead.append(arguments))
+        yield
+    for arguments in dead:
+        drop(*arguments)
 
 
 @pytest.fixture(scope="session")
@@ -114,6 +170,65 @@ def run_command(*words: str, cwd: Path) -> subprocess.CompletedProcess:
         environment["PYTHONPATH"] = str(ROOT)
         command = [sys.executable, "-m", *words]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture
+def run_here(tmp_path, monkeypatch, capsys):
+    """As `run_command`, but in this process and in `tmp_path`: starting MindSpore takes seconds."""
+
+    def run(*words: str) -> subprocess.CompletedProcess:
+        if words[0].endswith(".py"):
+            spec = importlib.util.spec_from_file_location(words[0][:-3], ROOT / words[0])
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(f"{words[0]}.__main__")
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", list(words))
+        capsys.readouterr()
+        code = 0
+        try:
+            module.main()
+        except SystemExit as end:
+            code = end.code
+        return subprocess.CompletedProcess(words, code, *capsys.readouterr())
+
+    return run
+
+
+def graph_cache(folder: Path, *words: str) -> dict[str, str]:
+    """Environment variables under which started commands keep their compiled graphs.
+
+    MindSpore's key leaves out the constants in a graph (learning rates, drop path), so each
+    configuration has a folder of its own.
+
+    Args:
+        folder: of one worker, because two processes must not write at once.
+        words: everything that decides on the graphs: the keys and the number of ranks.
+    """
+    place = folder / hashlib.sha256("\0".join(words).encode()).hexdigest()[:16]
+    return {"MS_COMPILER_CACHE_ENABLE": "1", "MS_COMPILER_CACHE_PATH": str(place)}
+
+
+@pytest.fixture(scope="session")
+def graph_folder(tmp_path_factory) -> Path:
+    """The folder for `graph_cache`."""
+    return tmp_path_factory.mktemp("graphs")
+
+
+@pytest.fixture(scope="session")
+def compiled_graph(shared_folder):
+    """A graph of `tests.ascend.graphs` by its name, compiled once for all workers."""
+    from tests.ascend.graphs import dump_graph, read_graph
+
+    def read(name):
+        path = shared_folder / f"{name}.ir"
+        with file_lock(shared_folder / f"{name}.lock"):
+            if not path.exists():
+                path.write_text(dump_graph(name))
+        return read_graph(path.read_text())
+
+    return read
 
 
 @pytest.fixture(scope="session")

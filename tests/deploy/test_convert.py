@@ -16,7 +16,7 @@ from src.models import create_model, list_models
 from src.models.cvt import CvT
 from src.weights import load_weights, save_weights
 from src.weights.names import to_ours
-from tests.conftest import ROOT, TINY, run_command
+from tests.conftest import TINY, run_command
 from tests.golden import pico
 from tools.check_device.golden import official
 
@@ -86,9 +86,9 @@ def test_command(tmp_path, recipe):
         (["--src", SOURCE, "--dst", "x.ckpt"], "give --config with the model's keys"),
     ],
 )
-def test_refusals_leave_nothing(tmp_path, words, message):
+def test_refusals_leave_nothing(tmp_path, run_here, words, message):
     (tmp_path / "old.ckpt").write_text("something else")
-    done = run_command("convert.py", *map(str, words), cwd=tmp_path)
+    done = run_here("convert.py", *map(str, words))
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["old.ckpt"]
     assert (tmp_path / "old.ckpt").read_text() == "something else"
@@ -178,8 +178,8 @@ def test_a_backbone_without_head_converts(tmp_path):
     assert (tmp_path / "x.ckpt").read_bytes() == (tmp_path / "y.ckpt").read_bytes()
 
 
-def test_help_tells_every_option():
-    done = run_command("convert.py", "--help", cwd=ROOT)
+def test_help_tells_every_option(run_here):
+    done = run_here("convert.py", "--help")
     assert done.returncode == 0
     for option in ("--src", "--dst", "--model", "--entry", "--verify", "--force", "--config"):
         assert option in done.stdout

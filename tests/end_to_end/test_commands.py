@@ -57,7 +57,7 @@ def test_infer_prints_and_writes_a_line_per_image(trained, tmp_path):
         assert line[1:] == [entry["top"][0]["name"], f"{entry['top'][0]['probability']:.4f}"]
 
 
-def test_a_folder_of_photographs_trains_and_a_broken_one_is_named(photos, tmp_path):
+def test_a_folder_of_photographs_trains_and_a_broken_one_is_named(photos, tmp_path, run_here):
     keys = [f"--data.path={photos}", *TINY_KEYS, "--training.epochs=1", "--model.image_size=32"]
     keys += ["--training.batch_size=8", "--output=run"]
     done = run_command("train.py", PHOTOS, *keys, cwd=tmp_path)
@@ -67,7 +67,7 @@ def test_a_folder_of_photographs_trains_and_a_broken_one_is_named(photos, tmp_pa
     shutil.copytree(photos, tmp_path / "photos")
     (tmp_path / "photos/val/red/3.jpg").write_text("no image")
     words = ("--ckpt=run/checkpoints/last.ckpt", "--data.path=photos")
-    done = run_command("eval.py", *words, cwd=tmp_path)
+    done = run_here("eval.py", *words)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == (
         "eval.py: error: 1 of 10 images of imagefolder (val) can't be read: photos/val/red/3.jpg: "
@@ -75,12 +75,12 @@ def test_a_folder_of_photographs_trains_and_a_broken_one_is_named(photos, tmp_pa
         "with --data.broken skip"
     )
     (tmp_path / "photos/val/green").mkdir()
-    done = run_command("eval.py", *words, cwd=tmp_path)
+    done = run_here("eval.py", *words)
     assert done.returncode == 2 and "green" in done.stderr and done.stderr.count("\n") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["photos", "run"]
 
 
-def test_one_broken_of_200_is_skipped_in_training_and_stops_evaluation(tmp_path):
+def test_one_broken_of_200_is_skipped_in_training_and_stops_evaluation(tmp_path, run_here):
     rng = np.random.default_rng(0)
     for split, count in (("train", 100), ("val", 3)):
         for name in "ab":
@@ -92,8 +92,8 @@ def test_one_broken_of_200_is_skipped_in_training_and_stops_evaluation(tmp_path)
     broken = tmp_path / "data/train/b/33.jpg"
     broken.write_bytes(broken.read_bytes()[:200])
     keys = ["--data.path=data", *TINY_KEYS, "--training.epochs=1", "--model.image_size=16"]
-    keys += ["--training.batch_size=99", "--output=run"]
-    done = run_command("train.py", PHOTOS, *keys, cwd=tmp_path)
+    keys += ["--training.batch_size=99", "--output=run", "--runtime.mode=pynative"]
+    done = run_here("train.py", PHOTOS, *keys)
     assert done.returncode == 0, done.stderr
     log = (tmp_path / "run" / "log.txt").read_text()
     left_out = (
@@ -108,7 +108,7 @@ def test_one_broken_of_200_is_skipped_in_training_and_stops_evaluation(tmp_path)
     done = run_command(*words, cwd=tmp_path)
     assert done.returncode == 2 and "1 of 200" in done.stderr and "b/33.jpg: cut off" in done.stderr
     assert "checking 1 images in" in done.stdout and "199 more are known" in done.stdout
-    done = run_command(*words, "--data.broken=skip", "--json=figures.json", cwd=tmp_path)
+    done = run_here(*words, "--data.broken=skip", "--json=figures.json")
     assert done.returncode == 0 and "left out: 1 of 200" in done.stdout
     assert json.loads((tmp_path / "figures.json").read_text())["images"] == 199
 
@@ -130,17 +130,17 @@ def test_one_broken_of_200_is_skipped_in_training_and_stops_evaluation(tmp_path)
     ],
     ids=lambda value: value[0][:-3] + value[-1][-12:] if isinstance(value, tuple) else "",
 )
-def test_bad_input_is_one_line_and_exit_code_2(tmp_path, words, complaint):
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, run_here, words, complaint):
     (tmp_path / "junk.ckpt").write_bytes(b"no checkpoint " * 100)
-    done = run_command(*words, cwd=tmp_path)
+    done = run_here(*words)
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith(f"{words[0]}: error: ") and done.stderr.count("\n") == 1
     assert complaint in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["junk.ckpt"], "nothing is written"
 
 
-def test_weights_of_another_network_are_refused(trained, tmp_path):
+def test_weights_of_another_network_are_refused(trained, run_here):
     words = (f"--ckpt={trained / 'checkpoints/best.ckpt'}", DIGITS)
-    done = run_command("eval.py", *words, cwd=tmp_path)
+    done = run_here("eval.py", *words)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "of another shape" in done.stderr

@@ -1,13 +1,8 @@
 """What a hostile user hands to train.py: one line, exit code 2, nothing written."""
 
-import importlib.util
-import sys
-
 import numpy as np
 import pytest
 from PIL import Image
-
-from tests.conftest import ROOT
 
 DIGITS = "data: {source: digits}\n"
 RECIPES = {
@@ -47,25 +42,13 @@ RECIPES = {
 }
 
 
-def run(monkeypatch, capsys, *argv):
-    """train.py in this process: its exit code and what it printed on stderr."""
-    spec = importlib.util.spec_from_file_location("train", ROOT / "train.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(sys, "argv", ["train.py", *argv])
-    with pytest.raises(SystemExit) as end:
-        module.main()
-    return end.value.code, capsys.readouterr().err
-
-
 @pytest.mark.parametrize("kind", RECIPES)
-def test_a_malformed_recipe_gets_one_line(kind, tmp_path, monkeypatch, capsys):
+def test_a_malformed_recipe_gets_one_line(kind, tmp_path, run_here):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPES[kind])
-    monkeypatch.chdir(tmp_path)
-    code, said = run(monkeypatch, capsys, "--config", "recipe.yaml", "--output=run")
-    assert code == 2
-    assert said.startswith("train.py: error: ") and said.count("\n") == 1, said
+    done = run_here("train.py", "--config", "recipe.yaml", "--output=run")
+    assert done.returncode == 2
+    assert done.stderr.startswith("train.py: error: ") and done.stderr.count("\n") == 1, done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
 
 
@@ -93,15 +76,14 @@ FOLDERS = {
 
 
 @pytest.mark.parametrize("kind", FOLDERS)
-def test_a_folder_that_cannot_be_trained_on_gets_one_line(kind, tmp_path, monkeypatch, capsys):
+def test_a_folder_that_cannot_be_trained_on_gets_one_line(kind, tmp_path, run_here):
     FOLDERS[kind](tmp_path)
-    monkeypatch.chdir(tmp_path)
     options = ["--data.source=imagefolder", "--data.path=data", "--model.name=cvt_nano",
                "--model.image_size=32", "--training.batch_size=1", "--runtime.mode=pynative",
                "--training.epochs=1", "--output=run"]  # fmt: skip
-    code, said = run(monkeypatch, capsys, *options)
-    assert code == 2
-    assert said.startswith("train.py: error: ") and said.count("\n") == 1, said
+    done = run_here("train.py", *options)
+    assert done.returncode == 2
+    assert done.stderr.startswith("train.py: error: ") and done.stderr.count("\n") == 1, done.stderr
 
 
 RESUMES = {
@@ -119,10 +101,11 @@ RESUMES = {
 
 
 @pytest.mark.parametrize("kind", RESUMES)
-def test_what_cannot_be_resumed_gets_one_line(kind, tmp_path, monkeypatch, capsys):
+def test_what_cannot_be_resumed_gets_one_line(kind, tmp_path, run_here):
     (tmp_path / "recipe.yaml").write_text(DIGITS + "model: {name: cvt_nano, image_size: 32}\n")
-    monkeypatch.chdir(tmp_path)
     words, expected = RESUMES[kind]
-    code, said = run(monkeypatch, capsys, *words)
-    assert code == 2 and expected in said and said.count("\n") == 1, said
+    done = run_here("train.py", *words)
+    assert done.returncode == 2 and expected in done.stderr and done.stderr.count("\n") == 1, (
+        done.stderr
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]

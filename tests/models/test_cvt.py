@@ -25,17 +25,21 @@ def check_logits(tag, limit=2e-5):
     return net
 
 
-@pytest.mark.parametrize("mode", [ms.GRAPH_MODE, ms.PYNATIVE_MODE], ids=["graph", "pynative"])
 @pytest.mark.parametrize("tag", [tag for tag in CASES if tag.startswith("nano")])
-def test_logits_equal_the_official_ones(tag, mode):
-    ms.set_context(mode=mode)
+def test_logits_equal_the_official_ones(tag):
+    """The first as a graph, in which the options below equal what PyNative computes."""
+    ms.set_context(mode=ms.GRAPH_MODE if tag == "nano_64" else ms.PYNATIVE_MODE)
     check_logits(tag)
 
 
 @pytest.mark.big
 @pytest.mark.parametrize("tag", [tag for tag in CASES if not tag.startswith("nano")])
 def test_published_variants_equal_the_official_ones(tag):
-    """Logits, parameter count, and every name and shape of the official state dict."""
+    """Logits, parameter count, and every name and shape of the official state dict.
+
+    One as a graph, the others operator by operator.
+    """
+    ms.set_context(mode=ms.GRAPH_MODE if tag == "cvt_13_224" else ms.PYNATIVE_MODE)
     net = check_logits(tag, 5e-5 if "w24" in tag else 2e-5)
     variant = CASES[tag]["model"]
     assert sum(p.size for p in net.trainable_params()) == COUNTS[variant]
@@ -71,13 +75,10 @@ def test_pyramid_has_a_map_per_stage():
 @pytest.mark.parametrize(
     "options",
     [
-        {"qkv_projection": "linear"},
-        {"qkv_projection": "avg", "kv_stride": 3},
-        {"patch_embed": "patch"},
-        {"pos_embed": True, "image_size": 32},
+        {"qkv_projection": "linear", "patch_embed": "patch"},
+        {"qkv_projection": "avg", "kv_stride": 3, "num_classes": 0},
+        {"pos_embed": True, "image_size": 32, "mlp_ratio": 2.0, "kv_stride": 1, "in_channels": 1},
         {"pos_embed": (True, False, False), "image_size": (32, 32), "cls_token": False},
-        {"mlp_ratio": 2.0, "kv_stride": 1, "in_channels": 1},
-        {"num_classes": 0},
     ],
     ids=lambda options: "-".join(options),
 )
