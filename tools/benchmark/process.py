@@ -16,11 +16,12 @@ from src.errors import UserError
 from tools.benchmark.workload import Plan
 
 ROOT = Path(__file__).resolve().parents[2]
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 class BenchmarkProcess:
     """A measured process (`tools.benchmark.protocol`); a context manager that kills it at the end.
+
+    Only its cores are set, not OMP_NUM_THREADS and the like: it runs as in a user's shell.
 
     Args:
         plan: its command and job.
@@ -37,7 +38,6 @@ class BenchmarkProcess:
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed in __exit__
         # An empty entry would mean the current folder.
         path = filter(None, [str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
-        threads = dict.fromkeys(THREAD_VARIABLES, str(len(cores)))
         try:
             with _on_cores(cores):
                 self._process = subprocess.Popen(
@@ -45,7 +45,7 @@ class BenchmarkProcess:
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=self._log,
-                    env={**os.environ, **threads, "PYTHONPATH": os.pathsep.join(path)},
+                    env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
                     text=True,
                 )
         except OSError as error:
