@@ -97,12 +97,12 @@ class ModelConfig:
         embed_dims: channels of the three stages.
         depths: blocks in the three stages.
         num_heads: attention heads in the three stages.
-        mlp_ratio: hidden over embedding dimension.
+        mlp_ratio: ratio of the MLP's hidden dimension to the embedding dimension.
         kv_stride: stride of the convolutional projection of keys and values.
         qkv_projection: projection of q, k and v.
         cls_token: whether the last stage has a class token.
         pos_embed: learned position embeddings, one value or one per stage.
-        patch_embed: overlapping convolutions or patches.
+        patch_embed: conv for overlapping convolutions, patch for separate patches.
         drop_path_rate: rate of stochastic depth, one value or one per stage.
         drop_rate: rate of dropout.
     """

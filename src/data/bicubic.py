@@ -1,8 +1,8 @@
 """Translate and shear uint8 images in NumPy, bitwise as `vision.Affine` with BICUBIC does.
 
 `vision.Affine` calls OpenCV's warpAffine, which sums 16 weighted pixels for each output pixel.
-When rows move along themselves, 12 weights are 0 and the other 4 are the same for the whole row,
-which takes less than half the time. `tests/data/test_bicubic.py` compares the pixels. Shearing
+When each row only shifts horizontally, 12 weights are 0 and the other 4 are the same for the whole
+row, which takes less than half the time. `tests/data/test_bicubic.py` compares the pixels. Shearing
 along y stays with `vision.Affine`: gathering columns in NumPy takes as long.
 
 Sources: OpenCV 4.11, modules/imgproc/src/imgwarp.cpp (`warpAffine`, `initInterTab2D`,

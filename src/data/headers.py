@@ -149,15 +149,15 @@ def describe_unreadable(content: bytes) -> str:
         return "empty, 0 bytes"
     kind = _find_format(content)
     if kind is not None:
-        return f"damaged at the beginning of its {kind}"
+        return f"a {kind} that is damaged at the start"
     if content[:4] == b"RIFF":
         return f"damaged or no image: RIFF {ascii(content[8:12].decode('latin-1'))}"
     found = next((name for magic, name in _OTHERS.items() if content.startswith(magic)), None)
     if content[4:8] == b"ftyp":  # HEIC, AVIF and videos
         found = ascii(content[8:12].decode("latin-1"))[1:-1].upper()
     if found is None:
-        return "no image, or damaged at its beginning"
-    return f"of the format {found}; {READ}"
+        return "not an image, or damaged at the start"
+    return f"its format is {found}; {READ}"
 
 
 def one_line(error: Exception) -> str:
@@ -185,7 +185,7 @@ def _check_png(content: bytes, max_pixels: int) -> Header:
             what = "its end is missing" if end > len(content) else f"over {_MAX_CHUNKS} chunks"
             raise UserError(f"damaged or cut off: {what}")
         if zlib.crc32(view[at + 4 : end - 4]) != int.from_bytes(view[end - 4 : end], "big"):
-            raise UserError(f"damaged or cut off: a wrong checksum in its part {ascii(kind)[1:]}")
+            raise UserError(f"damaged or cut off: wrong checksum in chunk {ascii(kind)[1:]}")
         orienting = kind == b"eXIf" or bytes(view[at + 8 : at + 30]).startswith(_ORIENTING_TEXTS)
         if kind in _PIXEL_CHUNKS or (orienting and upright and length <= _MAX_METADATA):
             if kept[-1][1] == at:

@@ -140,7 +140,13 @@ def _drop_outdated(
     removed = [name for name in entries if name not in present and _stat(Path(root, name))[0] < 0]
     for what, some in (("changed", changed), ("removed", removed)):
         if some:
-            _log.info("%s: %d files were %s since, such as %s", index, len(some), what, some[0])
+            _log.info(
+                "%s: %d files were %s since the last check, such as %s",
+                index,
+                len(some),
+                what,
+                some[0],
+            )
     for name in removed + changed:
         del entries[name]
     return [k for k, n in enumerate(names) if n not in entries or entries[n].fault], removed

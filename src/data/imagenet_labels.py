@@ -52,11 +52,13 @@ def find_class_order_fault(names: Sequence[str]) -> str | None:
         missing = [name for name in synsets() if name not in set(names)]
         unknown = [name for name in names if name not in set(synsets())]
         detail = [f"no {missing[0]}"] if missing else []
-        detail += [f"{unknown[0]!r} is none of its"] if unknown else []
+        detail += [f"{unknown[0]!r} is not an ImageNet class"] if unknown else []
         return f"{len(names)} classes, not {CLASSES}: {', '.join(detail)}"
     k = next(k for k in range(CLASSES) if names[k] != synsets()[k])
-    known = f", which is its {synsets().index(names[k])}" if names[k] in synsets() else ""
-    return f"class {k} is {names[k]}{known}, ImageNet's is {synsets()[k]}"
+    known = (
+        f", which is ImageNet's class {synsets().index(names[k])}" if names[k] in synsets() else ""
+    )
+    return f"class {k} is {names[k]}{known}; ImageNet's class {k} is {synsets()[k]}"
 
 
 def check_class_order(
@@ -84,7 +86,7 @@ def check_class_order(
         return
     fault = f"{source.title}: not ImageNet-1k's classes in their order: {fault}"
     if labels != "val":
-        raise UserError(f"{fault}; data.labels {labels} counts by that order")
+        raise UserError(f"{fault}; data.labels {labels} requires that order")
     if not given and like_synsets:
         raise UserError(
             f"{fault}; correct the folders, or name the classes of your weights in "

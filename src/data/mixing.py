@@ -1,6 +1,6 @@
-"""Mixup and cutmix: how much of another image each image of a batch takes in.
+"""Draw the parameters of mixup and cutmix for each batch.
 
-Only the numbers are drawn here, on the host; the training step mixes on the device.
+`src.training.train_step.mix_images` blends the images with them, on the device.
 """
 
 from __future__ import annotations

@@ -90,7 +90,7 @@ class CvT(StochasticNet):
         embed_dims, depths, num_heads: sizes; each dimension is a multiple of its heads.
         patch_sizes, patch_strides, patch_paddings: arguments of the token embeddings.
         num_classes: outputs of the head; 0 for no head, then the network returns features [B, C].
-        mlp_ratio: hidden over embedding dimension.
+        mlp_ratio: ratio of the MLP's hidden dimension to the embedding dimension.
         kv_stride: stride of the key and value projection (1: slower, more accurate; table 5).
         qkv_projection: "conv" | "avg" (pooled k and v, plain q) | "linear" (section 3.2; table 6).
         cls_token: whether the last stage has a class token; else the head gets the tokens' mean.

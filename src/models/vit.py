@@ -110,7 +110,7 @@ class VisionTransformer(StochasticNet):
         embed_dim, depth, num_heads: sizes; the dimension is a multiple of the heads.
         patch_size: edge of a patch in pixels.
         num_classes: outputs of the head; 0 for no head, then the network returns features [B, C].
-        mlp_ratio: hidden over embedding dimension.
+        mlp_ratio: ratio of the MLP's hidden dimension to the embedding dimension.
         drop_path_rate: stochastic depth of the last block; the first has 0.
         drop_rate: dropout after the embeddings, the attention's output and the MLP's Linears.
         in_channels: channels of the images.

@@ -1,6 +1,6 @@
 """Gradients in a few large tensors.
 
-A card pays a launch for every operator and a latency for every message, and CvT-13 has 342
+Each operator costs a launch and each message a latency on a card, and CvT-13 has 342
 gradients. MindSpore's own fusion of all-reduces is off by default and depends on the back end, so
 the gradients are packed here, where every device sends the same few messages.
 """
@@ -44,19 +44,19 @@ def pack(values: tuple[Tensor, ...]) -> Tensor:
 def unpack(flat: Tensor, starts: tuple[int, ...], like: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Undo `pack`: tensors in the shapes of `like`, whose `begins` are `starts`.
 
-    By `Slice` and not by a split, which has kernels for unequal pieces on few devices.
+    Uses `Slice`, because few devices have kernels that split into unequal pieces.
     """
     return _map(ops.partial(_piece, flat), starts, like)
 
 
 def bucket_bounds(sizes: Sequence[int]) -> list[tuple[int, int]]:
-    """Split consecutive gradients into buckets of about 64 MB, at most three of them.
+    """Split consecutive gradients into at most three buckets, each of 64 MB or more if needed.
 
     Args:
         sizes: elements of each float32 gradient.
 
     Returns:
-        First gradient of each bucket and the one behind its last.
+        First gradient of each bucket and the index after its last.
     """
     limit = max(BUCKET_BYTES, -(-4 * sum(sizes) // MOST_BUCKETS))
     bucket = 4 * np.array(begins(sizes)) // limit

@@ -1,4 +1,4 @@
-"""Optimizers with PyTorch's semantics; `nn.AdamWeightDecay`, say, has no bias correction."""
+"""Optimizers with PyTorch's semantics, which `nn.AdamWeightDecay` (no bias correction) lacks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,15 @@ from pathlib import Path
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 from mindspore import dtype as mstype
 
+from src.config import OptimizerConfig
 from src.kernels.update import Update
+
+
+def build_optimizer(keys: OptimizerConfig, parameters: Sequence[Parameter]) -> AdamW | SGD:
+    """Create the configured optimizer for trainable parameters."""
+    if keys.name == "sgd":
+        return SGD(parameters, keys.momentum, keys.weight_decay)
+    return AdamW(parameters, keys.betas, keys.eps, keys.weight_decay)
 
 
 def is_decayed(parameter: Parameter) -> bool:
@@ -35,8 +43,8 @@ def _update_parameter(adam, scalars, decay, decayed, parameter, moment1, moment2
 class AdamW(nn.Cell):
     """Adam with bias correction and decoupled weight decay (Loshchilov & Hutter, 2019).
 
-    Equal to `torch.optim.AdamW`. The update runs in the fused `Adam` kernel, whose definition puts
-    epsilon beside the uncorrected root: scaled by sqrt(1 - beta2^t) it is PyTorch's epsilon.
+    Equal to `torch.optim.AdamW`. The update runs in the fused `Adam` kernel, which adds
+    epsilon before the bias correction; scaling it by sqrt(1 - beta2^t) gives PyTorch's result.
 
     Args:
         parameters: trainable parameters.
@@ -81,8 +89,8 @@ class AdamW(nn.Cell):
     ) -> bool:
         """Update the parameters in place.
 
-        gradients: one for each parameter; lr: float32 scalar; step: int32 scalar, 1 in the first;
-        active: bool scalar, without which nothing moves (the gradients must be zeros then).
+        gradients: one for each parameter; lr: float32 scalar; step: int32 scalar, counted from 1;
+        active: bool scalar; if false, nothing changes (the gradients must then be zero).
         """
         time = step.astype(mstype.float32)
         beta1_power = ops.pow(self.beta1, time)

@@ -157,7 +157,7 @@ def check_compatible(saved: Progress, current: Progress, output: Path, accept: b
     if saved.world != current.world:
         raise UserError(
             f"{output}: the run used {saved.world} devices, not {current.world}; resume on "
-            f"{saved.world}"
+            f"{saved.world} devices"
         )
     old, new = saved.settings, current.settings
     changed = [
@@ -166,7 +166,9 @@ def check_compatible(saved: Progress, current: Progress, output: Path, accept: b
         if old.get(key) != new.get(key) and key not in FREE_TO_CHANGE
     ]
     if saved.data != current.data:
-        changed.append(f"other training images or labels than those of {new['data.path'] or 'now'}")
+        changed.append(
+            f"other training images or labels than those of {new['data.path'] or 'this data set'}"
+        )
     if changed and not accept:
         raise UserError(
             f"{output}: was trained with {'; '.join(changed)}. Resume with the settings in its "
@@ -182,8 +184,8 @@ def check_compatible(saved: Progress, current: Progress, output: Path, accept: b
         )  # fmt: skip
     if saved.device_noise != current.device_noise and new.get("augment.erasing_prob"):
         logger.warning(
-            "an earlier version drew the noise of erased boxes differently: from here on it "
-            "differs from an uninterrupted run (augment.erasing_prob)"
+            "an earlier version drew the noise of erased boxes differently: from here on the "
+            "noise differs from that of an uninterrupted run (augment.erasing_prob)"
         )
     if saved.packed != current.packed:
         logger.warning(

@@ -116,7 +116,7 @@ def validate(config: Config, ranks: Ranks, finetune: str | None = None) -> Sourc
     return source
 
 
-# Files of a run that name no author; the image index does.
+# Files whose content does not show that a run wrote them; the image index's does.
 _OWN_FILES = (
     "log.txt",
     "metrics.jsonl",
@@ -179,8 +179,8 @@ def lock_folder(output: Path) -> Iterator[None]:
 def _locked(output: Path) -> IO:
     """Lock a folder's lock file and return it.
 
-    The holder removes the file before it releases the lock. A process that opened the file before
-    then locks a deleted file, which no third process would see, so it tries again.
+    The holder removes the file before it releases the lock. A process that had already opened
+    it would lock a deleted file, which no third process can see, so it tries again.
     """
     while True:
         output.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ from src.errors import join_names
 from src.models.sync_batchnorm import synchronise_batchnorm
 from src.training.freeze import freeze
 from src.training.loss import LabelSmoothingCrossEntropy
-from src.training.optimizer import SGD, AdamW
+from src.training.optimizer import build_optimizer
 from src.training.preprocess import Preprocess
 from src.training.schedule import learning_rates
 from src.training.train_loader import TrainLoader
@@ -83,11 +83,7 @@ def build_training(
         ema_net.update_parameters_name("ema.")
         ema_net.set_train(False)
     rates = _learning_rates(config, loader, notes)
-    keys, weights = config.optimizer, net.trainable_params()
-    if keys.name == "sgd":
-        optimizer = SGD(weights, keys.momentum, keys.weight_decay)
-    else:
-        optimizer = AdamW(weights, keys.betas, keys.eps, keys.weight_decay)
+    optimizer = build_optimizer(config.optimizer, net.trainable_params())
     scale = config.training.loss_scale
     step = TrainStep(
         net,

@@ -1,8 +1,8 @@
 """One optimisation step as a graph; everything that changes in training is a parameter of it.
 
-No value of it reaches the host and nothing branches: a step whose loss or gradients are not finite
-runs to its end with a learning rate of zero and moments that stand still, and BatchNorm's running
-statistics go back to what they were before its first part. So it leaves no trace.
+The graph sends no value to the host and does not branch. A step whose loss or gradients are not
+finite still runs to the end, but leaves weights and moments unchanged and restores BatchNorm's
+running statistics. Only the step counters and the dynamic loss scale change.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ class TrainStep(nn.Cell):
         ema_net: a second network that receives the moving average; None keeps none.
         ema_decay: of the average; it warms up as min(ema_decay, (1 + t) / (10 + t)).
         loss_scale: factor on the loss during the backward pass (for float16); None adapts it.
-        accumulate: batches ("parts") whose mean gradient makes one step. A part that is not finite
-            takes the whole step with it: nothing of its other parts stays either.
-        preprocess: batches as the host sends them -> `net`'s images; None if they are that already.
+        accumulate: batches ("parts") whose mean gradient makes one step. If a part is not
+            finite, the whole step is skipped, including its finite parts.
+        preprocess: maps the host's batches to `net`'s input; None if they need no preprocessing.
         mixing: whether images and labels are mixed as `src.data.mixing` draws it.
-        seed: from which, with the step, the randomness inside the network follows.
+        seed: determines, with the step, the random numbers inside the network.
         rank, world: this device among those that share the global batch.
-        library: the compiled operators, where they update the parameters; None takes MindSpore's.
+        library: the compiled operators that update the parameters; None uses MindSpore's.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class TrainStep(nn.Cell):
 
         Returns:
             Loss before the update and gradient norm over all devices and parts, float32 scalars
-            that may be not finite; None where parts are to come.
+            that may not be finite; None if more parts of the step follow.
         """
         if self.parts is None:
             return self(images, labels, mix, boxes)
@@ -143,7 +143,7 @@ class TrainStep(nn.Cell):
     def copy_statistics(self) -> Tensor:
         """BatchNorm's running statistics as one tensor, float32 [n], or [1] where there are none.
 
-        Concatenated, because a back end may take a mere copy away and leave the parameters.
+        A back end may optimise a plain copy away and return the parameters themselves.
         """
         if len(self.statistics) == 0:
             return ops.zeros((1,), mstype.float32)

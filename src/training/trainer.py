@@ -210,7 +210,7 @@ class Trainer:
             f"{self.learning_rates[step]:.2e}; {files}); the weights are unchanged"
         )
         if self.skipped > MAX_SKIPPED:
-            raise UserError(f"{message}; it is the {self.skipped}th such step in a row")
+            raise UserError(f"{message}; {self.skipped} such steps in a row")
         if self.step.dynamic:
             return  # an overflow, which halves the loss scale
         if self.config.training.non_finite == "stop":

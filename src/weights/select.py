@@ -1,11 +1,11 @@
 """Select the weights among all tensors of a checkpoint.
 
-Training scripts nest weights in dicts (`state_dict`, `net`, `ema`) and modules (`model.`,
-`module.backbone.`) in any combination, beside optimizer state and further sets of weights. The
-parameter names of a network are known, so whatever precedes a known name is the entry and prefix of
-a set of weights. MindSpore's optimizers name their state `moments.NAME`, so a set that repeats
-another one's names under a longer prefix is optimizer state, unless its prefix names an average or
-it has BatchNorm statistics, which no optimizer keeps.
+Training scripts (PyTorch Lightning, timm, MMPretrain, DDP) nest weights in dicts (`state_dict`,
+`net`, `ema`) and modules (`model.`, `module.backbone.`) in any combination, beside optimizer state
+and further sets of weights. The parameter names of a network are known, so whatever precedes a
+known name is the entry and prefix of a set of weights. MindSpore's optimizers name their state
+`moments.NAME`, so a set that repeats another one's names under a longer prefix is optimizer state,
+unless its prefix names an average or it has BatchNorm statistics, which no optimizer keeps.
 """
 
 from __future__ import annotations

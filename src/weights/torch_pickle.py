@@ -21,7 +21,7 @@ import numpy as np
 
 from src.errors import UserError
 from src.weights.content import AGAIN, short
-from src.weights.foreign import is_attack
+from src.weights.pickle_globals import is_attack
 
 # NumPy has no bfloat16: its 16 bits are read as integers and widened later.
 _KINDS = ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")

@@ -84,8 +84,8 @@ def test_new_changed_and_removed_files(check, read, folder, caplog):
     faults = check()
     assert read() == ["2.jpg", "3.jpg", "5.jpg", "9.jpg"]
     assert broken(faults) == ["2.jpg", "5.jpg"] and list(faults) == [*ALL[1:], "9.jpg"]
-    assert "2 files were changed since, such as 2.jpg" in caplog.text
-    assert "1 files were removed since, such as 0.jpg" in caplog.text
+    assert "2 files were changed since the last check, such as 2.jpg" in caplog.text
+    assert "1 files were removed since the last check, such as 0.jpg" in caplog.text
     check()
     assert "since" not in caplog.text
 

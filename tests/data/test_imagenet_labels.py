@@ -48,16 +48,20 @@ def swapped():
 def test_the_first_difference_is_named():
     assert find_class_order_fault(synsets()) is None and find_class_order_fault(V2_FOLDERS) is None
     assert find_class_order_fault(swapped()) == (
-        f"class 3 is {synsets()[500]}, which is its 500, ImageNet's is {synsets()[3]}"
+        f"class 3 is {synsets()[500]}, which is ImageNet's class 500; ImageNet's class 3 is {synsets()[3]}"
     )
     other = sorted([*synsets()[:7], "n09999999", *synsets()[8:]])
-    assert find_class_order_fault(other).startswith(f"class 7 is {synsets()[8]}, which is its 8, ")
+    assert find_class_order_fault(other).startswith(
+        f"class 7 is {synsets()[8]}, which is ImageNet's class 8; "
+    )
     assert find_class_order_fault(synsets()[1:]) == "999 classes, not 1000: no n01440764"
     assert find_class_order_fault([*synsets(), "lost+found"]) == (
-        "1001 classes, not 1000: 'lost+found' is none of its"
+        "1001 classes, not 1000: 'lost+found' is not an ImageNet class"
     )
     as_text = sorted(V2_FOLDERS)  # 0, 1, 10, 100, ...
-    assert find_class_order_fault(as_text).startswith("class 0 is 0, ImageNet's is n01440764")
+    assert find_class_order_fault(as_text).startswith(
+        "class 0 is 0; ImageNet's class 0 is n01440764"
+    )
 
 
 def test_what_a_mismatch_does(caplog):

@@ -63,8 +63,8 @@ DAMAGES = {
     cut: CUT_OFF,
     cut_in_header: CUT_OFF,
     cut_in_a_marker: CUT_OFF,
-    text: "not a readable image (no image, or damaged at its beginning)",
-    another_format: f"not a readable image (of the format GIF; {READ})",
+    text: "not a readable image (not an image, or damaged at the start)",
+    another_format: f"not a readable image (its format is GIF; {READ})",
     empty: "not a readable image (empty, 0 bytes)",
     os.remove: "No such file or directory",
 }

@@ -71,7 +71,7 @@ def test_a_folder_of_photographs_trains_and_a_broken_one_is_named(photos, tmp_pa
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == (
         "eval.py: error: 1 of 10 images of imagefolder (val) can't be read: photos/val/red/3.jpg: "
-        "no image, or damaged at its beginning; remove or replace them, or skip them "
+        "not an image, or damaged at the start; remove or replace them, or skip them "
         "with --data.broken skip"
     )
     (tmp_path / "photos/val/green").mkdir()

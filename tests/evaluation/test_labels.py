@@ -120,7 +120,10 @@ def test_a_class_of_another_set_is_named(imagenet, tmp_path, caplog):
         (tmp_path / "val" / folder.name).symlink_to(folder)
     open_labeled_split(config_of(tmp_path), "none.ckpt")
     (tmp_path / "val" / synsets()[7]).rename(tmp_path / "val" / "n99999999")
-    refused(config_of(tmp_path), f"class 7 is {synsets()[8]}, which is its 8, ImageNet's is")
+    refused(
+        config_of(tmp_path),
+        f"class 7 is {synsets()[8]}, which is ImageNet's class 8; ImageNet's class 7 is",
+    )
     names = sorted(p.name for p in (tmp_path / "val").iterdir())
     with caplog.at_level(logging.WARNING):
         open_labeled_split(config_of(tmp_path, class_names=names), "none.ckpt")
@@ -134,7 +137,7 @@ def test_a_permuted_class_order_is_noticed(imagenet, tmp_path, caplog):
     names[0], names[9] = names[9], names[0]
     with caplog.at_level(logging.WARNING):
         open_labeled_split(config_of(imagenet, class_names=names), "none.ckpt")
-    assert f"class 0 is {synsets()[9]}, which is its 9" in caplog.text
+    assert f"class 0 is {synsets()[9]}, which is ImageNet's class 9" in caplog.text
     real = write_real(tmp_path / "real.json", [])
     for keys in ({"labels": "real", "labels_file": real}, {"labels": "v2"}):
         keys["class_names"] = names
