@@ -48,7 +48,8 @@ def swapped():
 def test_the_first_difference_is_named():
     assert find_class_order_fault(synsets()) is None and find_class_order_fault(V2_FOLDERS) is None
     assert find_class_order_fault(swapped()) == (
-        f"class 3 is {synsets()[500]}, which is ImageNet's class 500; ImageNet's class 3 is {synsets()[3]}"
+        f"class 3 is {synsets()[500]}, which is ImageNet's class 500; "
+        f"ImageNet's class 3 is {synsets()[3]}"
     )
     other = sorted([*synsets()[:7], "n09999999", *synsets()[8:]])
     assert find_class_order_fault(other).startswith(
@@ -85,7 +86,7 @@ def test_what_a_mismatch_does(caplog):
         check(synsets()[1:], False, "val", 1000)
     for labels in ("real", "v2"):
         for given in (False, True):
-            with pytest.raises(UserError, match=f"class 3 is .* data.labels {labels} counts"):
+            with pytest.raises(UserError, match=f"class 3 is .* data.labels {labels} requires"):
                 check(swapped(), given, labels)
 
 
