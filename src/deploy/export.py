@@ -158,25 +158,37 @@ def _check_file(net: nn.Cell, path: Path, images: np.ndarray, options: ExportOpt
     if not engines:
         logger.info("MindSpore can't load an AIR file, so it was not checked")
         return
-    count, size = len(images), options.batch_size
-    sizes = CHECKED_BATCHES if size is None else [size] * -(-count // size)
-    expected = _run(lambda batch: net(Tensor(batch)).asnumpy(), images, [4] * -(-count // 4))
-    largest = float(np.abs(expected).max())
-    tolerance = options.get_tolerance() * max(1.0, largest)
+    expected = _run(lambda batch: net(Tensor(batch)).asnumpy(), images, [4] * -(-len(images) // 4))
     for engine in engines:
-        found = _run(open_model(path, engine), images, sizes)
-        difference = float(np.abs(expected - found).max())
-        agreement = 100 * float((expected.argmax(1) == found.argmax(1)).mean())
-        logger.info(
-            "checked in %s on %d images: largest difference of the logits %.1e (they reach %.1f), "
-            "top-1 agrees on %.1f %%",
-            engine, count, difference, largest, agreement,
-        )  # fmt: skip
-        if not difference <= tolerance:
-            raise UserError(
-                f"the exported logits differ by {difference:.1e} from the checkpoint's in {engine},"
-                f" more than {tolerance:.0e}: not kept; raise --tolerance, or report a bug"
-            )
+        run = open_model(path, engine)
+        _compare(expected, run, images, options.batch_size, options.get_tolerance(), engine)
+
+
+def _compare(
+    expected: np.ndarray,
+    run: Run,
+    images: np.ndarray,
+    batch_size: int | None,
+    tolerance: float,
+    engine: str,
+) -> None:
+    """Compare a file's logits with the expected ones; raises as `_check_file`."""
+    count = len(images)
+    sizes = CHECKED_BATCHES if batch_size is None else [batch_size] * -(-count // batch_size)
+    found = _run(run, images, sizes)
+    difference, largest = float(np.abs(expected - found).max()), float(np.abs(expected).max())
+    agreement = 100 * float((expected.argmax(1) == found.argmax(1)).mean())
+    logger.info(
+        "checked in %s on %d images: largest difference of the logits %.1e (they reach %.1f), "
+        "top-1 agrees on %.1f %%",
+        engine, count, difference, largest, agreement,
+    )  # fmt: skip
+    allowed = tolerance * max(1.0, largest)
+    if not difference <= allowed:
+        raise UserError(
+            f"the exported logits differ by {difference:.1e} from the checkpoint's in {engine}, "
+            f"more than {allowed:.0e}: not kept; raise --tolerance, or report a bug"
+        )
 
 
 def _run(run: Run, images: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
