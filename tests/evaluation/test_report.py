@@ -14,7 +14,6 @@ from src.evaluation.labels import LabeledSplit
 from src.evaluation.metrics import Metrics, Outcomes, score_batch
 from src.evaluation.report import calibrate, check_report, confusion_matrix, write_report
 from src.plots.confusion_matrix import draw_confusion
-from tests.conftest import run_command
 
 
 def sure(confidence, correct):
@@ -165,9 +164,9 @@ def test_a_report_replaces_an_earlier_one_and_nothing_of_the_users(tmp_path, nam
     check_report(str(tmp_path), force=True)
 
 
-def test_eval_reports_on_the_digits(trained, tmp_path):
+def test_eval_reports_on_the_digits(trained, tmp_path, run_here):
     words = ("eval.py", f"--ckpt={trained / 'checkpoints/best.ckpt'}", "--json=figures.json")
-    done = run_command(*words, "--runtime.mode=pynative", "--report=report", cwd=tmp_path)
+    done = run_here(*words, "--runtime.mode=pynative", "--report=report")
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert f"ece {figures['ece']:.2f} %  report in report" in done.stdout

@@ -1,9 +1,15 @@
-"""A port for the ranks to meet at, and a folder that is not to be imported from."""
+"""A port for the ranks to meet at, a run to compare with, and a folder not to import from."""
 
+import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+from tests.conftest import ROOT, file_lock
+from tests.launch.runs import TWENTY_STEPS
 
 
 @pytest.fixture
@@ -23,3 +29,21 @@ def hostile_folder(tmp_path) -> Path:
         module = tmp_path / f"{name}.py"
         module.write_text(f"open({str(tmp_path / 'ran-')!r} + __name__, 'w').close()\n1 / 0\n")
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def one_process(shared_folder) -> Path:
+    """The run of `TWENTY_STEPS` by one process with the double batch."""
+    work = shared_folder / "one_process"
+    script = ROOT / "scripts/run_standalone_train.sh"
+    with file_lock(shared_folder / "one_process.lock"):
+        if not work.exists():
+            work.mkdir()
+            done = subprocess.run(
+                ["bash", str(script), "config/digits/cvt_nano.yaml", "-", "--output", "one",
+                 *TWENTY_STEPS, "--training.batch_size=64"],
+                cwd=work, env={**os.environ, "DEVICE_TARGET": "CPU", "PYTHON": sys.executable},
+                capture_output=True, text=True,
+            )  # fmt: skip
+            assert done.returncode == 0, done.stdout + done.stderr
+    return work / "one"

@@ -52,7 +52,7 @@ def test_best_holds_the_average_and_last_the_whole_state(trained):
 
 def test_a_resumed_run_equals_one_that_went_through(trained, few_digits, tmp_path, monkeypatch):
     """Drop path, augmentation and EMA on; stopped behind the first epoch; equal to the last bit."""
-    config = small(trained, model__drop_path_rate=0.3, training__epochs=2)
+    config = small(trained, model__depths=[1, 1, 2], model__drop_path_rate=0.3, training__epochs=2)
     train(config, tmp_path / "whole")
     real = Trainer._train_epoch
 

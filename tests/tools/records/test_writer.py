@@ -295,7 +295,7 @@ def test_a_disk_that_does_not_take_it_is_one_line(folder, tmp_path, monkeypatch)
     refused("give another --dst", folder, tmp_path / "file" / "x", EIGHT)
 
 
-def test_the_command(folder, tmp_path):
+def test_the_command(folder, tmp_path, run_here):
     words = ("tools.records", "--src=folder", "--dst=out", "--images_per_shard=8")
     done = run_command(*words, "--verify", cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == "", done.stderr
@@ -313,6 +313,6 @@ def test_the_command(folder, tmp_path):
         (("--src=folder", "--dst=out", "--image_per_shard=9"), "did you mean images_per_shard?"),
         (("--src=nowhere", "--dst=out"), "nowhere: no such folder"),
     ):
-        done = run_command("tools.records", *wrong, cwd=tmp_path)
+        done = run_here("tools.records", *wrong)
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and complaint in done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "out"]
