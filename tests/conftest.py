@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import hashlib
 import importlib.util
 import os
 import shutil
@@ -35,6 +34,7 @@ LONG_FILES = (
 )
 # Left out by run_tests.sh --quick: whole runs, jobs, campaigns, programs, and compiled graphs.
 SLOW_FILES = (
+    "tests/ascend",
     "tests/deploy/test_convert.py",
     "tests/deploy/test_export.py",
     "tests/deploy/test_mindspore_lite.py",
@@ -51,6 +51,7 @@ SLOW_FILES = (
     "tests/launch/test_two_hosts.py",
     "tests/tools/benchmark/test_measure.py",
     "tests/tools/check_device/test_checks.py",
+    "tests/tools/test_estimate.py::test_activations",
     "tests/training/test_branches.py",
     "tests/training/test_run.py",
     "tests/training/test_state.py",
@@ -78,7 +79,7 @@ def pytest_collection_modifyitems(items) -> None:
         return next(found, len(LONG_FILES))
 
     for item in items:
-        if item.nodeid.startswith(SLOW_FILES) or "compiled_graph" in item.fixturenames:
+        if item.nodeid.startswith(SLOW_FILES):
             item.add_marker(pytest.mark.slow)
     items.sort(key=place)
 
@@ -194,41 +195,6 @@ def run_here(tmp_path, monkeypatch, capsys):
         return subprocess.CompletedProcess(words, code, *capsys.readouterr())
 
     return run
-
-
-def graph_cache(folder: Path, *words: str) -> dict[str, str]:
-    """Environment variables under which started commands keep their compiled graphs.
-
-    MindSpore's key leaves out the constants in a graph (learning rates, drop path), so each
-    configuration has a folder of its own.
-
-    Args:
-        folder: of one worker, because two processes must not write at once.
-        words: everything that decides on the graphs: the keys and the number of ranks.
-    """
-    place = folder / hashlib.sha256("\0".join(words).encode()).hexdigest()[:16]
-    return {"MS_COMPILER_CACHE_ENABLE": "1", "MS_COMPILER_CACHE_PATH": str(place)}
-
-
-@pytest.fixture(scope="session")
-def graph_folder(tmp_path_factory) -> Path:
-    """The folder for `graph_cache`."""
-    return tmp_path_factory.mktemp("graphs")
-
-
-@pytest.fixture(scope="session")
-def compiled_graph(shared_folder):
-    """A graph of `tests.ascend.graphs` by its name, compiled once for all workers."""
-    from tests.ascend.graphs import dump_graph, read_graph
-
-    def read(name):
-        path = shared_folder / f"{name}.ir"
-        with file_lock(shared_folder / f"{name}.lock"):
-            if not path.exists():
-                path.write_text(dump_graph(name))
-        return read_graph(path.read_text())
-
-    return read
 
 
 @pytest.fixture(scope="session")

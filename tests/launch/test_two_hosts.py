@@ -1,6 +1,5 @@
 """Two hosts, as network namespaces: the same script on each, one model."""
 
-import json
 import os
 import subprocess
 import sys
@@ -11,14 +10,13 @@ import psutil
 import pytest
 
 from tests.conftest import ROOT, TINY_KEYS
-
-KEYS = [*TINY_KEYS[:2], "--augment.padding=0", "--data.train_images=64", "--data.workers=1",
-        "--evaluation.batch_size=300", "--training.batch_size=32"]  # fmt: skip
+from tests.launch.runs import NO_CHANCE, TWENTY_STEPS, losses
 
 
 def test_a_rank_that_fails_on_one_host_ends_the_other(tmp_path):
     """Within a minute, and the host whose own ranks were well says where to look."""
-    keys = [*KEYS, "--training.epochs=5000", "--evaluation.every=5000"]
+    keys = [*TINY_KEYS[:2], *NO_CHANCE, "--training.batch_size=32", "--training.epochs=5000",
+            "--evaluation.every=5000"]  # fmt: skip
     with open(tmp_path / "out", "w") as out:
         hosts = subprocess.Popen(
             ["bash", str(ROOT / "tests/launch/two_hosts.sh"), str(tmp_path), *keys],
@@ -42,13 +40,11 @@ def test_a_rank_that_fails_on_one_host_ends_the_other(tmp_path):
     assert not psutil.wait_procs(family, timeout=5)[1]
 
 
-def test_two_hosts_train_to_the_losses_of_one(tmp_path):
+def test_two_hosts_train_to_the_losses_of_one(one_process, tmp_path):
     """Twenty steps of two batches of 32 against one batch of 64; host 1 writes no run."""
-    keys = [*KEYS[:-1], "--training.epochs=20", "--evaluation.every=20",
-            "--training.sync_batchnorm=true"]  # fmt: skip
     script = ["bash", str(ROOT / "tests/launch/two_hosts.sh"), str(tmp_path)]
     hosts = subprocess.run(
-        [*script, *keys, "--training.batch_size=32"],
+        [*script, *TWENTY_STEPS, "--training.batch_size=32", "--training.sync_batchnorm=true"],
         env={**os.environ, "PYTHON": sys.executable},
         capture_output=True,
         text=True,
@@ -57,17 +53,7 @@ def test_two_hosts_train_to_the_losses_of_one(tmp_path):
         pytest.skip("needs root and iproute2 for network namespaces")
     said = [(tmp_path / f"host{i}.log").read_text() for i in (0, 1)]
     assert hosts.returncode == 0, hosts.stderr + "".join(said)
-    one = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), f"--config={ROOT / 'config/digits/cvt_nano.yaml'}",
-         "--output=one", *keys, "--training.batch_size=64"],
-        cwd=tmp_path, capture_output=True, text=True,
-    )  # fmt: skip
-    assert one.returncode == 0, one.stderr
-    losses = []
-    for run in ("host0", "one"):
-        lines = (tmp_path / run / "metrics.jsonl").read_text().splitlines()
-        losses.append([json.loads(line)["train_loss"] for line in lines])
-    assert len(losses[1]) == 20
-    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+    assert len(losses(one_process)) == 20
+    np.testing.assert_allclose(losses(tmp_path / "host0"), losses(one_process), rtol=1e-5)
     assert "rank 1 of 2" in said[1] and "host 2 of 2" in said[1]
     assert [path.name for path in (tmp_path / "host1").iterdir()] == ["ranks"]
