@@ -29,7 +29,7 @@ KINDS = ("kills", "stops", "rank_kills", "flips", "truncations")
 RECIPE = "config/digits/cvt_nano.yaml"
 # Small, with everything random on, and a state every third step, so that many faults hit a save.
 KEYS = [
-    "--model.embed_dims=[8,16,32]", "--model.depths=[1,1,1]", "--model.drop_path_rate=0.2",
+    "--model.embed_dims=[8,16,32]", "--model.depths=[1,1,2]", "--model.drop_path_rate=0.2",
     "--augment.mixup=0.8", "--augment.cutmix=1.0", "--augment.hflip=0.5", "--data.workers=1",
     "--data.train_images=2000", "--training.epochs=4", "--training.ema_decay=0.9",
     "--training.save_every=3", "--evaluation.batch_size=500",
