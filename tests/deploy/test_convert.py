@@ -75,7 +75,10 @@ def test_command(tmp_path, recipe):
             ["--src", SOURCE, "--dst", "x.ckpt", "--runtime.compiled_ops=never"],
             "compiled_ops=never: has",
         ),
-        (["--src", SOURCE, "--dst", "x.ckpt", "--model", "cvt_13", "--config", "r"], "one of them"),
+        (
+            ["--src", SOURCE, "--dst", "x.ckpt", "--model", "cvt_13", "--config", "r"],
+            "give only one",
+        ),
         (["--src", "nowhere.pth", "--dst", "x.ckpt"], "nowhere.pth: there is no such file"),
         (
             ["--src", "old.ckpt", "--dst", "x.ckpt"],
