@@ -95,7 +95,7 @@ RESUMES = {
         ["--config=recipe.yaml", "--output=nowhere", "--resume"], "nowhere: no run to resume here"
     ),
     "changes accepted of nothing": (
-        ["--config=recipe.yaml", "--output=run", "--accept_changes"], "--accept_changes: works only with --r"
+        ["--config=recipe.yaml", "--output=run", "--accept_changes"], "--accept_changes: works only"
     ),
 }  # fmt: skip
 
