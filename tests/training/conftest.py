@@ -10,7 +10,7 @@ from src.plots import training_curves
 
 @pytest.fixture
 def few_digits(monkeypatch):
-    """Runs see 100 digits in training and 25 held out; their curves, a second an epoch, are empty."""
+    """Runs see 100 digits in training and 25 held out; their curves are empty files."""
 
     whole = {split: open_source("digits", None, split) for split in ("train", "val")}
 
