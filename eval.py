@@ -6,7 +6,7 @@ from pathlib import Path
 
 from src.cli import parse
 from src.config_io import find_checkpoint
-from src.device import log_to, prepare_environment, setup
+from src.device import choose_device, inference_runtime, log_to, prepare_environment, setup
 from src.errors import UserError, executable
 from src.files import require_replaceable, write_json
 
@@ -42,6 +42,9 @@ def main(argv: list[str]) -> None:
 
     if arguments.config is None:
         raise UserError(f"{arguments.ckpt}: no config.yaml beside it; give --config")
+    chosen = {key.removeprefix("runtime.") for key in arguments.given}
+    device = choose_device(config.runtime.device)
+    config.runtime = inference_runtime(config.runtime, device, chosen)
     _, ranks = setup(config.runtime)
     report = bool(arguments.report)
     folder = None
@@ -50,7 +53,7 @@ def main(argv: list[str]) -> None:
     if ranks.is_first and arguments.json:
         require_replaceable(arguments.json, "--json", is_result, arguments.force)
     # Only the user may name files to write, not a config.yaml found beside a checkpoint.
-    named = any(word.split("=")[0] == "--data.index" for word in argv)
+    named = "data.index" in arguments.given
     result, images = evaluate_checkpoint(config, arguments.ckpt, ranks, report, named)
     if not ranks.is_first:
         return

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 from jsonargparse.typing import PositiveInt
 
 from src.cli import parse
-from src.config import RuntimeConfig, RuntimeOnly
+from src.config import RuntimeOnly
 from src.device import log_to, prepare_environment, setup
 from src.errors import UserError, executable
 
@@ -26,7 +25,8 @@ def main(argv: list[str]) -> None:
     from src.deploy.classify import check_outputs, classify_files
     from src.deploy.predictor import RUNTIME_OF_WEIGHTS, Predictor
 
-    runtime = {key: getattr(keys.runtime, key) for key in _given(argv) if key in RUNTIME_OF_WEIGHTS}
+    given = (key.removeprefix("runtime.") for key in arguments.given)
+    runtime = {key: getattr(keys.runtime, key) for key in given if key in RUNTIME_OF_WEIGHTS}
     check_outputs(arguments.json, arguments.sheet, arguments.force)
     if arguments.attention:
         check_attention(arguments.input, arguments.attention, arguments.force)
@@ -77,13 +77,6 @@ def add_arguments(parser) -> None:
     parser.add_argument(
         "--force", action="store_true", help="overwrite files other than earlier results"
     )
-
-
-def _given(argv: list[str]) -> list[str]:
-    """Return the keys of `runtime` given on the command line; the run's own apply otherwise."""
-    names = {word.split("=")[0] for word in argv}
-    fields = dataclasses.fields(RuntimeConfig)
-    return [field.name for field in fields if f"--runtime.{field.name}" in names]
 
 
 if __name__ == "__main__":

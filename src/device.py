@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import importlib.metadata
 import logging
 import logging.handlers
@@ -11,8 +12,9 @@ import random
 import shutil
 import stat
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
@@ -111,7 +113,7 @@ def setup(config: RuntimeConfig) -> tuple[str, Ranks]:
 
     from src.distributed import is_distributed, join
 
-    device = _choose_device(config.device)
+    device = choose_device(config.device)
     require_precision(config.precision, device)
     # The launcher sets DEVICE_ID for each rank.
     own = os.environ.get("DEVICE_ID") if is_distributed() else None
@@ -174,7 +176,7 @@ def seed_generators(seed: int) -> None:
     np.random.seed(seed % 2**32)
 
 
-def _choose_device(requested: str) -> str:
+def choose_device(requested: str) -> str:
     """Return the kind of device to run on.
 
     Raises:
@@ -259,6 +261,31 @@ def require_precision(precision: str, device: str) -> None:
     """
     if precision == "bfloat16" and device == "CPU":
         raise UserError("runtime.precision bfloat16: the CPU has no such kernels; use float32")
+
+
+def inference_runtime(
+    runtime: RuntimeConfig, device: str, given: Collection[str] = ()
+) -> RuntimeConfig:
+    """Return the settings of a run for using its weights on another device than its own.
+
+    On a CPU, float16 has no compiled operators (4 times slower) and bfloat16 no kernels, so weights
+    compute in float32 there; flash attention is for Ascend.
+
+    Args:
+        runtime: the settings of the run or recipe.
+        device: the kind of device.
+        given: names of settings that the user chose for this call; they stay.
+    """
+    changes: dict[str, Any] = {}
+    if device == "CPU" and runtime.precision != "float32" and "precision" not in given:
+        logger.info(
+            "computing in float32, which is faster on a CPU than %s; --runtime.precision overrides",
+            runtime.precision,
+        )
+        changes["precision"] = "float32"
+    if device != "Ascend" and "flash_attention" not in given:
+        changes["flash_attention"] = False
+    return dataclasses.replace(runtime, **changes)
 
 
 def _is_available(kind: str) -> bool:

@@ -32,7 +32,7 @@ from src.deploy.engines import (
     mindspore_session,
     open_model,
 )
-from src.device import current_device, require_precision
+from src.device import current_device, inference_runtime, require_precision
 from src.errors import UserError
 from src.weights import load_weights, weight_files
 
@@ -87,7 +87,7 @@ class Predictor:
         max_pixels: larger images are refused by their header, before they take memory. Training and
             evaluation accept up to 89,478,485 pixels.
         runtime: keys of the recipe's group `runtime` to change, for weights only: any of
-            `RUNTIME_OF_WEIGHTS`.
+            `RUNTIME_OF_WEIGHTS`. On a CPU the precision is float32 unless it is among them.
 
     Raises:
         UserError: the file is missing, damaged or of another kind, the engine is missing, or
@@ -304,6 +304,7 @@ def _open_weights(
         settings = without_flash_attention(settings)
     settings.runtime = dataclasses.replace(settings.runtime, **runtime)
     claim_mindspore()
+    settings.runtime = inference_runtime(settings.runtime, current_device(), runtime)
     require_precision(settings.runtime.precision, current_device())
     net = build_model(settings)
     load_weights(net, path)

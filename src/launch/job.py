@@ -33,6 +33,7 @@ CLUSTER_ERROR = re.compile(r"state of the cluster is error|meta server|heartbeat
 OTHER_HOST = "; a rank of another host exited or is unreachable: see that host's log"
 # msrun's message when a rank has failed: process id, exit code (negative: signal).
 RANK_FAILED = re.compile(r"Worker process (\d+) exit with exception. Error code: (-?\d+)")
+RANK_ENDS = re.compile(r"rank \d+ ends with exit code (\d+)")  # from `Ranks.announce_end`
 
 
 def describe(plan: Plan) -> str:
@@ -107,6 +108,7 @@ class _Job:
         self.scheduler: int | None = None  # process id
         self.exit_code = 0
         self.failure: str | None = None  # the first rank that failed, and how
+        self.has_ended = False  # a rank's announced end is the job's exit code
         self.stop_requests = 0
         with open(plan.logs / "msrun.log", "wb") as log:
             log.write((shlex.join(["msrun", *_msrun_options(plan)]) + "\n").encode())
@@ -138,7 +140,7 @@ class _Job:
             if pid is not None:
                 _send(pid, signal.SIGKILL)
         self.reader.join(5)
-        if self.process.wait() != 0 and self.exit_code == 0:
+        if self.process.wait() != 0 and self.exit_code == 0 and not self.has_ended:
             self.exit_code, self.failure = 1, f"msrun failed ({self.plan.logs / 'msrun.log'})"
 
     def _read_output(self) -> None:
@@ -155,13 +157,23 @@ class _Job:
                 if match:
                     self._find_processes()
                     self._record_failure(int(match[1]), int(match[2]))
-                    if self.scheduler is not None:
+                    # Ranks of other hosts may still be leaving the cluster after their end.
+                    several = self.has_ended and self.plan.node_num > 1
+                    if self.scheduler is not None and not several:
                         _send(self.scheduler, signal.SIGKILL)
 
     def _record_failure(self, pid: int, code: int) -> None:
-        """Record the first failure; later ones are its consequences."""
-        if self.failure is None:
+        """Record the first failure; later ones are its consequences.
+
+        A crash after a rank's announced end is none: every rank has done its work by then.
+        """
+        if self.failure is None and not self.has_ended:
             rank = self.ranks.get(pid)
+            end = RANK_ENDS.search(_read_log(self.plan, rank)) if rank is not None else None
+            if code < 0 and end:
+                self.has_ended, code = True, int(end[1])
+                if code == 0:
+                    return
             name = "a rank" if rank is None else f"rank {rank}"
             cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
             self.failure = f"{name} (process {pid}) ended by {cause}"
@@ -201,7 +213,7 @@ def _report_failure(plan: Plan, job: _Job) -> None:
     print(f"error: {job.failure}; the other ranks were stopped", file=sys.stderr)
     for rank in plan.ranks:
         log = _log(plan, rank)
-        lines = log.read_text("utf-8", "replace").splitlines() if log.exists() else []
+        lines = _read_log(plan, rank).splitlines()
         errors = [line for line in lines if ERROR_LINE.match(line)]
         reason = errors[-1] if errors else "no error in its log"
         if plan.node_num > 1 and (not errors or CLUSTER_ERROR.search(reason)):
@@ -211,6 +223,11 @@ def _report_failure(plan: Plan, job: _Job) -> None:
 
 def _log(plan: Plan, rank: int) -> Path:
     return plan.logs / f"worker_{rank}.log"
+
+
+def _read_log(plan: Plan, rank: int) -> str:
+    log = _log(plan, rank)
+    return log.read_text("utf-8", "replace") if log.exists() else ""
 
 
 def _interpreter() -> str:

@@ -81,6 +81,11 @@ def train(
         if ranks.is_first:
             _write_config(config, output)
         logger.info("device %s, %s mode", device, config.runtime.mode)
+        if device == "CPU" and config.runtime.precision != "float32":
+            logger.warning(
+                "runtime.precision %s is slower than float32 on a CPU: it has no compiled operators",
+                config.runtime.precision,
+            )
         if ranks.world > 1:
             logger.info("rank %d of %d", ranks.rank, ranks.world)
         trainer.fit()

@@ -143,6 +143,7 @@ class Trainer:
                 metrics = self._evaluate()
                 self._finish_epoch(metrics, speed, start)
         logger.info("best top1 %.2f; results are in %s", self.progress.best_top1, self.output)
+        self.ranks.announce_end(0)
 
     def _train_epoch(self) -> float:
         """Train the rest of an epoch; return images per second, without compilation."""
@@ -287,7 +288,7 @@ class Trainer:
     def _stop(self) -> None:
         """Save, wait for all ranks, and exit."""
         self._save()
-        self.ranks.gather([0])
+        self.ranks.announce_end(128 + self.stop_signal.signal)
         logger.warning(
             "stopped by %s; saved at epoch %d, step %d; continue with --resume",
             signal.Signals(self.stop_signal.signal).name, self.progress.epoch + 1,

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from src.config_io import load_config
+from src.config_io import load_config, save_config
 from src.data import create_eval_loader, open_source
 from src.deploy import Predictor
 from src.deploy.export import ExportOptions, export
@@ -228,6 +228,37 @@ def test_keys_of_the_runtime_take_effect(trained, digits, monkeypatch):
     assert type(usual.network.norm).__name__ == "LayerNorm"
     difference = abs(usual.logits(inputs) - half.logits(inputs)).max()
     assert 1e-5 < difference < 0.3
+
+
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+def test_weights_of_an_accelerators_run_compute_in_float32_on_the_cpu(
+    trained, digits, tmp_path, run_here, precision
+):
+    """There float16 is slow and bfloat16 missing; the user's own choice counts, in any spelling."""
+    shutil.copytree(trained, tmp_path / "run")
+    config = load_config(trained / "config.yaml")
+    config.runtime.precision = precision
+    config.runtime.flash_attention = True
+    save_config(config, tmp_path / "run/config.yaml")
+    inputs = np.stack([Predictor(trained).prepare(array) for array in digits[0]])
+    keys = {"mode": "pynative"}
+    logits = [Predictor(run, runtime=keys).logits(inputs) for run in (trained, tmp_path / "run")]
+    assert np.array_equal(*logits)
+
+    words = ("eval.py", "--ckpt=run", "--runtime.mode=pynative")
+    done = run_here(*words)
+    assert done.returncode == 0 and f"faster on a CPU than {precision}" in done.stdout, done.stderr
+    for chosen in (
+        [f"--runtime.precision={precision}"],
+        ["--runtime.precision", precision],
+        [f'--runtime={{"precision": "{precision}"}}'],
+    ):
+        done = run_here(*words, *chosen)
+        assert "in float32" not in done.stdout
+        if precision == "bfloat16":
+            assert done.returncode == 2 and "bfloat16: the CPU has no" in done.stderr
+        else:
+            assert done.returncode == 0, done.stderr
 
 
 def test_a_limit_of_pixels(exported, digits):

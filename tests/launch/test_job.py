@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 import eval as evaluation
+from src.launch.job import RANK_ENDS
 from tests.conftest import ROOT, TINY_KEYS
 from tests.launch.runs import NO_CHANCE, TWENTY_STEPS, losses
 
@@ -57,7 +58,8 @@ def test_two_ranks_equal_one_with_the_double_batch(one_process, tmp_path, free_p
     assert sorted(p.name for p in logs.iterdir()) == [
         "msrun.log", "scheduler.log", "worker_0.log", "worker_1.log"
     ]  # fmt: skip
-    assert "rank 1 of 2" in (logs / "worker_1.log").read_text()
+    log = (logs / "worker_1.log").read_text()
+    assert "rank 1 of 2" in log and RANK_ENDS.search(log)[1] == "0"
     assert "epoch 1/1" in two.stdout, "the first rank's words reach the console"
 
 

@@ -27,6 +27,7 @@ def main(what: str, folder: str, device: str, late_seconds: float = 0.0) -> None
     programs = {"collectives": collectives, "training": training, "late": late}
     found = programs[what](ranks, late_seconds)
     (Path(folder) / f"rank_{ranks.rank}.json").write_text(json.dumps(found))
+    ranks.announce_end(0)
 
 
 def collectives(ranks: Any, _: float) -> dict[str, Any]:
