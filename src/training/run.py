@@ -83,7 +83,7 @@ def train(
         logger.info("device %s, %s mode", device, config.runtime.mode)
         if device == "CPU" and config.runtime.precision != "float32":
             logger.warning(
-                "runtime.precision %s is slower than float32 on a CPU: it has no compiled operators",
+                "runtime.precision %s has no compiled operators on a CPU; float32 is faster",
                 config.runtime.precision,
             )
         if ranks.world > 1:
