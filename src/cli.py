@@ -35,6 +35,10 @@ def parse(
         config_beside: name of the argument for a checkpoint or a run's folder; the run's
             config.yaml is used if --config is missing.
 
+    Returns:
+        The configuration, and the command's own arguments with `given`: the keys that are on the
+        command line, as opposed to those of the recipe and the defaults.
+
     Raises:
         UserError: a key, value or file is invalid.
     """
@@ -57,6 +61,8 @@ def parse(
     file = Path(config) if config is not None and schema in (Config, Study) else None
     settings, arguments = read_settings(parser, argv, schema, file)
     arguments.config = config
+    if schema is not Study:  # its required keys may be in the file alone
+        arguments.given = set(parser.parse_args(argv, defaults=False).keys())
     return settings, _expand_arguments(arguments)
 
 

@@ -155,13 +155,11 @@ def read_settings(
         file: the YAML file, or None.
 
     Returns:
-        The filled schema, and the parser's other arguments, with `given`: the dotted keys that the
-        options set, as opposed to the file and the defaults.
+        The filled schema, and the parser's other arguments.
 
     Raises:
         UserError: the file, a key or a value is invalid.
     """
-    options = argv
     if file is not None:
         _check_mapping(file, schema)
         argv = ["--config", str(file), *argv]
@@ -172,7 +170,6 @@ def read_settings(
         else namespace.pop(key.name)
         for key in dataclasses.fields(schema)
     }
-    namespace.given = set(parser.parse_args(list(options), defaults=False).keys())
     return _expand_paths(schema(**values)), namespace
 
 
