@@ -134,7 +134,8 @@ def compiled_library(runtime: RuntimeConfig) -> Path | None:
 
 
 def accelerate(net: nn.Cell, runtime: RuntimeConfig) -> nn.Cell:
-    """Switch a network to the operators of the configuration, in place; do not export it then.
+    """Switch a network to the operators of the configuration, in place; do not export the
+    network afterwards.
 
     Raises:
         UserError: they are required but not available.

@@ -1,7 +1,7 @@
 """Check image files and decode them to RGB pixels.
 
 Pillow decides what an image is: on damaged JPEG headers `vision.Decode` can end the process or
-hang; on files that Pillow decodes it never did (docs/reliability.md has the numbers). Pillow sees
+hang; this never happened with files that Pillow decodes (docs/reliability.md has the numbers). Pillow sees
 only files that pass `src.data.headers`: a known format of a reasonable size, without metadata that
 Pillow refuses.
 """

@@ -108,7 +108,7 @@ class _Job:
         self.scheduler: int | None = None  # process id
         self.exit_code = 0
         self.failure: str | None = None  # the first rank that failed, and how
-        self.has_ended = False  # a rank's announced end is the job's exit code
+        self.has_ended = False  # a rank crashed after it had announced its end
         self.stop_requests = 0
         with open(plan.logs / "msrun.log", "wb") as log:
             log.write((shlex.join(["msrun", *_msrun_options(plan)]) + "\n").encode())
@@ -165,7 +165,7 @@ class _Job:
     def _record_failure(self, pid: int, code: int) -> None:
         """Record the first failure; later ones are its consequences.
 
-        A crash after a rank's announced end is none: every rank has done its work by then.
+        A crash after a rank has announced its end is not a failure: all ranks have done their work.
         """
         if self.failure is None and not self.has_ended:
             rank = self.ranks.get(pid)

@@ -69,7 +69,7 @@ class StageComplexity:
 
 @dataclass(frozen=True)
 class Complexity:
-    """The stages in order; everything after them is the last one, "head"."""
+    """The stages in order; the last entry, "head", covers everything after them."""
 
     stages: tuple[StageComplexity, ...]
 

@@ -1,4 +1,4 @@
-"""Registry of models by name."""
+"""Registry of models by name; `src/models/__init__.py` imports the modules that register them."""
 
 from __future__ import annotations
 

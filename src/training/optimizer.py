@@ -22,7 +22,7 @@ def build_optimizer(keys: OptimizerConfig, parameters: Sequence[Parameter]) -> A
 def is_decayed(parameter: Parameter) -> bool:
     """Whether weight decay applies: to the weights of Linears and convolutions only.
 
-    Norms (gamma, beta), biases, class token and position embeddings stay free of it, as in the
+    Norms (gamma, beta), biases, class token and position embeddings are not decayed, as in the
     official `set_wd`.
     """
     return parameter.name.endswith(".weight")

@@ -22,7 +22,7 @@ from src.training.updates import CompiledUpdates, PlainUpdates
 FIRST_DYNAMIC_SCALE, LARGEST_SCALE, GROWTH_STEPS = 2.0**16, 2.0**24, 2000
 STATISTICS = (".moving_mean", ".moving_variance")
 
-_times = ops.MulNoNan()  # 0 where a factor is 0, whatever the other is
+_times = ops.MulNoNan()  # 0 if a factor is 0, even if the other is infinite or NaN
 
 
 class TrainStep(nn.Cell):
@@ -30,7 +30,8 @@ class TrainStep(nn.Cell):
 
     Args:
         net: images, keys -> logits.
-        loss: logits, labels -> scalar; with mixing also the other labels and the own fraction.
+        loss: logits, labels -> scalar; with mixing, also the partner images' labels and the weight
+            of the image's own label.
         optimizer: over `net`'s trainable parameters.
         learning_rates: float32 [total steps].
         clip_norm: upper bound of the gradients' global L2 norm; 0 does not clip.
@@ -42,7 +43,7 @@ class TrainStep(nn.Cell):
         preprocess: maps the host's batches to `net`'s input; None if they need no preprocessing.
         mixing: whether images and labels are mixed as `src.data.mixing` draws it.
         seed: determines, with the step, the random numbers inside the network.
-        rank, world: this device among those that share the global batch.
+        rank, world: this device's index, and the number of devices that share the global batch.
         library: the compiled operators that update the parameters; None uses MindSpore's.
     """
 

@@ -102,6 +102,9 @@ def select(
 ) -> Selection:
     """Select the weights among all tensors of a file.
 
+    No framework is recognised by its name: Lightning's `state_dict` and `model.`, DDP's `module.`
+    and others are entries and prefixes like any other.
+
     Args:
         tensors: anything with `shape` and `ndim`, by key path.
         known: parameter names of the network to load.
