@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import hashlib
 import importlib.util
 import os
 import shutil
@@ -32,8 +33,9 @@ LONG_FILES = (
     "tests/end_to_end/test_commands.py",
     "tests/models/test_compiled.py",
 )
-# Left out by run_tests.sh --quick: whole runs, jobs, campaigns, programs, and compiled graphs.
-SLOW_FILES = (
+# Left out by run_tests.sh --quick: whole runs, jobs, campaigns, programs, and compiled graphs;
+# beginnings of test ids.
+SLOW_TESTS = (
     "tests/ascend",
     "tests/deploy/test_convert.py",
     "tests/deploy/test_export.py",
@@ -44,18 +46,36 @@ SLOW_FILES = (
     "tests/end_to_end/test_from_records.py",
     "tests/end_to_end/test_study.py",
     "tests/evaluation/test_evaluator.py",
+    "tests/evaluation/test_report.py::test_eval",
     "tests/examples/test_demo.py",
+    "tests/examples/test_segmentation.py",
     "tests/examples/test_serve.py",
     "tests/faults",
+    "tests/kernels/test_functions.py::test_sums",
+    "tests/kernels/test_threads.py::test_the_default",
     "tests/launch/test_job.py",
+    "tests/launch/test_plan.py::test_the_",
     "tests/launch/test_two_hosts.py",
+    "tests/models/test_compiled.py::test_training_equals",
+    "tests/models/test_cvt.py::test_options",
+    "tests/models/test_depthwise.py::test_a_network_of_shifts",
+    "tests/test_arithmetic.py::test_both_levels",
+    "tests/test_docs.py::test_the_",
+    "tests/test_scripts.py::test_the_quickstart",
+    "tests/tools/benchmark/test_counts.py",
     "tests/tools/benchmark/test_measure.py",
     "tests/tools/check_device/test_checks.py",
+    "tests/tools/records/test_writer.py::test_killed",
+    "tests/tools/records/test_writer.py::test_the_command",
+    "tests/tools/study/test_study.py",
     "tests/tools/test_estimate.py::test_activations",
     "tests/training/test_branches.py",
+    "tests/training/test_preprocess.py",
     "tests/training/test_run.py",
     "tests/training/test_state.py",
     "tests/training/test_train_step.py",
+    "tests/weights/test_load.py::test_files_of_real",
+    "tests/weights/test_pretrained.py",
 )
 ROOT = Path(__file__).resolve().parents[1]
 TINY = {"embed_dims": (8, 16, 32), "num_heads": (1, 2, 4), "depths": (1, 1, 2), "num_classes": 10}
@@ -79,7 +99,7 @@ def pytest_collection_modifyitems(items) -> None:
         return next(found, len(LONG_FILES))
 
     for item in items:
-        if item.nodeid.startswith(SLOW_FILES):
+        if item.nodeid.startswith(SLOW_TESTS):
             item.add_marker(pytest.mark.slow)
     items.sort(key=place)
 
@@ -199,6 +219,41 @@ def run_here(tmp_path, monkeypatch, capsys):
         return subprocess.CompletedProcess(words, code, *capsys.readouterr())
 
     return run
+
+
+def graph_cache(folder: Path, *words: str) -> dict[str, str]:
+    """Environment variables under which started commands keep their compiled graphs.
+
+    MindSpore's key leaves out the constants in a graph (learning rates, drop path), so each
+    configuration has a folder of its own.
+
+    Args:
+        folder: of one worker, because two processes must not write at once.
+        words: everything that decides on the graphs: the keys and the number of ranks.
+    """
+    place = folder / hashlib.sha256("\0".join(words).encode()).hexdigest()[:16]
+    return {"MS_COMPILER_CACHE_ENABLE": "1", "MS_COMPILER_CACHE_PATH": str(place)}
+
+
+@pytest.fixture(scope="session")
+def graph_folder(tmp_path_factory) -> Path:
+    """The folder for `graph_cache`."""
+    return tmp_path_factory.mktemp("graphs")
+
+
+@pytest.fixture(scope="session")
+def compiled_graph(shared_folder):
+    """A graph of `tests.ascend.graphs` by its name, compiled once for all workers."""
+    from tests.ascend.graphs import dump_graph, read_graph
+
+    def read(name):
+        path = shared_folder / f"{name}.ir"
+        with file_lock(shared_folder / f"{name}.lock"):
+            if not path.exists():
+                path.write_text(dump_graph(name))
+        return read_graph(path.read_text())
+
+    return read
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,9 @@
 """Check image files and decode them to RGB pixels.
 
 Pillow decides what an image is: on damaged JPEG headers `vision.Decode` can end the process or
-hang; this never happened with files that Pillow decodes (docs/reliability.md has the numbers). Pillow sees
-only files that pass `src.data.headers`: a known format of a reasonable size, without metadata that
-Pillow refuses.
+hang; this never happened with files that Pillow decodes (docs/reliability.md has the numbers).
+Pillow sees only files that pass `src.data.headers`: a known format of a reasonable size, without
+metadata that Pillow refuses.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Detect and translate the three naming schemes of CvT weights.
 
-The official names are the reference. Our names differ in four suffixes of norm layers,
-Hugging Face's (transformers, modeling_cvt.py) in those of the modules. Shapes are the same in all three.
+The official names are the reference. Our names differ in four suffixes of norm layers, Hugging
+Face's (transformers, modeling_cvt.py) in those of the modules. Shapes are the same in all three.
 """
 
 from __future__ import annotations

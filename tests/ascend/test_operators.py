@@ -17,8 +17,8 @@ from tests.ascend.operators import (
 
 
 @pytest.fixture(scope="module")
-def graphs():
-    return compile_graphs([*GRAPHS, "faulty"])
+def graphs(compiled_graph):
+    return compile_graphs([*GRAPHS, "faulty"], compiled_graph)
 
 
 @pytest.mark.parametrize("name", GRAPHS)

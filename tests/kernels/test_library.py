@@ -1,12 +1,21 @@
 """The library is built once, where it belongs, and its absence has a reason."""
 
 import os
-import shutil
 
 import pytest
 
 from src.kernels import library as module
 from src.kernels.library import BuildError, library
+
+
+@pytest.fixture(autouse=True)
+def sources(tmp_path_factory, monkeypatch):
+    """One function in place of all operators, which take the compiler seven seconds."""
+    folder = tmp_path_factory.mktemp("sources")
+    (folder / "common.h").write_text("")
+    (folder / "threads.cpp").write_text('extern "C" int cvt_set_threads(int n) { return n; }\n')
+    monkeypatch.setattr(module, "SOURCES", folder)
+    monkeypatch.setattr(module, "_loaded", {})
 
 
 def test_it_is_built_once(compiler, tmp_path):
@@ -21,11 +30,7 @@ def test_another_source_or_processor_is_another_library(compiler, tmp_path, monk
     first = library(tmp_path)
     monkeypatch.setattr(module, "_processor", lambda: "another")
     second = library(tmp_path)
-    sources = tmp_path / "kernels"
-    shutil.copytree(module.SOURCES, sources)
-    with (sources / "common.h").open("a") as header:
-        header.write("// changed\n")
-    monkeypatch.setattr(module, "SOURCES", sources)
+    (module.SOURCES / "common.h").write_text("// changed\n")
     assert len({first, second, library(tmp_path)}) == 3
 
 
@@ -76,9 +81,8 @@ def test_the_folder_and_the_file_are_this_user_s_alone(compiler, tmp_path):
 
 
 @pytest.mark.parametrize("mode", [0o720, 0o702])
-def test_what_others_may_write_is_not_loaded(compiler, tmp_path, mode, monkeypatch):
+def test_what_others_may_write_is_not_loaded(compiler, tmp_path, mode):
     """The name alone is no proof of who wrote a library."""
-    monkeypatch.setattr(module, "_loaded", {})
     built = library(tmp_path / "cache")
     module._loaded.clear()
     built.parent.chmod(mode)
@@ -90,8 +94,7 @@ def test_what_others_may_write_is_not_loaded(compiler, tmp_path, mode, monkeypat
         library(built.parent)
 
 
-def test_a_link_is_not_loaded(compiler, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_loaded", {})
+def test_a_link_is_not_loaded(compiler, tmp_path):
     built = library(tmp_path / "cache")
     module._loaded.clear()
     other = tmp_path / "other" / built.name

@@ -15,7 +15,7 @@ from PIL import Image
 
 import eval as evaluation
 from src.launch.job import RANK_ENDS
-from tests.conftest import ROOT, TINY_KEYS
+from tests.conftest import ROOT, TINY_KEYS, graph_cache
 from tests.launch.runs import NO_CHANCE, TWENTY_STEPS, losses
 
 TRAIN = ["bash", str(ROOT / "scripts/run_distribute_train.sh"), "config/digits/cvt_nano.yaml", "-"]
@@ -64,13 +64,14 @@ def test_two_ranks_equal_one_with_the_double_batch(one_process, tmp_path, free_p
 
 
 @contextlib.contextmanager
-def endless(tmp_path, free_port, *words):
+def endless(tmp_path, free_port, graphs, *words):
     """A job of two ranks within its steps, and the file of what it prints."""
+    environ = environment(free_port, **graph_cache(graphs, *ENDLESS))
     said = tmp_path / "out"
     with open(said, "w") as out:
         job = subprocess.Popen(
             [*TRAIN, "2", "--output", "run", *ENDLESS, *words],
-            cwd=tmp_path, env=environment(free_port), stdout=out, stderr=out,
+            cwd=tmp_path, env=environ, stdout=out, stderr=out,
         )  # fmt: skip
     try:
         deadline = time.time() + 120
@@ -83,19 +84,19 @@ def endless(tmp_path, free_port, *words):
 
 
 def test_a_killed_launcher_takes_its_ranks_along_and_a_killed_rank_ends_the_resumed_job(
-    tmp_path, free_port
+    tmp_path, free_port, graph_folder
 ):
     """SIGKILL, after which nothing can clean up; the port and the run's folder must be free.
 
     The resumed job ends in time, with the reason, and with nothing left running; the killed rank's
     sibling is waiting for it.
     """
-    with endless(tmp_path, free_port) as (job, said):
+    with endless(tmp_path, free_port, graph_folder) as (job, said):
         processes = psutil.Process(job.pid).children(recursive=True)
         job.kill()
         _, alive = psutil.wait_procs(processes, timeout=5)
         assert not alive
-    with endless(tmp_path, free_port, "--resume") as (job, said):
+    with endless(tmp_path, free_port, graph_folder, "--resume") as (job, said):
         assert "resumed after epoch" in said.read_text()
         processes = psutil.Process(job.pid).children(recursive=True)
         workers = [p for p in processes if "train.py" in str(p.cmdline())]
@@ -110,9 +111,9 @@ def test_a_killed_launcher_takes_its_ranks_along_and_a_killed_rank_ends_the_resu
         assert not alive
 
 
-def test_a_stopped_job_saves_at_one_step_and_ends_with_143(tmp_path, free_port):
+def test_a_stopped_job_saves_at_one_step_and_ends_with_143(tmp_path, free_port, graph_folder):
     """SIGTERM to the launcher: every rank stops at one step, saved before the first ends."""
-    with endless(tmp_path, free_port) as (job, said):
+    with endless(tmp_path, free_port, graph_folder) as (job, said):
         job.terminate()
         assert job.wait(timeout=60) == 128 + 15
         assert "stopped by request; continue with --resume" in said.read_text()

@@ -47,8 +47,8 @@ def flip(path):
 def test_a_run_resumed_within_an_epoch_ends_equal(trained, few_digits, tmp_path, capsys):
     """Drop path, mixup, crops and average on; then again with the newest state damaged."""
     changes = {
-        "model__drop_path_rate": 0.3, "augment__mixup": 0.8, "augment__cutmix": 1.0,
-        "training__save_every": 1, "training__batch_size": 25,
+        "model__depths": [1, 1, 2], "model__drop_path_rate": 0.3, "augment__mixup": 0.8,
+        "augment__cutmix": 1.0, "training__save_every": 1, "training__batch_size": 25,
     }  # fmt: skip
     config = small(trained, **changes)
     train(config, tmp_path / "whole")
