@@ -148,6 +148,10 @@ class Trainer:
     def _train_epoch(self) -> float:
         """Train the rest of an epoch; return images per second, without compilation."""
         progress, accumulate = self.progress, self.loader.accumulate
+        if not self.compiled:  # a resumed run may evaluate before its first step
+            if self.stop_signal.any_rank_stopped():
+                self._stop()
+            self.stop_signal.use_default_handlers()
         self.setup.set_train()
         size = self.loader.images_per_step
         bar = progress_bar(self.steps_per_epoch * size, f"epoch {progress.epoch + 1}")

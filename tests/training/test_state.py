@@ -14,6 +14,7 @@ import pytest
 from src.config_io import load_config
 from src.data import ArraySource
 from src.errors import UserError
+from src.evaluation.evaluator import Evaluator
 from src.training.resume import check_compatible
 from src.training.run import lock_folder, train
 from src.training.state import Progress, save_state
@@ -220,6 +221,29 @@ def test_a_signal_is_noted_behind_the_first_step_and_handlers_come_back():
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop_signal.should_stop() and stop_signal.signal == signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_signal_ends_a_resumed_run_at_once_while_its_first_step_compiles(
+    trained, few_digits, tmp_path, monkeypatch
+):
+    """Also behind the evaluation that a run resumed at the end of an epoch starts with."""
+    config = small(trained, training__batch_size=25)
+    with monkeypatch.context() as patch:
+        patch.setattr(Evaluator, "compile", lambda *arguments: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(config, tmp_path / "run")
+    handlers, real = [], TrainStep.run_batch
+
+    def run_batch(self, *arguments):
+        handlers.append(signal.getsignal(signal.SIGTERM))
+        return real(self, *arguments)
+
+    monkeypatch.setattr(TrainStep, "run_batch", run_batch)
+    train(config, tmp_path / "run", resume=True)
+    epochs = (tmp_path / "run/metrics.jsonl").read_text().count("\n")
+    assert epochs == 2 and len(handlers) == 4, "the first epoch's steps are done"
+    assert handlers[0] is signal.SIG_DFL
+    assert all(callable(handler) for handler in handlers[1:])
 
 
 @pytest.mark.parametrize(
