@@ -55,17 +55,18 @@ def main(argv: list[str]) -> None:
     # Only the user may name files to write, not a config.yaml found beside a checkpoint.
     named = "data.index" in arguments.given
     result, images = evaluate_checkpoint(config, arguments.ckpt, ranks, report, named)
-    if not ranks.is_first:
-        return
-    metrics = write_report(result, images, folder) if folder else result.to_dict()
-    print(
-        f"top1 {metrics['top1']:.2f} %  top5 {metrics['top5']:.2f} %  loss {metrics['loss']:.4f}  "
-        f"images {metrics['images']}  {metrics['images_per_second']:.0f} img/s"
-    )
-    if folder:
-        print(f"ece {metrics['ece']:.2f} %  report in {folder}")
-    if arguments.json:
-        write_json(metrics, arguments.json)
+    if ranks.is_first:
+        metrics = write_report(result, images, folder) if folder else result.to_dict()
+        print(
+            f"top1 {metrics['top1']:.2f} %  top5 {metrics['top5']:.2f} %  loss "
+            f"{metrics['loss']:.4f}  images {metrics['images']}  "
+            f"{metrics['images_per_second']:.0f} img/s"
+        )
+        if folder:
+            print(f"ece {metrics['ece']:.2f} %  report in {folder}")
+        if arguments.json:
+            write_json(metrics, arguments.json)
+    ranks.announce_end(0)  # a rank that crashes at its exit must not end the one that writes
 
 
 if __name__ == "__main__":

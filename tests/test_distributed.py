@@ -1,4 +1,8 @@
-"""Which processes count as ranks, by their environment."""
+"""Which processes count as ranks, by their environment; and how a rank meets the others."""
+
+import socket
+import threading
+import time
 
 import pytest
 
@@ -56,3 +60,20 @@ def test_what_another_launcher_left_is_answered_in_one_line(environment, variabl
 def test_one_process_is_one(environment, name, value):
     environment({name: value})
     assert not is_distributed()
+
+
+def test_a_rank_waits_until_the_scheduler_accepts_connections(monkeypatch):
+    """And not for ever: `communication.init` reports a scheduler that never comes."""
+    with socket.socket() as scheduler:
+        scheduler.bind(("127.0.0.1", 0))
+        port = scheduler.getsockname()[1]
+        timer = threading.Timer(0.5, scheduler.listen)
+        start = time.monotonic()
+        timer.start()
+        distributed._wait_for_scheduler("127.0.0.1", port)
+        assert 0.4 < time.monotonic() - start < 5
+        timer.join()
+    monkeypatch.setattr(distributed, "SCHEDULER_SECONDS", 0.3)
+    start = time.monotonic()
+    distributed._wait_for_scheduler("127.0.0.1", port)
+    assert 0.2 < time.monotonic() - start < 5

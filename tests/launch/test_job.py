@@ -176,7 +176,9 @@ def test_evaluation_counts_every_image_once_on_any_number_of_ranks(
             done = subprocess.run(
                 start + words, cwd=tmp_path, env=variables, capture_output=True, text=True
             )
-            assert done.returncode == 0, done.stdout + done.stderr
+            # Not the exit code: MindSpore's clean-up at exit crashes now and then.
+            for log in [tmp_path / f"logs/worker_{rank}.log" for rank in range(world)]:
+                assert RANK_ENDS.search(log.read_text())[1] == "0", done.stdout + done.stderr
         found.append(json.loads((tmp_path / f"{world}.json").read_text()))
     for figures in found:
         assert figures["images"] == 1003
