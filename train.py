@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
-from src.cli import parse, take_option
-from src.config_io import CONFIG, default_output, run_config_of
+from src.cli import find_resumed_run, parse
+from src.config_io import default_output
 from src.device import log_to, prepare_environment
 from src.errors import UserError, executable
 
@@ -36,9 +35,7 @@ def main(argv: list[str]) -> None:
             help="weights to start from; the head is new if the classes differ",
         )
 
-    state = _state_to_resume(argv)
-    if state is not None:
-        argv = [*argv, *_output_of(argv, state)]
+    state, argv = find_resumed_run(argv)
     # A resumed run uses its own config.yaml unless --config is given.
     beside = "output" if state is not None else None
     config, arguments = parse(
@@ -55,41 +52,6 @@ def main(argv: list[str]) -> None:
 
     resume = Path(state) if state and state.is_file() else state is not None
     train(config, output, resume, arguments.finetune, arguments.accept_changes)
-
-
-def _state_to_resume(argv: list[str]) -> Path | bool | None:
-    """Return the file or folder given with --resume, False if none is given, None without --resume.
-
-    Raises:
-        UserError: the file or folder does not exist.
-    """
-    state: Path | bool | None = None
-    for word, following in zip(argv, [*argv[1:], "--"]):
-        name, _, value = word.partition("=")
-        if name == "--resume":
-            value = value or ("" if following.startswith("--") else following)
-            state = Path(value).expanduser() if value else False
-    if state and not state.exists():
-        raise UserError(
-            f"--resume {state}: no such file; a run's states are in its checkpoints folder"
-        )
-    return state
-
-
-def _output_of(argv: list[str], state: Path | bool) -> list[str]:
-    """Return the --output option for the run of a state, or nothing if the user gives --output.
-
-    Raises:
-        UserError: the run is not found.
-    """
-    rest, output = take_option(argv, "--output")
-    if output is None and not state:
-        return []
-    config = run_config_of(os.path.expanduser(output or state))
-    if config is None and take_option(rest, "--config")[1] is None:
-        where = f"--output {output}" if output else f"--resume {state}"
-        raise UserError(f"{where}: no run there to resume (no {CONFIG}); give its folder")
-    return [] if output or config is None else ["--output", str(config.parent)]
 
 
 if __name__ == "__main__":

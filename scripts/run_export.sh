@@ -12,7 +12,7 @@ config=$1 checkpoint=$2 format=$3
 shift 3
 device_words 0
 [ -e "$checkpoint" ] || fail "CKPT $checkpoint: no such file; give a checkpoint"
-words=(--ckpt "$checkpoint" --format "$format" --output "${checkpoint%.*}.$format")
+words=(--ckpt "$checkpoint" --format "$format")
 if [ "$config" != - ]; then
   config=$(recipe "$config")
   words+=(--config "$config")

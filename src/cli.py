@@ -12,7 +12,7 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 
 from src.config import Config, Study
-from src.config_io import ConfigParser, add_keys, read_settings, run_config_of
+from src.config_io import CONFIG, ConfigParser, add_keys, read_settings, run_config_of
 from src.errors import UserError
 
 
@@ -90,6 +90,43 @@ def take_option(argv: list[str], name: str) -> tuple[list[str], str | None]:
         else:
             rest.append(word)
     return rest, value
+
+
+def find_resumed_run(argv: Sequence[str]) -> tuple[Path | bool | None, list[str]]:
+    """Find the run that --resume continues.
+
+    Returns:
+        The file or folder given with --resume, False if none is given, None without --resume; and
+        the arguments, with --output for the run of that file or folder.
+
+    Raises:
+        UserError: the file, folder or run does not exist, or the folder is not that of --output.
+    """
+    argv = list(argv)
+    state: Path | bool | None = None
+    for word, following in zip(argv, [*argv[1:], "--"]):
+        name, _, value = word.partition("=")
+        if name == "--resume":
+            value = value or ("" if following.startswith("--") else following)
+            state = Path(value).expanduser() if value else False
+    if state and not state.exists():
+        raise UserError(
+            f"--resume {state}: no such file; a run's states are in its checkpoints folder"
+        )
+    rest, output = take_option(argv, "--output")
+    if state is None or (output is None and not state):
+        return state, argv
+    run = run_config_of(os.path.expanduser(output or state))
+    is_folder = bool(state) and state.is_dir()
+    if run is None and (is_folder or take_option(rest, "--config")[1] is None):
+        where = f"--output {output}" if output else f"--resume {state}"
+        raise UserError(f"{where}: no run there to resume (no {CONFIG}); give its folder")
+    if is_folder and run_config_of(str(state)) != run:
+        raise UserError(
+            f"--resume {state}: not the run in --output {output}; leave out --output, or give one "
+            "of its states, to continue it in another folder"
+        )
+    return state, argv if output or run is None else [*argv, "--output", str(run.parent)]
 
 
 def take_keys(argv: list[str]) -> tuple[list[str], list[str]]:

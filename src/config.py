@@ -59,7 +59,8 @@ class RuntimeConfig:
         precision: dtype of Linears, convolutions and attention products; norms, softmax and loss
             stay in float32.
         flash_attention: compute attention in Ascend's fused kernel, which does not store the
-            scores; Atlas A2 or later, float16 or bfloat16. Export and prediction ignore it.
+            scores; Atlas A2 or later, float16 or bfloat16. Export ignores it; infer.py and
+            Predictor ignore it in the run's configuration.
         compiled_ops: on the CPU in float32, use operators that the system's C++ compiler builds at
             the first start; auto does so if there is a compiler. Export ignores it.
         depthwise: conv runs CvT's depthwise convolutions in the framework's kernel; shifts runs
@@ -147,7 +148,8 @@ class DataConfig:
         std: standard deviation of the three channels, for values in 0..1.
         crop_ratio: evaluation resizes the short side to image size / crop_ratio and crops the
             centre; null resizes directly to the image size, as in the official 384 px evaluation.
-        interpolation: filter of every resize, as in Pillow.
+        interpolation: filter of every resize: bicubic as in Pillow; bilinear and nearest without
+            Pillow's wider filter for shrinking, so they alias.
         workers: threads that prepare images; 0 uses one per core, at most eight.
         check_images: read every image file once before the start (imagefolder).
         index: file for the results of this check. Several runs on the same data can share it and

@@ -163,7 +163,12 @@ def read_settings(
     if file is not None:
         _check_mapping(file, schema)
         argv = ["--config", str(file), *argv]
-    namespace = parser.read(argv)
+    try:
+        namespace = parser.read(argv)
+    except UserError as error:
+        if file is not None:
+            _check_file(file, schema)  # raises if the fault is the file's
+        raise error
     values = {
         key.name: key.type(**vars(namespace.pop(key.name)))
         if dataclasses.is_dataclass(key.type)
@@ -171,6 +176,16 @@ def read_settings(
         for key in dataclasses.fields(schema)
     }
     return _expand_paths(schema(**values)), namespace
+
+
+def _check_file(file: Path, schema: type) -> None:
+    """Raise a UserError that names a configuration file if it is invalid by itself."""
+    parser = ConfigParser(allow_abbrev=False)
+    add_keys(parser, schema)
+    try:
+        parser.read(["--config", str(file)])
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
 
 
 def _expand_paths(settings: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import gc
 import hashlib
 import importlib.util
 import os
@@ -111,6 +112,15 @@ def pytest_collection_modifyitems(items) -> None:
         if item.nodeid.startswith(SLOW_TESTS):
             item.add_marker(pytest.mark.slow)
     items.sort(key=place)
+
+
+def pytest_collection_finish() -> None:
+    """Exempt what importing and collecting made from garbage collection.
+
+    A compilation makes many objects, so the collector ran through all the others often.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @contextlib.contextmanager
@@ -237,7 +247,7 @@ def graph_cache(folder: Path, *words: str) -> dict[str, str]:
     configuration has a folder of its own.
 
     Args:
-        folder: of one worker, because two processes must not write at once.
+        folder: two jobs must not write there at once.
         words: everything that decides on the graphs: the keys and the number of ranks.
     """
     place = folder / hashlib.sha256("\0".join(words).encode()).hexdigest()[:16]
@@ -245,9 +255,12 @@ def graph_cache(folder: Path, *words: str) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def graph_folder(tmp_path_factory) -> Path:
-    """The folder for `graph_cache`."""
-    return tmp_path_factory.mktemp("graphs")
+def graph_folder(shared_folder) -> Path:
+    """The folder for `graph_cache` of jobs.
+
+    All workers share it: jobs on one host run alone, those on two hosts are in one file.
+    """
+    return shared_folder / "graphs"
 
 
 @pytest.fixture(scope="session")

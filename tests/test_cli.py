@@ -121,7 +121,7 @@ def test_the_config_of_a_run_is_found_beside_its_checkpoint(tmp_path):
 def test_recipes_that_are_refused(tmp_path, text, words):
     with pytest.raises(UserError, match=words) as caught:
         read(recipe(tmp_path, text + "\n"))
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and ".yaml: " in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -76,3 +76,11 @@ def test_scripts_keep_their_line_endings_on_windows():
     if done.returncode:
         pytest.skip("no git checkout")
     assert all(line.endswith(": eol: lf") for line in done.stdout.splitlines())
+
+
+def test_an_export_lies_where_export_py_puts_it(tmp_path):
+    """Beside the checkpoint, also of a run's folder: the shell does not make up a name."""
+    (tmp_path / "lr0.1").mkdir()
+    script = ["bash", str(ROOT / "scripts/run_export.sh"), "-", "./lr0.1", "mindir", "--dry_run"]
+    done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "--ckpt ./lr0.1 --format mindir" in done.stdout and "--output" not in done.stdout

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import unicodedata
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import mindspore.dataset as ds
 import numpy as np
@@ -89,11 +90,18 @@ class Source:
         return self.digest_items(number)
 
     def digest_items(self, number: int) -> int:
-        """Continue a checksum over the descriptions of the images."""
-        for index in range(len(self)):
-            text = self.describe(index)
-            number = zlib.crc32(text.encode("utf-8", "surrogateescape"), number)
-        return number
+        """Continue a checksum by what identifies the images wherever they lie."""
+        return _digest_texts(map(self.describe, range(len(self))), number)
+
+    def former_digest(self) -> int:
+        """Return the checksum of earlier versions, over the full paths of image files."""
+        return self.digest()
+
+
+def _digest_texts(texts: Iterable[str], number: int) -> int:
+    for text in texts:
+        number = zlib.crc32(text.encode("utf-8", "surrogateescape"), number)
+    return number
 
 
 class ArraySource(Source):
@@ -115,15 +123,27 @@ class ArraySource(Source):
 
 
 class FileSource(Source):
-    """Image files, read on access."""
+    """Image files, read on access.
+
+    Args:
+        files: their paths.
+        labels, class_names, title: see `Source`.
+        folder: of the split; the checksum leaves it out, so that a data set may be moved.
+    """
 
     encoded = True
 
     def __init__(
-        self, files: Sequence[str], labels: np.ndarray, class_names: Sequence[str], title: str
+        self,
+        files: Sequence[str],
+        labels: np.ndarray,
+        class_names: Sequence[str],
+        title: str,
+        folder: Path | None = None,
     ):
         super().__init__(labels, class_names, title)
         self._files = list(files)
+        self._prefix = "" if folder is None else str(folder / "_")[:-1]
         # The size of each file that `make_decodable` left unchanged.
         self._decodable_sizes = np.full(len(self._files), -1, np.int64)
 
@@ -149,6 +169,16 @@ class FileSource(Source):
 
     def file(self, index: int) -> str:
         return self._files[self.items[index]]
+
+    def digest_items(self, number: int) -> int:
+        """Continue a checksum over the files' paths within the folder."""
+        names = (self.describe(index).removeprefix(self._prefix) for index in range(len(self)))
+        return _digest_texts(names, number)
+
+    def former_digest(self) -> int:
+        former = copy.copy(self)
+        former._prefix = ""
+        return former.digest()
 
 
 def escape_undecodable(name: str) -> str:

@@ -78,7 +78,7 @@ def check_header(content: bytes, max_pixels: int = MAX_PIXELS) -> Header:
         return _check_png(content, max_pixels)
     size = _webp_size(content) if kind == "WEBP" else None
     if size:
-        check_size(*size, max_pixels // _WEBP_COPIES)
+        check_size(*size, min(max_pixels, MAX_PIXELS // _WEBP_COPIES))
     return Header(kind, content)
 
 

@@ -120,7 +120,7 @@ def _imagefolder(
             "%s: left out %d files that are not in a class folder or not %s, such as %s",
             folder, len(skipped), " ".join(IMAGE_EXTENSIONS), skipped[0],
         )  # fmt: skip
-    source = FileSource(files, np.array(labels, np.int32), class_names, title)
+    source = FileSource(files, np.array(labels, np.int32), class_names, title, folder)
     if split == "val":
         _warn_absent_classes(folder, source)
     return source

@@ -39,11 +39,7 @@ def read_description(path: str | Path) -> dict[str, Any]:
         description = json.loads(beside.read_text(encoding="utf-8"))
         if not isinstance(description, dict):
             raise ValueError("not a JSON object")
-        description["preprocessing"] = _preprocessing(description["preprocessing"])
-        description["class_names"] = _class_names(description["class_names"])
-        description["input_shape"] = _input_shape(
-            description["input_shape"], description["preprocessing"]
-        )
+        description.update(_validate(description))
     except OSError:
         raise UserError(
             f"{beside}: missing; keep the .json of export.py beside the model"
@@ -54,6 +50,31 @@ def read_description(path: str | Path) -> dict[str, Any]:
             f"{beside}: not what export.py wrote ({reason[:200]}); export again"
         ) from None
     return description
+
+
+def check_readable(shape: list, preprocessing: Preprocessing, class_names: list | None) -> None:
+    """Check before an export that `read_description` will accept what describes the file.
+
+    Raises:
+        UserError: the model, its images or a batch of them are beyond the limits.
+    """
+    values = preprocessing.to_dict()
+    description = {"input_shape": shape, "preprocessing": values, "class_names": class_names}
+    try:
+        _validate(json.loads(json.dumps(description)))
+    except ValueError as error:
+        raise UserError(
+            f"the exported file could not be opened: {error}; change --batch_size or the model"
+        ) from None
+
+
+def _validate(description: dict[str, Any]) -> dict[str, Any]:
+    preprocessing = _preprocessing(description["preprocessing"])
+    return {
+        "preprocessing": preprocessing,
+        "class_names": _class_names(description["class_names"]),
+        "input_shape": _input_shape(description["input_shape"], preprocessing),
+    }
 
 
 def _preprocessing(values: Any) -> Preprocessing:

@@ -225,7 +225,10 @@ def _open_onnxruntime(path: Path, threads: int | None) -> Session:
         options.intra_op_num_threads = threads
     try:
         session = runtime.InferenceSession(
-            path, options, providers=runtime.get_available_providers()
+            # A GPU's provider would compute in TF32, and no option asks for one.
+            path,
+            options,
+            providers=["CPUExecutionProvider"],
         )
     except Exception as error:  # its exceptions have no common base
         raise UserError(f"{path}: onnxruntime rejects it: {_reason(error)}") from error

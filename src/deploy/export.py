@@ -16,6 +16,7 @@ from src.build import build_model, build_preprocessing, open_split, resolve_clas
 from src.config import Config
 from src.data import Preprocessing, create_eval_loader
 from src.data.transforms import pad_batch
+from src.deploy.description import check_readable
 from src.deploy.engines import Run, open_model
 from src.deploy.quantize import check_quantizer, quantize
 from src.deploy.writers import check_format, installed_engines, write_model
@@ -78,13 +79,14 @@ def export(
         check_quantizer()
     if config.model.num_classes is None:
         config = resolve_classes(config, open_split(config, "val"))
+    preprocessing = build_preprocessing(config)
+    shape = (options.batch_size, 3, *preprocessing.image_size)
+    check_readable(list(shape), preprocessing, config.data.class_names)
     # The run's precision does not matter for the file.
     runtime = dataclasses.replace(config.runtime, precision="float32", flash_attention=False)
     net = build_model(dataclasses.replace(config, runtime=runtime))
     logger.info("%s", load_weights(net, checkpoint))
     net.set_train(False)
-    preprocessing = build_preprocessing(config)
-    shape = (options.batch_size, 3, *preprocessing.image_size)
     try:
         with replacing(output) as partial:
             write_model(

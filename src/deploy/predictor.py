@@ -37,7 +37,7 @@ from src.errors import UserError
 from src.weights import load_weights, weight_files
 
 EXPORTED_SUFFIXES = (".mindir", ".onnx")
-RUNTIME_OF_WEIGHTS = ("mode", "precision", "flash_attention", "compiled_ops")
+RUNTIME_OF_WEIGHTS = ("mode", "precision", "flash_attention", "compiled_ops", "depthwise")
 ImageLike = Union[str, os.PathLike, bytes, Image.Image, np.ndarray]
 
 
@@ -263,7 +263,8 @@ class Predictor:
         if self._model.batch_size or self._model.network is None:
             return self._model.batch_size or count
         limit = max(2 * count, max_padded)
-        size = min((s for s in self._compiled_sizes if count <= s <= limit), default=count)
+        sizes = tuple(self._compiled_sizes)  # other threads may add to it
+        size = min((s for s in sizes if count <= s <= limit), default=count)
         self._compiled_sizes.add(size)
         return size
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from src.cli import parse, take_option
+from src.cli import find_resumed_run, parse, take_option
 from src.config_io import default_output
 from src.errors import UserError, executable
 from src.launch.job import describe, run
@@ -80,6 +80,8 @@ def read_plan(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[Plan, bo
             "several hosts set NODE_NUM, NODE_RANK and MASTER_ADDR"
         )
     plan = build_plan(target, arguments.devices, command, logs, environ)
+    if plan.node_num > 1:  # hosts may share the folder and start in the same second
+        plan.logs = logs.with_name(f"{logs.name}-host{plan.node_rank}")
     if arguments.bind_core is not None:
         plan.bind_core = arguments.bind_core
         # src.device would divide a rank's cores by it, but msrun has divided them already.
@@ -134,8 +136,9 @@ def _train_command(config: str, data: str, target: str, keys: list[str]) -> list
                 f"DATA {data}: no such folder; give a data folder, or - for the recipe's data.path"
             )
         words += ["--data.path", str(Path(data).expanduser().resolve())]
-    keys, output = take_option(keys, "--output")
     words += ["--runtime.device", target, *keys]
+    _, words = find_resumed_run(words)
+    words, output = take_option(words, "--output")
 
     def add_arguments(parser) -> None:
         parser.add_argument("--resume", nargs="?", const=True)
@@ -143,7 +146,7 @@ def _train_command(config: str, data: str, target: str, keys: list[str]) -> list
         parser.add_argument("--finetune", type=str)
 
     parse(words, "train.py", "", add_arguments)  # reports an invalid key once, not once per rank
-    output = Path(output or default_output(str(file)))
+    output = Path(output or default_output(str(file))).expanduser()
     return [str(ROOT / "train.py"), *words, "--output", str(output.resolve())]
 
 

@@ -124,8 +124,15 @@ class _Job:
         self.reader.start()
 
     def forward_signal(self, number: int, frame: object) -> None:
-        """Send SIGTERM to every rank; on the second request, SIGKILL."""
+        """Send SIGTERM to every rank; on the second request, SIGKILL.
+
+        Before msrun has started any, there is nothing to save, and msrun is killed.
+        """
         self.stop_requests += 1
+        if not self.ranks:
+            self.exit_code = 128 + number
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
         for pid in self.ranks:
             _send(pid, signal.SIGTERM if self.stop_requests == 1 else signal.SIGKILL)
 
@@ -191,8 +198,10 @@ class _Job:
                 continue
             if environ.get("MS_ROLE") == "MS_SCHED":
                 self.scheduler = child.pid
-            elif environ.get("MS_ROLE") == "MS_WORKER":
+            elif environ.get("MS_ROLE") == "MS_WORKER" and child.pid not in self.ranks:
                 self.ranks[child.pid] = int(environ["RANK_ID"])
+                if self.stop_requests:  # it started after the request
+                    _send(child.pid, signal.SIGTERM)
 
 
 def _environment(plan: Plan) -> dict[str, str]:
@@ -208,7 +217,10 @@ def _environment(plan: Plan) -> dict[str, str]:
 def _report_failure(plan: Plan, job: _Job) -> None:
     """Print which rank failed, the last error in each rank's log, and where the logs are."""
     if job.stop_requests and job.exit_code in (128 + signal.SIGTERM, 128 + signal.SIGINT):
-        print(f"stopped by request; continue with --resume. Logs: {plan.logs}", file=sys.stderr)
+        states = plan.logs.parent.parent / "checkpoints"
+        saved = plan.node_rank > 0 or any(states.glob("step-*.ckpt"))  # host 0 has the run
+        advice = "continue with --resume" if saved else "nothing was saved yet"
+        print(f"stopped by request; {advice}. Logs: {plan.logs}", file=sys.stderr)
         return
     print(f"error: {job.failure}; the other ranks were stopped", file=sys.stderr)
     for rank in plan.ranks:

@@ -43,6 +43,7 @@ def restore(
     output: Path,
     state: Path | None,
     *,
+    former_data: int,
     keep: int,
     accept_changes: bool,
 ) -> Progress:
@@ -55,6 +56,7 @@ def restore(
         current: the settings and data of this process.
         output: the run's folder.
         state: the state to resume from; None for the newest intact one in the folder.
+        former_data: checksum of the images for states of earlier versions.
         keep: number of states to keep.
         accept_changes: continue although settings or images differ, with a warning.
 
@@ -69,11 +71,17 @@ def restore(
         saved, state = load_newest(step, checkpoints)
     else:
         saved = load_progress(step, state)
+    if not saved.movable and saved.data == former_data:
+        saved.data = current.data
     check_compatible(saved, current, output, accept_changes)
+    scale = "training.loss_scale"
+    if scale in saved.settings and saved.settings[scale] != current.settings[scale]:
+        step.reset_loss_scale()
     progress = dataclasses.replace(
         saved,
         settings=current.settings,
         data=current.data,
+        movable=current.movable,
         workers=current.workers,
         compiled=current.compiled,
         device_noise=current.device_noise,

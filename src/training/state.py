@@ -42,6 +42,7 @@ class Progress:
         best_sha256: checksum of best.ckpt with these weights; "" in states of earlier versions.
         settings: every key of the configuration.
         data: checksum of the training images' names and labels.
+        movable: whether it leaves out the folder of image files.
         world: number of devices.
         workers: threads that prepare images.
         compiled: whether the network uses compiled operators.
@@ -57,6 +58,7 @@ class Progress:
     best_sha256: str = ""
     settings: dict = field(default_factory=dict)
     data: int = 0
+    movable: bool = False
     world: int = 1
     workers: int = 1
     compiled: bool = False
@@ -80,7 +82,8 @@ def save_state(step: TrainStep, progress: Progress, checkpoints: Path, keep: int
     _require_finite(state, path)
     save_checkpoint(state, path, progress=json.dumps(dataclasses.asdict(progress)))
     link_last(path)
-    for old in list_states(checkpoints)[keep:]:
+    named = [state for state in list_states(checkpoints) if state.name != LAST]
+    for old in named[keep:]:
         old.unlink(missing_ok=True)
     remove_unfinished(checkpoints)
 

@@ -79,7 +79,8 @@ class TrainStep(nn.Cell):
         self.step = _state("step", 0, mstype.int32)
         self.skipped = _state("skipped", 0, mstype.int32)
         self.dynamic = loss_scale is None
-        self.loss_scale = _state("loss_scale", loss_scale or FIRST_DYNAMIC_SCALE, mstype.float32)
+        self.first_scale = loss_scale or FIRST_DYNAMIC_SCALE
+        self.loss_scale = _state("loss_scale", self.first_scale, mstype.float32)
         self.steady = _state("steady", 0, mstype.int32)  # steps since the scale changed
         self.ema_net = ema_net
         self.ema_decay = ema_decay
@@ -101,6 +102,23 @@ class TrainStep(nn.Cell):
             self.is_first = Tensor(float(rank == 0), mstype.float32)
         self.forward_backward = value_and_grad(self._forward, None, optimizer.parameters)
         self.parts = _Parts(self) if accumulate > 1 else None
+
+    def reset_loss_scale(self) -> None:
+        """Begin with the configured loss scale again, for a run resumed with another one."""
+        self.loss_scale.set_data(Tensor(self.first_scale, mstype.float32))
+        self.steady.set_data(Tensor(0, mstype.int32))
+
+    def align_schedule(self, done: int) -> None:
+        """Let the next step have the learning rate that follows `done` steps of the schedule.
+
+        `step` counts on from the state, and may differ from `done` where a run is resumed with
+        another batch size or other images.
+        """
+        ahead = int(self.step.asnumpy()) - done
+        if ahead:
+            rates = self.learning_rates.asnumpy()
+            rates = np.concatenate([np.repeat(rates[:1], max(ahead, 0)), rates[max(-ahead, 0) :]])
+            self.learning_rates = Tensor(rates)
 
     def run_batch(
         self,

@@ -76,6 +76,7 @@ class Trainer:
         self.progress = Progress(
             settings=flatten(config),
             data=source.digest(),
+            movable=True,
             world=ranks.world,
             workers=resolve_num_workers(config.data.workers),
             compiled=uses_compiled(config.runtime),
@@ -112,12 +113,15 @@ class Trainer:
                 self.progress,
                 self.output,
                 state,
+                former_data=self.source.former_digest(),
                 keep=self.config.training.keep,
                 accept_changes=accept_changes,
             )
         self.ranks.broadcast(self.step.get_parameters())
         text = json.dumps(dataclasses.asdict(self.progress))
         self.progress = Progress(**json.loads(self.ranks.broadcast_text(text)))
+        done = self.progress.epoch * self.steps_per_epoch + self.progress.position
+        self.step.align_schedule(done)
         metrics = self.output / "metrics.jsonl"
         if self.ranks.is_first and not metrics_match(metrics, self.progress):
             logger.warning("%s: differs from the state (older, damaged or cut off); rewritten from "

@@ -228,12 +228,19 @@ def _fit_pos_embeds(
 
 
 def _grid_of(tokens: int, like: tuple[int, int]) -> tuple[int, int] | None:
-    """Return the grid of `tokens` positions: square, or of `like`'s aspect ratio, or None."""
+    """Return the grid of `tokens` positions: of `like`'s aspect ratio, or square, or None.
+
+    Several grids may have as many positions. The same aspect ratio, where it is exact, comes first:
+    fine-tuning at another resolution keeps it.
+    """
+    height = max(1, round(math.sqrt(tokens * like[0] / like[1])))
+    width = tokens // height
+    if height * width == tokens and height * like[1] == width * like[0]:
+        return height, width
     edge = math.isqrt(tokens)
     if edge * edge == tokens:
         return edge, edge
-    height = max(1, round(math.sqrt(tokens * like[0] / like[1])))
-    return (height, tokens // height) if tokens % height == 0 else None
+    return (height, width) if height * width == tokens else None
 
 
 def interpolate_pos_embed(

@@ -167,6 +167,20 @@ def test_a_name_that_is_no_utf_8_is_read_and_counted(flowers):
     assert source.digest() != open_source("imagefolder", str(flowers), "val").digest()
 
 
+def test_the_checksum_of_a_moved_folder_stays(flowers, monkeypatch):
+    before = open_source("imagefolder", str(flowers), "train")
+    moved = flowers.rename(flowers.with_name("moved"))
+    monkeypatch.chdir(moved.parent)
+    for path in (str(moved), "moved", "./moved/", "moved/../moved"):
+        after = open_source("imagefolder", path, "train")
+        assert after.digest() == before.digest()
+        assert after.subset([1, 0]).digest() == before.subset([1, 0]).digest() != before.digest()
+    assert after.former_digest() != before.former_digest(), "that of earlier versions has the path"
+    image = next((moved / "train/daisy").iterdir())
+    image.rename(image.with_name(f"other{image.suffix}"))
+    assert open_source("imagefolder", "moved", "train").digest() != before.digest()
+
+
 # classes of the validation images
 
 

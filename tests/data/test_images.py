@@ -24,7 +24,7 @@ from src.data import (
     create_train_loader,
     create_train_operations,
 )
-from src.data.headers import MAX_PIXELS, is_truncated_jpeg
+from src.data.headers import MAX_PIXELS, SERVED_PIXELS, check_header, is_truncated_jpeg
 from src.data.images import decode, find_fault, make_decodable
 from src.deploy import Predictor
 from src.errors import UserError
@@ -350,6 +350,23 @@ def test_a_lower_limit_of_pixels():
         decode(content, 4799)
     with pytest.raises(UserError, match="at most 4799 pixels"):
         Preprocessing((32, 32), 36, MEAN, STD)(JPEG, 4799)
+
+
+def test_webp_has_the_limit_of_the_others_up_to_its_own():
+    """Its decoder holds three copies, so that 29.8 million pixels are its most."""
+
+    def header(width, height):
+        size = struct.pack("<I", 10) + b"\0\0\0\0" + bytes(
+            (edge - 1) >> shift & 255 for edge in (width, height) for shift in (0, 8, 16)
+        )  # fmt: skip
+        return b"RIFF" + struct.pack("<I", 22) + b"WEBPVP8X" + size
+
+    for limit in (MAX_PIXELS, SERVED_PIXELS, 25_000_000):
+        check_header(header(5000, 5000), limit)
+    with pytest.raises(UserError, match="5001 x 5000 pixels; at most 25000000"):
+        check_header(header(5001, 5000), 25_000_000)
+    with pytest.raises(UserError, match="6000 x 5000 pixels; at most 29826161"):
+        check_header(header(6000, 5000), SERVED_PIXELS)
 
 
 def test_only_the_formats_that_are_read_reach_a_plug_in(monkeypatch):

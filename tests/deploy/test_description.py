@@ -1,11 +1,13 @@
 """The .json beside an exported file, from export.py and from strangers."""
 
+import dataclasses
 import json
 import time
 
 import pytest
 
-from src.deploy.description import read_description
+from src.data import Preprocessing
+from src.deploy.description import check_readable, read_description
 from src.errors import UserError
 
 GOOD = {
@@ -68,6 +70,18 @@ def test_what_export_did_not_write_is_one_line(tmp_path, content):
         read_description(write(tmp_path, content))
     assert "\n" not in str(refused.value) and len(str(refused.value)) < 600
     assert time.monotonic() - start < 2
+
+
+def test_what_could_not_be_read_is_not_exported():
+    """The limits of a batch and of the resize, before any work."""
+    preprocessing = Preprocessing((224, 224), 256, (0.5,) * 3, (0.2,) * 3)
+    check_readable([445, 3, 224, 224], preprocessing, ["cat"])
+    check_readable([None, 3, 224, 224], preprocessing, None)
+    with pytest.raises(UserError, match=r"could not be opened: .* 1..445 images; change --batch"):
+        check_readable([446, 3, 224, 224], preprocessing, None)
+    large = dataclasses.replace(preprocessing, resize=4480)  # 224 at crop_ratio 0.05
+    with pytest.raises(UserError, match="preprocessing.resize must lie in 1..4096 pixels"):
+        check_readable([1, 3, 224, 224], large, None)
 
 
 def test_a_file_without_an_end_is_not_read(tmp_path):

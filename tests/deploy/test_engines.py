@@ -252,6 +252,23 @@ def test_the_engine_is_chosen(files, monkeypatch):
         open_model(files["mindspore"], "tvm")
 
 
+def test_onnxruntime_computes_on_the_cpu_whatever_else_it_offers(files, monkeypatch):
+    """A GPU's provider rounds products to TF32."""
+    runtime = pytest.importorskip("onnxruntime")
+    real, asked = runtime.InferenceSession, []
+
+    def session(*arguments, **options):
+        asked.append(options["providers"])
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(runtime, "InferenceSession", session)
+    monkeypatch.setattr(
+        runtime, "get_available_providers", lambda: ["CUDAExecutionProvider"] + asked
+    )
+    open_model(files["onnxruntime"], "onnxruntime")
+    assert asked == [["CPUExecutionProvider"]]
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_images_that_a_file_does_not_take(files, engine):
     """As from a .json of another file: the engine's own words in one line."""

@@ -17,6 +17,12 @@ TWENTY_STEPS = [
     "--training.epochs=1", "--training.epoch_steps=20", "--training.save_every=19",
     "--optimizer.warmup_epochs=0", "--evaluation.batch_size=300",
 ]  # fmt: skip
+# Two steps an epoch on two ranks, until something stops the job.
+ENDLESS = [
+    *TINY_KEYS[:2], *NO_CHANCE, "--training.batch_size=16", "--training.epochs=5000",
+    "--evaluation.every=5000",
+]  # fmt: skip
+TWO_RANKS = [*TWENTY_STEPS, "--training.batch_size=32", "--training.sync_batchnorm=true"]
 
 
 def losses(run: Path) -> list[float]:

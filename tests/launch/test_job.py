@@ -15,12 +15,10 @@ from PIL import Image
 
 import eval as evaluation
 from src.launch.job import RANK_ENDS
-from tests.conftest import ROOT, TINY_KEYS, graph_cache
-from tests.launch.runs import NO_CHANCE, TWENTY_STEPS, losses
+from tests.conftest import ROOT, graph_cache
+from tests.launch.runs import ENDLESS, TWO_RANKS, losses
 
 TRAIN = ["bash", str(ROOT / "scripts/run_distribute_train.sh"), "config/digits/cvt_nano.yaml", "-"]
-ENDLESS = [*TINY_KEYS[:2], *NO_CHANCE, "--training.batch_size=16", "--training.epochs=5000",
-           "--evaluation.every=5000"]  # fmt: skip
 
 pytestmark = [
     pytest.mark.slow,
@@ -37,15 +35,15 @@ def environment(free_port, **more):
             "MASTER_PORT": str(free_port), **more}  # fmt: skip
 
 
-def test_two_ranks_equal_one_with_the_double_batch(one_process, tmp_path, free_port):
+def test_two_ranks_equal_one_with_the_double_batch(one_process, tmp_path, free_port, graph_folder):
     """Twenty steps with drop path and clipping.
 
     BatchNorm's statistics, local to a rank by default, are shared (training.sync_batchnorm).
     """
     two = subprocess.run(
-        [*TRAIN, "2", "--output", "two", *TWENTY_STEPS, "--training.batch_size=32",
-         "--training.sync_batchnorm=true"],
-        cwd=tmp_path, env=environment(free_port), capture_output=True, text=True,
+        [*TRAIN, "2", "--output", "two", *TWO_RANKS],
+        cwd=tmp_path, env=environment(free_port, **graph_cache(graph_folder, *TWO_RANKS)),
+        capture_output=True, text=True,
     )  # fmt: skip
     assert two.returncode == 0, two.stdout + two.stderr
     assert len(losses(one_process)) == 20

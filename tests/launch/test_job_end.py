@@ -1,8 +1,11 @@
 """How a job ends when a rank crashes: stand-ins for the program, started by msrun."""
 
 import os
+import signal
+import threading
 import time
 
+import psutil
 import pytest
 
 from src.launch.job import run
@@ -42,3 +45,21 @@ def test_a_crash_after_the_announced_end_is_no_failure(
     assert time.monotonic() - start < 60
     printed = capsys.readouterr().err
     assert message in printed if message else not printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_before_the_ranks_start_ends_the_job(tmp_path, capsys, free_port, number):
+    """While msrun imports MindSpore; the signal reached nobody, and the job trained on."""
+    program = tmp_path / "program.py"
+    program.write_text("import time; time.sleep(60)")
+    environ = {**os.environ, "MASTER_PORT": str(free_port)}
+    plan = build_plan("CPU", "2", [str(program)], tmp_path / "run/ranks/now", environ)
+    timer = threading.Timer(0.5, os.kill, (os.getpid(), number))
+    start = time.monotonic()
+    timer.start()
+    assert run(plan) == 128 + number
+    assert time.monotonic() - start < 30
+    assert "stopped by request; nothing was saved yet" in capsys.readouterr().err
+    own = [p for p in psutil.process_iter(["cmdline"]) if str(program) in (p.info["cmdline"] or [])]
+    assert not own

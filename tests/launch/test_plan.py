@@ -36,9 +36,39 @@ def test_each_rank_gets_its_numbers_on_every_host():
 
 
 def test_a_run_goes_on_as_with_train_py():
-    for words in (["--resume"], ["--resume", "--accept_changes"], ["--resume", "runs/a/x.ckpt"]):
+    for words in (["--resume"], ["--resume", "--accept_changes"]):
         line = describe(plan(RECIPE, "-", "2", *words)).splitlines()[-1]
         assert " ".join(words) in line
+
+
+def test_a_run_named_with_resume_is_the_one_that_goes_on(tmp_path):
+    """As with train.py, not the recipe's default folder."""
+    for run in ("exp7", "exp8"):
+        (tmp_path / run / "checkpoints").mkdir(parents=True)
+        (tmp_path / run / "config.yaml").touch()
+    state = tmp_path / "exp7/checkpoints/step-00000009.ckpt"
+    state.touch()
+    for words in (["--resume", str(state)], [f"--resume={tmp_path / 'exp7'}"]):
+        line = describe(plan(RECIPE, "-", "2", *words)).splitlines()[-1]
+        assert shlex.split(line)[-2:] == ["--output", str(tmp_path / "exp7")]
+    branch = ["--resume", str(state), "--output", str(tmp_path / "exp8")]
+    assert describe(plan(RECIPE, "-", "2", *branch)).endswith("exp8")
+    with pytest.raises(UserError, match="exp7: not the run in --output .*exp8; leave out --output"):
+        plan(RECIPE, "-", "--resume", str(tmp_path / "exp7"), "--output", str(tmp_path / "exp8"))
+    with pytest.raises(UserError, match="no run there to resume"):
+        plan(RECIPE, "-", "--resume", str(tmp_path))
+
+
+def test_a_home_folder_is_expanded(tmp_path):
+    found = plan(RECIPE, "-", "2", "--output=~/run", HOME=str(tmp_path))
+    assert found.command[-1] == os.path.expanduser("~/run")
+
+
+def test_hosts_that_share_a_folder_have_logs_of_their_own():
+    hosts = {"NODE_NUM": "2", "MASTER_ADDR": "10.0.0.1"}
+    names = [plan(RECIPE, "-", "2", **hosts, NODE_RANK=rank).logs.name for rank in "01"]
+    assert [name[-6:] for name in names] == ["-host0", "-host1"]
+    assert "host" not in plan(RECIPE, "-", "2").logs.name
 
 
 def test_paths_with_spaces_stay_whole(tmp_path):

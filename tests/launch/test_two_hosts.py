@@ -9,18 +9,20 @@ import numpy as np
 import psutil
 import pytest
 
-from tests.conftest import ROOT, TINY_KEYS
-from tests.launch.runs import NO_CHANCE, TWENTY_STEPS, losses
+from tests.conftest import ROOT, graph_cache
+from tests.launch.runs import ENDLESS, TWO_RANKS, losses
 
 
-def test_a_rank_that_fails_on_one_host_ends_the_other(tmp_path):
+def environment(graphs, keys):
+    return {**os.environ, "PYTHON": sys.executable, **graph_cache(graphs, *keys)}
+
+
+def test_a_rank_that_fails_on_one_host_ends_the_other(tmp_path, graph_folder):
     """Within a minute, and the host whose own ranks were well says where to look."""
-    keys = [*TINY_KEYS[:2], *NO_CHANCE, "--training.batch_size=32", "--training.epochs=5000",
-            "--evaluation.every=5000"]  # fmt: skip
     with open(tmp_path / "out", "w") as out:
         hosts = subprocess.Popen(
-            ["bash", str(ROOT / "tests/launch/two_hosts.sh"), str(tmp_path), *keys],
-            env={**os.environ, "PYTHON": sys.executable}, stdout=out, stderr=out,
+            ["bash", str(ROOT / "tests/launch/two_hosts.sh"), str(tmp_path), *ENDLESS],
+            env=environment(graph_folder, ENDLESS), stdout=out, stderr=out,
         )  # fmt: skip
     said = [tmp_path / f"host{i}.log" for i in (0, 1)]
     deadline = time.time() + 180
@@ -40,12 +42,12 @@ def test_a_rank_that_fails_on_one_host_ends_the_other(tmp_path):
     assert not psutil.wait_procs(family, timeout=5)[1]
 
 
-def test_two_hosts_train_to_the_losses_of_one(one_process, tmp_path):
+def test_two_hosts_train_to_the_losses_of_one(one_process, tmp_path, graph_folder):
     """Twenty steps of two batches of 32 against one batch of 64; host 1 writes no run."""
     script = ["bash", str(ROOT / "tests/launch/two_hosts.sh"), str(tmp_path)]
     hosts = subprocess.run(
-        [*script, *TWENTY_STEPS, "--training.batch_size=32", "--training.sync_batchnorm=true"],
-        env={**os.environ, "PYTHON": sys.executable},
+        [*script, *TWO_RANKS],
+        env=environment(graph_folder, TWO_RANKS),
         capture_output=True,
         text=True,
     )

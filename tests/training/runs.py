@@ -1,4 +1,4 @@
-"""Whole runs of a tiny network on few digits, and how to compare them."""
+"""Whole runs of a tiny network on few digits, how to compare them, and a stand-in for a step."""
 
 from __future__ import annotations
 
@@ -10,6 +10,20 @@ import numpy as np
 from src.config_io import load_config
 
 TIMING = ("seconds", "images_per_second")
+
+
+class Step(ms.nn.Cell):
+    """A training step's parameters: a weight and the number of the step."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = ms.Parameter(ms.Tensor([0.0], ms.float32), name="weight")
+        self.step = ms.Parameter(ms.Tensor(0, ms.int32), name="step")
+
+    def at(self, number, weight=0.0):
+        self.step.set_data(ms.Tensor(number, ms.int32))
+        self.weight.set_data(ms.Tensor([weight], ms.float32))
+        return self
 
 
 def small(folder, **changes):

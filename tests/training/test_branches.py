@@ -13,21 +13,7 @@ from src.errors import UserError
 from src.training.resume import set_aside_newer
 from src.training.run import train
 from src.training.state import Progress, has_state, load_newest, load_progress, save_state
-from tests.training.runs import assert_equal_runs, small
-
-
-class Step(ms.nn.Cell):
-    """A training step's parameters: a weight and the number of the step."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = ms.Parameter(ms.Tensor([0.0], ms.float32), name="weight")
-        self.step = ms.Parameter(ms.Tensor(0, ms.int32), name="step")
-
-    def at(self, number, weight=0.0):
-        self.step.set_data(ms.Tensor(number, ms.int32))
-        self.weight.set_data(ms.Tensor([weight], ms.float32))
-        return self
+from tests.training.runs import Step, assert_equal_runs, small
 
 
 def names(folder):

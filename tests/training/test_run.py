@@ -150,6 +150,17 @@ def test_fine_tuning_to_as_many_other_classes_starts_the_head_anew(trained, few_
         assert ("new head: the weights" in (tmp_path / run / "log.txt").read_text()) != kept
 
 
+def test_a_strangers_config_beside_the_weights_stops_no_fine_tuning(trained, few_digits, tmp_path):
+    (tmp_path / "weights").mkdir()
+    weights = shutil.copy(trained / "checkpoints/best.ckpt", tmp_path / "weights")
+    (tmp_path / "config.yaml").write_text("learning_rate: 1\n")
+    train(small(trained, training__epochs=1), tmp_path / "run", finetune=str(weights))
+    said = (tmp_path / "run/log.txt").read_text()
+    assert (
+        f"class names not compared: {tmp_path / 'config.yaml'}: unknown key learning_rate" in said
+    )
+
+
 def test_sgd_trains(trained, few_digits, tmp_path):
     config = small(trained, optimizer__name="sgd", optimizer__lr=0.1, training__epochs=1)
     train(config, tmp_path / "run")

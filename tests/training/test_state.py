@@ -1,6 +1,8 @@
 """Saved states: exact resume within an epoch, falling back, and what is refused."""
 
 import fcntl
+import functools
+import json
 import os
 import shutil
 import signal
@@ -10,17 +12,19 @@ import sys
 import mindspore as ms
 import numpy as np
 import pytest
+from PIL import Image
 
 from src.config_io import load_config
 from src.data import ArraySource
 from src.errors import UserError
 from src.evaluation.evaluator import Evaluator
-from src.training.resume import check_compatible
+from src.training.resume import check_compatible, restore
 from src.training.run import lock_folder, train
+from src.training.schedule import learning_rates
 from src.training.state import Progress, save_state
 from src.training.train_step import TrainStep
 from src.training.trainer import Trainer
-from tests.training.runs import assert_equal_runs, small
+from tests.training.runs import Step, assert_equal_runs, small
 
 ERASING, PLAIN = ({"settings": {"augment.erasing_prob": p}} for p in (0.25, 0.0))
 
@@ -97,6 +101,94 @@ def test_changes_are_accepted_where_told_so(trained, few_digits, tmp_path, capsy
     train(longer, tmp_path / "run", resume=True, accept_changes=True)
     assert "was trained with training.epochs 1, not 2" in capsys.readouterr().out
     assert load_config(tmp_path / "run/config.yaml").training.epochs == 2
+
+
+def test_a_run_goes_on_with_its_images_moved(trained, tmp_path, monkeypatch):
+    """Started with a relative path, while config.yaml has the absolute one."""
+    rng = np.random.default_rng(0)
+    for number in range(120):
+        folder = tmp_path / "data" / ("val" if number % 6 == 0 else "train") / str(number % 2)
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    monkeypatch.chdir(tmp_path)
+    keys = {"data__source": "imagefolder", "model__num_classes": None, "model__class_names": None}
+    config = small(trained, data__path="data", training__epochs=2, **keys)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        dying(patch, calls=4)  # two steps an epoch
+        train(config, tmp_path / "run")
+    config = load_config(tmp_path / "run/config.yaml")
+    assert config.data.path == str(tmp_path / "data")
+    (tmp_path / "data").rename(tmp_path / "moved")
+    config.data.path = str(tmp_path / "moved")
+    train(config, tmp_path / "run", resume=True)
+    assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("former, refused", [(7, False), (8, True)])
+def test_a_state_of_an_earlier_version_has_the_checksum_of_full_paths(tmp_path, former, refused):
+    settings = {"data.path": "x", "training.loss_scale": 1.0}
+    step = Step()
+    save_state(step, Progress(data=7, settings=settings), tmp_path / "checkpoints", 1)
+    current = Progress(data=5, movable=True, settings=settings)
+    restored = functools.partial(
+        restore, step, current, tmp_path, None, former_data=former, keep=1, accept_changes=False
+    )
+    if refused:
+        with pytest.raises(UserError, match="other training images or labels than those of x"):
+            restored()
+    else:
+        assert (restored().data, restored().movable) == (5, True)
+
+
+def test_another_batch_size_goes_on_at_the_same_place_of_the_schedule(
+    trained, few_digits, tmp_path, monkeypatch
+):
+    """Two steps an epoch, then one, then four; the rates are those of the new schedule."""
+    rates, real = [], TrainStep.run_batch
+
+    def watched(self, *arguments):
+        rates.append(float(self.learning_rates[int(self.step.asnumpy())]))
+        return real(self, *arguments)
+
+    monkeypatch.setattr(TrainStep, "run_batch", watched)
+    train(small(trained, training__epochs=1), tmp_path / "run")
+    for size, epochs in ((100, 2), (25, 3)):
+        rates.clear()
+        config = small(trained, training__epochs=epochs, training__batch_size=size)
+        train(config, tmp_path / "run", resume=True, accept_changes=True)
+        steps, keys = 100 // size, config.optimizer
+        schedule = learning_rates(
+            peak=keys.lr, warmup_start=keys.warmup_lr, minimum=keys.min_lr, epochs=epochs,
+            warmup_epochs=keys.warmup_epochs, steps_per_epoch=steps, per=keys.schedule_per,
+        )  # fmt: skip
+        np.testing.assert_allclose(rates, schedule[-steps:], rtol=1e-6)
+        row = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
+        assert row["lr"] == pytest.approx(rates[-1])
+
+
+def test_another_loss_scale_takes_effect(trained, few_digits, tmp_path):
+    """The state holds the scale that it was trained with."""
+    train(small(trained, training__epochs=1, training__loss_scale=64.0), tmp_path / "run")
+    for number, (scale, expected) in enumerate(((64.0, 64.0), (8.0, 8.0), ("dynamic", 65536.0))):
+        config = small(trained, training__epochs=2 + number, training__loss_scale=scale)
+        train(config, tmp_path / "run", resume=True, accept_changes=True)
+        state = ms.load_checkpoint(str(tmp_path / "run/checkpoints/last.ckpt"))
+        assert float(state["loss_scale"].asnumpy()) == expected
+
+
+def test_last_stays_where_the_file_system_has_no_links(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    for number in range(1, 5):
+        save_state(Step().at(number), Progress(), tmp_path, 2)
+        last = (tmp_path / "last.ckpt").read_bytes()
+        assert last == (tmp_path / f"step-{number:08}.ckpt").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "last.ckpt", "step-00000003.ckpt", "step-00000004.ckpt"
+    ]  # fmt: skip
 
 
 def test_other_data_under_the_same_path_is_noticed(trained, few_digits, tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ from src.weights import (
     save_checkpoint,
     save_weights,
 )
-from src.weights.load import interpolate_pos_embed
+from src.weights.load import _grid_of, interpolate_pos_embed
 from src.weights.names import from_huggingface, from_official
 from tests.conftest import ROOT, TINY
 from tests.golden import pico
@@ -230,6 +230,18 @@ def test_position_embeddings_are_interpolated_to_the_grid(tmp_path):
     odd = saved(small, tmp_path / "z.ckpt", stage2__pos_embed=Tensor(np.ones((1, 17, 32), "f4")))
     with pytest.raises(WeightsMismatch, match=r"stage2.pos_embed \[1, 17, 32\] for"):
         load_weights(large, odd)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "like", "grid"),
+    [
+        (196, (14, 56), (7, 28)), (64, (8, 32), (4, 16)), (36, (8, 18), (4, 9)),  # squares, too
+        (196, (28, 28), (14, 14)), (196, (20, 28), (14, 14)), (17, (8, 32), None),
+        (98, (28, 14), (14, 7)), (35, (10, 15), (5, 7)),
+    ],
+)  # fmt: skip
+def test_the_grid_of_positions_has_the_networks_aspect_or_is_square(tokens, like, grid):
+    assert _grid_of(tokens, like) == grid
 
 
 def test_interpolation_keeps_a_ramp_and_its_orientation():

@@ -137,7 +137,7 @@ class _Conversion:
         """Keep the intact shards of an earlier start, write the others, finish with the index."""
         shards = self._intact_shards()
         kept = len(shards)
-        if kept < len(self._ranges) or not (self._folder / INDEX).is_file():
+        if kept < len(self._ranges) or not self._is_indexed(shards):
             self._write_missing(shards)
         self._remove_leftovers({shard["name"] for shard in shards.values()})
         skipped = [name for number in sorted(shards) for name in shards[number]["skipped"]]
@@ -165,9 +165,17 @@ class _Conversion:
         self._write_index(shards, index)
 
     def _write_index(self, shards: dict[int, dict[str, Any]], file: Path) -> None:
+        write_json(self._index(shards), file)
+
+    def _index(self, shards: dict[int, dict[str, Any]]) -> dict[str, Any]:
         images = sum(shard["images"] for shard in shards.values())
         ordered = [shards[number] for number in sorted(shards)]
-        write_json({**self._head, "images": images, "shards": ordered}, file)
+        return {**self._head, "images": images, "shards": ordered}
+
+    def _is_indexed(self, shards: dict[int, dict[str, Any]]) -> bool:
+        """Return whether the index describes these shards and no others."""
+        file = self._folder / INDEX
+        return file.is_file() and load_index(file) == self._index(shards)
 
     def _remove_leftovers(self, names: set[str]) -> None:
         """Remove what an interruption, or another number of shards, has left behind."""

@@ -1,5 +1,6 @@
 """The conversion: killed anywhere it ends the same; what is broken or has changed is named."""
 
+import dataclasses
 import json
 import logging
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from src.data.records import open_records
 from src.data.sources import open_source
 from src.errors import UserError
 from tests.conftest import ROOT, run_command
@@ -184,6 +186,22 @@ def test_other_options_are_noticed_and_leave_no_shard_behind(folder, tmp_path):
     convert(folder, tmp_path / "anew", Options(20))
     assert contents(tmp_path / "out") == contents(tmp_path / "anew")
     assert "train/00002.mindrecord" not in contents(tmp_path / "out")
+
+
+@pytest.mark.parametrize("shard", [2, 8, 24])
+def test_fewer_images_that_fill_the_shards_leave_a_set_that_opens(folder, tmp_path, shard):
+    """The shards that stay are intact, but the index has more."""
+    options = Options(images_per_shard=shard)
+    images = sorted((folder / "train").rglob("*.*"))
+    last = [path for path in images if path.parent == images[-1].parent]
+    extra = len(images) % shard or shard
+    convert(folder, tmp_path / "out", options)
+    for path in last[1:][-extra:]:
+        path.unlink()
+    convert(folder, tmp_path / "out", dataclasses.replace(options, force=True))
+    convert(folder, tmp_path / "anew", options)
+    assert contents(tmp_path / "out") == contents(tmp_path / "anew")
+    assert len(open_records(tmp_path / "out", "train", "t")) == len(images) - len(last[1:][-extra:])
 
 
 # broken images, odd folders
