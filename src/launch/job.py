@@ -33,6 +33,7 @@ CLUSTER_ERROR = re.compile(r"state of the cluster is error|meta server|heartbeat
 OTHER_HOST = "; a rank of another host exited or is unreachable: see that host's log"
 # msrun's message when a rank has failed: process id, exit code (negative: signal).
 RANK_FAILED = re.compile(r"Worker process (\d+) exit with exception. Error code: (-?\d+)")
+USER_ERROR = re.compile(r"^[\w.]+\.py: error: ", re.MULTILINE)  # from `src.errors.executable`
 RANK_ENDS = re.compile(r"rank \d+ ends with exit code (\d+)")  # from `Ranks.announce_end`
 
 
@@ -172,15 +173,20 @@ class _Job:
     def _record_failure(self, pid: int, code: int) -> None:
         """Record the first failure; later ones are its consequences.
 
-        A crash after a rank has announced its end is not a failure: all ranks have done their work.
+        A rank may crash while it leaves the cluster (see `Ranks.announce_end`). After it has
+        announced its end, that is not a failure: all ranks have done their work. After a user's
+        error, its exit code was to be 2.
         """
         if self.failure is None and not self.has_ended:
             rank = self.ranks.get(pid)
-            end = RANK_ENDS.search(_read_log(self.plan, rank)) if rank is not None else None
+            log = _read_log(self.plan, rank) if rank is not None else ""
+            end = RANK_ENDS.search(log)
             if code < 0 and end:
                 self.has_ended, code = True, int(end[1])
                 if code == 0:
                     return
+            elif code < 0 and USER_ERROR.search(log):
+                code = 2
             name = "a rank" if rank is None else f"rank {rank}"
             cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
             self.failure = f"{name} (process {pid}) ended by {cause}"

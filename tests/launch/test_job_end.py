@@ -15,8 +15,10 @@ from src.launch.plan import build_plan
 PROGRAM = """
 import os, signal, sys, time
 if os.environ["MS_ROLE"] == "MS_WORKER":
-    if len(sys.argv) > 2:
+    if sys.argv[2:] == ["announced"]:
         print(f"rank {os.environ['RANK_ID']} ends with exit code {sys.argv[1]}", flush=True)
+    elif sys.argv[2:]:
+        print(f"{sys.argv[0].split('/')[-1]}: error: 30 images are not one batch", flush=True)
     if os.environ["RANK_ID"] == "1":
         time.sleep(2)
         os.kill(os.getpid(), signal.SIGSEGV)
@@ -30,6 +32,7 @@ time.sleep(600)
     [
         (["0", "announced"], 0, ""),
         (["143", "announced"], 143, "rank 1 (process"),
+        (["2", "refused"], 2, "30 images are not one batch"),
         (["0"], 139, "ended by SIGSEGV; the other ranks were stopped"),
     ],
 )
