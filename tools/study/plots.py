@@ -86,7 +86,7 @@ def plot_by_cost(points: dict[str, tuple[int, int, Point]], size: int, path: Pat
         panels, ("thousand parameters", "million multiply-accumulates per image")
     ):
         axes.set(xlabel=name, ylabel=ACCURACY, title=f"{size:,} training images")
-        axes.margins(x=0.2)
+        axes.set_xlim(0, 1.15 * axes.dataLim.x1)  # or equal costs would look different
         axes.ticklabel_format(axis="x", style="plain", useOffset=False)
     _save(figure, path)
 

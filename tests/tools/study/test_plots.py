@@ -49,3 +49,17 @@ def test_against_cost(tmp_path):
     plot_by_cost(points, 250, tmp_path / "a.png")
     picture = drawn(tmp_path / "a.png")
     assert has_colour(picture, BLUE) and has_colour(picture, ORANGE)
+
+
+def test_networks_of_equal_cost_stand_above_each_other(tmp_path):
+    points = {
+        "a": (415_498, 11_497_000, (60.0, NAN)),
+        "b": (420_325, 11_436_000, (50.0, NAN)),
+    }
+    plot_by_cost(points, 250, tmp_path / "a.png")
+    right = drawn(tmp_path / "a.png")[:, 450:]
+    columns = [
+        np.nonzero((np.abs(right - rgb).sum(axis=-1) < 12).any(axis=0))[0].mean()
+        for rgb in (BLUE, ORANGE)
+    ]
+    assert abs(columns[0] - columns[1]) < 10
