@@ -252,15 +252,16 @@ def _interpreter() -> str:
     """Return this interpreter's path under a name that msrun recognises: python or python3.
 
     Raises:
-        UserError: its folder has neither.
+        UserError: in its folder, neither is this interpreter.
     """
     folder = Path(sys.executable).parent
     for name in ("python", "python3"):
-        if shutil.which(name, path=str(folder)):
+        found = shutil.which(name, path=str(folder))
+        if found and os.path.samefile(found, sys.executable):
             return str(folder / name)
     raise UserError(
-        f"PYTHON={sys.executable}: msrun needs python or python3 in {folder}; use an interpreter "
-        "of a virtual environment"
+        f"PYTHON={sys.executable}: msrun needs it as python or python3 in {folder}; use an "
+        "interpreter of a virtual environment"
     )
 
 

@@ -29,10 +29,11 @@ from src.training.train_step import TrainStep
 logger = logging.getLogger("cvt")
 _ABANDONED = re.compile(r"abandoned-(\d+)-.+")
 
-# Keys that may differ on resume, because they do not change what is computed.
+# Keys that may differ on resume: they do not change what is computed, or (data.workers) what they
+# resolve to is compared.
 FREE_TO_CHANGE = (
     "runtime.device", "runtime.device_id", "runtime.compiled_ops", "runtime.depthwise",
-    "runtime.jit_level", "runtime.deterministic", "data.path", "data.index",
+    "runtime.jit_level", "runtime.deterministic", "data.path", "data.index", "data.workers",
     "evaluation.batch_size", "training.save_every", "training.keep",
 )  # fmt: skip
 

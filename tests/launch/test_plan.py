@@ -156,3 +156,16 @@ def test_the_users_folder_is_not_imported_from(hostile_folder, free_port):
     )
     assert done.returncode == 0, done.stderr
     assert not list(hostile_folder.glob("ran-*"))
+
+
+def test_ranks_run_in_the_interpreter_of_the_launcher(tmp_path, monkeypatch):
+    """msrun knows it only as python or python3, which may be another version beside it."""
+    (tmp_path / "python3.11").symlink_to(sys.executable)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python3.11"))
+    other = tmp_path / "python3"
+    other.write_text("#!/bin/sh\n")
+    other.chmod(0o755)
+    with pytest.raises(UserError, match="python3.11: msrun needs it as python or python3"):
+        describe(plan(RECIPE, "-", "2"))
+    (tmp_path / "python").symlink_to(tmp_path / "python3.11")
+    assert f"{tmp_path}/python " in describe(plan(RECIPE, "-", "2"))

@@ -112,7 +112,7 @@ def test_a_run_goes_on_with_its_images_moved(trained, tmp_path, monkeypatch):
         pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{number}.png")
     monkeypatch.chdir(tmp_path)
-    keys = {"data__source": "imagefolder", "model__num_classes": None, "model__class_names": None}
+    keys = {"data__source": "imagefolder", "model__num_classes": None, "data__class_names": None}
     config = small(trained, data__path="data", training__epochs=2, **keys)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         dying(patch, calls=4)  # two steps an epoch
@@ -342,6 +342,7 @@ def test_a_signal_ends_a_resumed_run_at_once_while_its_first_step_compiles(
     ("before", "now", "words"),
     [
         (Progress(workers=1), Progress(workers=2), "data workers change from 1 to 2"),
+        (Progress(settings={"data.workers": 0}), Progress(settings={"data.workers": 1}), ""),
         (Progress(compiled=True), Progress(), "was with compiled operators and continues without"),
         (Progress(), Progress(compiled=True), "was without compiled operators and continues with"),
         (Progress(compiled=True), Progress(compiled=True), ""),

@@ -8,11 +8,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from src import cli
 from src.errors import UserError, executable, printable
-from src.files import require_replaceable, write_json
+from src.files import is_json, require_replaceable, write_json
 from tools.check_device import table
 from tools.check_device.registry import CHECKS, Check, Setting
 from tools.check_device.runner import FAILED, Result, run_checks
@@ -34,8 +35,12 @@ def parse(argv: Sequence[str]) -> Any:
     if arguments.ranks < 0 or arguments.ranks == 1:
         raise UserError(f"--ranks {arguments.ranks}: give 2 or more, or leave it out")
     if arguments.report:
-        require_replaceable(arguments.report, "--report", lambda path: path.suffix == ".json")
+        require_replaceable(arguments.report, "--report", _is_report, arguments.force)
     return arguments
+
+
+def _is_report(path: Path) -> bool:
+    return is_json(path, lambda content: {"device", "checks", "passed"} <= content.keys())
 
 
 def add_arguments(parser) -> None:
@@ -54,6 +59,9 @@ def add_arguments(parser) -> None:
         "for each jit level and form of the depthwise convolution",
     )  # fmt: skip
     parser.add_argument("--report", type=str, help="write everything to this JSON file too")
+    parser.add_argument(
+        "--force", action="store_true", help="replace a file that is not an earlier report"
+    )
     parser.add_argument("--only", nargs="+", type=str, help="run only these checks of the table")
 
 

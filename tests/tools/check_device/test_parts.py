@@ -157,3 +157,14 @@ def test_the_last_error_is_told_before_what_is_logged_behind_it():
     text = "RuntimeError: Launch kernel failed\n\n  File x\n[INFO] DISTRIBUTED Start] success!\n"
     assert last_line(text) == "RuntimeError: Launch kernel failed"
     assert last_line("usage\n[INFO] Start]\n") == "usage" and last_line("\n") == "no message"
+
+
+def test_a_report_replaces_only_a_report(tmp_path):
+    """And the advised --force exists."""
+    foreign, own = tmp_path / "package.json", tmp_path / "check.json"
+    foreign.write_text('{"name": "x"}')
+    own.write_text(json.dumps(table.report([], "CPU")))
+    with pytest.raises(UserError, match="package.json: exists and is not .* add --force"):
+        parse(["--report", str(foreign)])
+    assert parse(["--report", str(foreign), "--force"]).report == str(foreign)
+    assert parse(["--report", str(own)]).report == str(own)
