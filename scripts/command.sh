@@ -1,9 +1,9 @@
 # shellcheck shell=bash
 # Sourced by the run_*.sh scripts, which call the project's programs with the model zoo's arguments.
 # The programs run in the user's folder, so that relative paths refer to it.
-project=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=scripts/environment.sh
-source "$project/scripts/environment.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+project=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 # from_project FILE WORD...: run a project file in the user's folder. Remove empty entries from
 # PYTHONPATH, as CANN's set_env.sh leaves them: they would import modules from the user's folder.

@@ -1,7 +1,14 @@
 # shellcheck shell=bash
-# Sourced by the scripts. environment FILE sets $PYTHON to an interpreter with all packages of FILE:
-# the active one if `import mindspore` works (an Ascend host), otherwise .venv, created with $PYTHON
-# (default python3) and filled in one pip call.
+# Sourced by the scripts, in the user's folder.
+unset CDPATH # with it, `cd scripts/..` may go to another folder
+case ${PYTHON-} in
+  /*) ;;
+  */*) PYTHON=$PWD/$PYTHON ;;
+esac
+
+# environment FILE: set $PYTHON to an interpreter with all packages of FILE: the active one if
+# `import mindspore` works (an Ascend host), otherwise .venv, created with $PYTHON (default python3)
+# and filled in one pip call.
 environment() {
   local requirements=$1 base=${PYTHON:-python3} modules stamp digest numpy
   modules='import mindspore, jsonargparse, docstring_parser, matplotlib, mlxtend, tqdm, yaml, PIL, onnx'
@@ -22,17 +29,31 @@ print('numpy<2' if old else 'numpy')" 2>/dev/null | tail -n 1) || return
     PYTHON=$base
     return
   fi
+  if [ -x .venv/bin/python ]; then
+    [ -z "${PYTHON-}" ] || same_version "$base" .venv/bin/python || return 2
+    base=.venv/bin/python
+  fi
   "$base" -c 'import sys; sys.exit(not (3, 9) <= sys.version_info[:2] <= (3, 12))' || {
     echo "error: $base is not Python 3.9 to 3.12; choose one, for example PYTHON=python3.11 bash $0" >&2
     return 2
   }
   stamp=.venv/installed-$requirements
   digest=$(cat requirements.txt "$requirements" | cksum)
-  if [ "$(cat "$stamp" 2>/dev/null)" != "$digest" ]; then
+  if [ ! -x .venv/bin/python ] || [ "$(cat "$stamp" 2>/dev/null)" != "$digest" ]; then
     echo "installing $requirements into .venv (a minute or two, once)"
-    "$base" -m venv .venv || return
+    [ -x .venv/bin/python ] || "$base" -m venv --clear .venv || return
     .venv/bin/python -m pip install -q --disable-pip-version-check -r "$requirements" || return
     echo "$digest" >"$stamp"
   fi
   PYTHON=.venv/bin/python
+}
+
+# same_version PYTHON PYTHON: refuse to use the second for the first if their versions differ.
+same_version() {
+  local given made version='import sys; print("%d.%d" % sys.version_info[:2])'
+  given=$("$1" -c "$version") && made=$("$2" -c "$version") || return
+  [ "$given" = "$made" ] || {
+    echo "error: PYTHON=$1 is Python $given, and .venv has $made; remove .venv, or leave PYTHON out" >&2
+    return 2
+  }
 }

@@ -2,8 +2,9 @@
 # Install, then train, evaluate, export and use CvT on handwritten digits: about 5 minutes on two
 # cores after the installation. PYTHON=... selects the interpreter, OUTPUT=... the run folder.
 set -euo pipefail
+# shellcheck source=scripts/environment.sh
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source scripts/environment.sh
 environment requirements.txt
 
 run=${OUTPUT:-runs/quickstart-$(date +%Y%m%d-%H%M%S)}

@@ -4,8 +4,9 @@
 #   bash scripts/run_tests.sh --quick        without distributed jobs, fault campaigns and full-size networks
 #   bash scripts/run_tests.sh tests/models   other arguments go to pytest
 set -euo pipefail
+# shellcheck source=scripts/environment.sh
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source scripts/environment.sh
 environment requirements-dev.txt
 
 PATH=$("$PYTHON" -c 'import sys; print(sys.exec_prefix)')/bin:$PATH

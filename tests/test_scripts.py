@@ -34,6 +34,73 @@ def test_an_interpreter_that_cannot_do_is_refused(tmp_path):
     assert not Path(tmp_path / ".venv").exists()
 
 
+def interpreter(path, version, mindspore=False):
+    """A stand-in for Python of a version, perhaps with all packages, that prints its words."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(
+        f'#!/bin/sh\ncase "$2" in\n*print*) echo {version};;\n'
+        f"*exit*) exit {int(version not in ('3.10', '3.11'))};;\n"
+        f'import*) exit {int(not mindspore)};;\n*) echo "ran $*";;\nesac\n'
+    )
+    path.chmod(0o755)
+    return path
+
+
+def installed(folder, version):
+    """A copy of the scripts with a .venv that has all packages."""
+    shutil.copytree(ROOT / "scripts", folder / "scripts")
+    for name in ("requirements.txt", "requirements-dev.txt"):
+        shutil.copy(ROOT / name, folder)
+    interpreter(folder / ".venv/bin/python", version)
+    lists = [(folder / name).read_bytes() for name in ("requirements.txt", "requirements.txt")]
+    digest = subprocess.run(["cksum"], input=b"".join(lists), capture_output=True, check=True)
+    (folder / ".venv/installed-requirements.txt").write_bytes(digest.stdout)
+
+
+def environment_of(folder, **variables):
+    script = (
+        "source scripts/environment.sh; environment requirements.txt; c=$?; echo $PYTHON; exit $c"
+    )
+    variables = {key: str(value) for key, value in variables.items()}
+    clean = {key: value for key, value in os.environ.items() if key != "PYTHON"}
+    command = ["bash", "-c", script]
+    return subprocess.run(
+        command, cwd=folder, env={**clean, **variables}, capture_output=True, text=True
+    )
+
+
+def test_an_installed_environment_needs_no_other_interpreter(tmp_path):
+    """Where python3 is too new, or gone, .venv still has its own."""
+    installed(tmp_path, "3.11")
+    interpreter(tmp_path / "bin/python3", "3.13")
+    done = environment_of(tmp_path, PATH=f"{tmp_path}/bin:{os.environ['PATH']}")
+    assert (done.returncode, done.stdout) == (0, ".venv/bin/python\n"), done.stderr
+
+
+@pytest.mark.parametrize(("version", "code"), [("3.11", 0), ("3.10", 2)])
+def test_an_environment_of_another_version_is_refused(tmp_path, version, code):
+    installed(tmp_path, "3.11")
+    done = environment_of(tmp_path, PYTHON=interpreter(tmp_path / "python", version))
+    assert done.returncode == code, done.stderr
+    assert ("is Python 3.10, and .venv has 3.11; remove .venv" in done.stderr) == bool(code)
+
+
+def test_scripts_find_their_project_and_the_interpreter_from_any_folder(tmp_path):
+    """With CDPATH, which makes `cd scripts/..` go elsewhere, and PYTHON from the user's folder."""
+    project, user = tmp_path / "project", tmp_path / "user"
+    shutil.copytree(ROOT / "scripts", project / "scripts")
+    (tmp_path / "elsewhere/scripts").mkdir(parents=True)
+    for folder, scripts in ((user, "../project/scripts"), (project, "scripts")):
+        interpreter(folder / folder.name / "python", "3.11", mindspore=True)
+        (folder / "photos").mkdir()
+        variables = {"PYTHON": f"{folder.name}/python", "CDPATH": str(tmp_path / "elsewhere")}
+        done = subprocess.run(
+            ["bash", f"{scripts}/run_infer.sh", "photos", "photos"],
+            cwd=folder, env={**os.environ, **variables}, capture_output=True, text=True,
+        )  # fmt: skip
+        assert f"ran {project}/infer.py" in done.stdout, done.stdout + done.stderr
+
+
 def test_the_quickstart_writes_its_samples(tmp_path):
     """Its one line of Python, as it stands in the script; the folder's name is no part of it."""
     text = (ROOT / "scripts/quickstart.sh").read_text()
