@@ -14,7 +14,7 @@ from src.device import log_to, setup
 from src.errors import UserError
 from src.training.run import train
 from src.training.trainer import Trainer
-from tests.training.runs import assert_equal_runs, small
+from tests.training.runs import assert_equal_runs, small, small_cvt
 
 
 def test_a_run_leaves_what_the_contract_says(trained):
@@ -52,7 +52,7 @@ def test_best_holds_the_average_and_last_the_whole_state(trained):
 
 def test_a_resumed_run_equals_one_that_went_through(trained, few_digits, tmp_path, monkeypatch):
     """Drop path, augmentation and EMA on; stopped behind the first epoch; equal to the last bit."""
-    config = small(trained, model__depths=[1, 1, 2], model__drop_path_rate=0.3, training__epochs=2)
+    config = small(trained, model__depths=[1, 1], model__drop_path_rate=0.3, training__epochs=2)
     train(config, tmp_path / "whole")
     real = Trainer._train_epoch
 
@@ -107,7 +107,7 @@ def test_repeated_augmentation_reaches_the_batches(trained, few_digits, tmp_path
 
 def test_fine_tuning_starts_from_the_weights_with_a_new_head(trained, few_digits, tmp_path):
     """Three of the classes, all but the head frozen, evaluated behind the last epoch only."""
-    config = small(
+    config = small_cvt(
         trained,
         data__classes=["7", "2", "5"],
         data__class_names=None,
@@ -136,7 +136,7 @@ def test_fine_tuning_starts_from_the_weights_with_a_new_head(trained, few_digits
 
 def test_fine_tuning_to_as_many_other_classes_starts_the_head_anew(trained, few_digits, tmp_path):
     """Ten classes in another order fit the head's shape, but mean something else."""
-    config = small(trained, data__class_names=None, training__epochs=1, training__ema_decay=0.0)
+    config = small_cvt(trained, data__class_names=None, training__epochs=1, training__ema_decay=0.0)
     config.data.classes = list("9876543210")
     config.training.freeze = ["head"]
     weights = str(trained / "checkpoints" / "best.ckpt")
@@ -154,7 +154,7 @@ def test_a_strangers_config_beside_the_weights_stops_no_fine_tuning(trained, few
     (tmp_path / "weights").mkdir()
     weights = shutil.copy(trained / "checkpoints/best.ckpt", tmp_path / "weights")
     (tmp_path / "config.yaml").write_text("learning_rate: 1\n")
-    train(small(trained, training__epochs=1), tmp_path / "run", finetune=str(weights))
+    train(small_cvt(trained, training__epochs=1), tmp_path / "run", finetune=str(weights))
     said = (tmp_path / "run/log.txt").read_text()
     assert (
         f"class names not compared: {tmp_path / 'config.yaml'}: unknown key learning_rate" in said
@@ -291,7 +291,7 @@ def test_cheap_checks_come_before_the_images_are_read(
 
     monkeypatch.setattr(build, "check_files", read)
     finetune = changes.pop("finetune", None)
-    config = small(
+    config = small_cvt(
         trained, data__source="imagefolder", data__path=str(tmp_path / "data"),
         data__class_names=None, model__num_classes=None, **changes,
     )  # fmt: skip
@@ -309,8 +309,8 @@ def test_the_check_leaves_the_generators_as_they_were(trained, few_digits, tmp_p
 
     monkeypatch.setattr(Trainer, "fit", first)
     with pytest.raises(StopIteration) as caught:
-        train(small(trained), tmp_path / "run")
-    setup(small(trained).runtime)
-    net = build.build_model(small(trained))
+        train(small_cvt(trained), tmp_path / "run")
+    setup(small_cvt(trained).runtime)
+    net = build.build_model(small_cvt(trained))
     for parameter in net.get_parameters():
         assert np.array_equal(caught.value.value[parameter.name], parameter.asnumpy())

@@ -24,7 +24,7 @@ from src.training.schedule import learning_rates
 from src.training.state import Progress, save_state
 from src.training.train_step import TrainStep
 from src.training.trainer import Trainer
-from tests.training.runs import Step, assert_equal_runs, small
+from tests.training.runs import Step, assert_equal_runs, small, small_cvt
 
 ERASING, PLAIN = ({"settings": {"augment.erasing_prob": p}} for p in (0.25, 0.0))
 
@@ -55,7 +55,7 @@ def test_a_run_resumed_within_an_epoch_ends_equal(trained, few_digits, tmp_path,
         "model__depths": [1, 1, 2], "model__drop_path_rate": 0.3, "augment__mixup": 0.8,
         "augment__cutmix": 1.0, "training__save_every": 1, "training__batch_size": 25,
     }  # fmt: skip
-    config = small(trained, **changes)
+    config = small_cvt(trained, **changes)
     train(config, tmp_path / "whole")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         dying(patch, calls=7)  # four steps an epoch
@@ -216,7 +216,7 @@ def test_bad_batches_are_skipped_where_told_so(trained, few_digits, tmp_path, mo
         return real(self, images * float("nan") if len(seen) == 2 else images, *rest)
 
     monkeypatch.setattr(TrainStep, "run_batch", take)
-    config = small(trained, training__batch_size=25, training__epochs=1)
+    config = small_cvt(trained, training__batch_size=25, training__epochs=1)
     with pytest.raises(UserError, match=r"step 2: the loss is nan.*image \d+ of.* and 22 more"):
         train(config, tmp_path / "stops")
     assert not (tmp_path / "stops/checkpoints").exists()
@@ -291,7 +291,8 @@ def test_a_full_disk_ends_the_run_and_keeps_what_was_saved(trained, few_digits, 
     before = (tmp_path / "run/checkpoints/step-00000032.ckpt").read_bytes()
     command = [
         sys.executable, "-c", code, "train.py", "--output", str(tmp_path / "run"), "--resume",
-        "--training.epochs=3", "--accept_changes",
+        "--training.epochs=3", "--training.epoch_steps=1", "--runtime.mode=pynative",
+        "--accept_changes",
     ]  # fmt: skip
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
