@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
     prepare_environment()
     log_to()
     from src.evaluation.evaluator import evaluate_checkpoint
-    from src.evaluation.report import check_report, is_result, write_report
+    from src.evaluation.report import calibrate, check_report, is_result, write_report
 
     if arguments.config is None:
         raise UserError(f"{arguments.ckpt}: no config.yaml beside it; give --config")
@@ -56,16 +56,19 @@ def main(argv: list[str]) -> None:
     named = "data.index" in arguments.given
     result, images = evaluate_checkpoint(config, arguments.ckpt, ranks, report, named)
     if ranks.is_first:
-        metrics = write_report(result, images, folder) if folder else result.to_dict()
+        metrics = result.to_dict()
+        if folder:
+            metrics["ece"] = calibrate(result.outcomes).ece
         print(
             f"top1 {metrics['top1']:.2f} %  top5 {metrics['top5']:.2f} %  loss "
             f"{metrics['loss']:.4f}  images {metrics['images']}  "
             f"{metrics['images_per_second']:.0f} img/s"
         )
-        if folder:
-            print(f"ece {metrics['ece']:.2f} %  report in {folder}")
         if arguments.json:
             write_json(metrics, arguments.json)
+        if folder:
+            write_report(metrics, result.outcomes, images, folder)
+            print(f"ece {metrics['ece']:.2f} %  report in {folder}")
     ranks.announce_end(0)  # a rank that crashes at its exit must not end the one that writes
 
 

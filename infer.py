@@ -29,7 +29,7 @@ def main(argv: list[str]) -> None:
     runtime = {key: getattr(keys.runtime, key) for key in given if key in RUNTIME_OF_WEIGHTS}
     check_outputs(arguments.json, arguments.sheet, arguments.force)
     if arguments.attention:
-        check_attention(arguments.input, arguments.attention, arguments.force)
+        check_attention(arguments.model, arguments.input, arguments.attention, arguments.force)
         runtime["mode"] = keys.runtime.mode = "pynative"  # hooks read the attention
     setup(keys.runtime)
     predictor = Predictor(
@@ -52,7 +52,12 @@ def add_arguments(parser) -> None:
         "--model", type=str, required=True, help=".mindir, .onnx, weights or a run's folder"
     )
     parser.add_argument(
-        "--input", type=str, nargs="+", required=True, help="images, or folders of images"
+        "--input",
+        type=str,
+        nargs="+",
+        action="extend",
+        required=True,
+        help="images, or folders of images",
     )
     parser.add_argument("--top_k", type=int, default=5, help="predictions per image")
     parser.add_argument(

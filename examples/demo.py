@@ -17,7 +17,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from src.cli import parse  # noqa: E402
+from src.cli import parse, require_free_port  # noqa: E402
 from src.device import prepare_environment  # noqa: E402
 from src.errors import UserError, executable  # noqa: E402
 
@@ -77,6 +77,7 @@ def main(argv: list[str]) -> None:
 
     description = "Serve a page that classifies an image and shows the attention."
     _, arguments = parse(argv, "examples/demo.py", description, add_arguments, schema=None)
+    require_free_port(arguments.port)
     prepare_environment()
     try:
         import gradio  # noqa: F401

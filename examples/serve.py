@@ -12,7 +12,7 @@ from jsonargparse.typing import PositiveInt
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from src.cli import parse  # noqa: E402
+from src.cli import parse, require_free_port  # noqa: E402
 from src.device import prepare_environment  # noqa: E402
 from src.errors import UserError, executable  # noqa: E402
 
@@ -27,7 +27,7 @@ def build_app(predictor):
     Args:
         predictor: a `src.deploy.Predictor`.
     """
-    from fastapi import Depends, FastAPI, HTTPException, Request
+    from fastapi import Depends, FastAPI, HTTPException, Query, Request
 
     app = FastAPI()
 
@@ -41,7 +41,7 @@ def build_app(predictor):
 
     # A plain function: FastAPI runs it in a thread and serves other requests meanwhile.
     @app.post("/classify")
-    def classify(content: bytes = Depends(read_body), top_k: int = 5) -> list[dict]:
+    def classify(content: bytes = Depends(read_body), top_k: int = Query(5, ge=1)) -> list[dict]:
         result = next(predictor.stream([content], top_k))
         if isinstance(result, UserError):
             raise HTTPException(422, str(result))
@@ -62,6 +62,7 @@ def main(argv: list[str]) -> None:
 
     description = "Classify images over HTTP."
     _, arguments = parse(argv, "examples/serve.py", description, add_arguments, schema=None)
+    require_free_port(arguments.port)
     prepare_environment()
     try:
         import fastapi  # noqa: F401

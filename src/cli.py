@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,21 @@ def parse(
     if schema is not Study:  # its required keys may be in the file alone
         arguments.given = set(parser.parse_args(argv, defaults=False).keys())
     return settings, _expand_arguments(arguments)
+
+
+def require_free_port(port: int) -> None:
+    """Check that a program of this host can listen on a port.
+
+    Raises:
+        UserError: it can't.
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do
+        try:
+            probe.bind(("127.0.0.1", port))
+        except (OSError, OverflowError) as error:
+            reason = getattr(error, "strerror", None) or "must be 1 to 65535"
+            raise UserError(f"--port {port}: {reason}; give another one") from None
 
 
 def _expand_arguments(arguments: Namespace) -> Namespace:

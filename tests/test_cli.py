@@ -1,13 +1,15 @@
 """Recipes and options: what passes, what is refused, and with which words."""
 
+import socket
 import time
 from pathlib import Path
 
 import pytest
 import yaml
 
-from src.cli import parse
-from src.config import Config, DataConfig, Study
+import infer
+from src.cli import parse, require_free_port
+from src.config import Config, DataConfig, RuntimeOnly, Study
 from src.config_io import is_run_config, load_config, run_config_of, save_config
 from src.errors import UserError
 from src.hints import _ALIASES
@@ -139,6 +141,25 @@ def test_command_lines_that_are_refused(argv, words):
     with pytest.raises(UserError, match=words) as caught:
         read(*argv)
     assert "\n" not in str(caught.value)
+
+
+def test_a_port_that_is_taken_or_none_is_refused():
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(UserError, match=f"--port {port}: Address already in use; give another"):
+            require_free_port(port)
+    require_free_port(port)
+    with pytest.raises(UserError, match="--port 70000: must be 1 to 65535"):
+        require_free_port(70000)
+
+
+def test_an_option_for_several_values_may_be_repeated():
+    """As users of other programs do; the earlier values count too."""
+    words = ["--model=m", "--input", "a.jpg", "b.jpg", "--input", "c.jpg"]
+    _, arguments = parse(words, "infer.py", "", infer.add_arguments, schema=RuntimeOnly)
+    assert arguments.input == ["a.jpg", "b.jpg", "c.jpg"]
 
 
 def test_help_names_every_key_with_type_and_default(capsys):

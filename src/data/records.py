@@ -205,7 +205,7 @@ def load_index(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path}: damaged, or not written by tools.records ({error!r}); copy it again, or "
-            "remove it and convert again"
+            "remove it and convert again with --force"
         ) from error
     if version != FORMAT:
         raise UserError(f"{path}: format {version}, this version reads {FORMAT}; convert again")

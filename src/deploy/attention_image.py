@@ -10,7 +10,7 @@ import numpy as np
 from mindspore import Tensor
 
 from src.data import Preprocessing
-from src.deploy.predictor import Predictor
+from src.deploy.predictor import EXPORTED_SUFFIXES, Predictor
 from src.errors import UserError, printable
 from src.models.attention_maps import attention_maps
 from src.plots.attention_overlay import IMAGE_SUFFIXES, Panel, draw_attention
@@ -19,17 +19,24 @@ from src.plots.image_files import check_picture
 logger = logging.getLogger("cvt")
 
 
-def check_attention(files: Sequence[str], output: str, force: bool) -> None:
+def check_attention(model: str, files: Sequence[str], output: str, force: bool) -> None:
     """Check the arguments of --attention before the model is loaded.
 
     Args:
+        model: the value of --model.
         files: the values of --input; exactly one image is drawn.
         output: the picture to write.
         force: replace any existing file.
 
     Raises:
-        UserError: there are several inputs or a folder, or the picture can't be written.
+        UserError: the model is an exported file, there are several inputs or a folder, or the
+            picture can't be written.
     """
+    if Path(model).suffix in EXPORTED_SUFFIXES:
+        raise UserError(
+            f"--attention: {model} is an exported file, whose layers are not accessible; give the "
+            "weights"
+        )
     if len(files) > 1:
         raise UserError(f"--input: {len(files)} inputs; --attention draws one image, give its file")
     if Path(files[0]).is_dir():

@@ -171,7 +171,7 @@ class Predictor:
         """Return the `top_k` best classes of each image, best first.
 
         Raises:
-            UserError: an image can't be read, or `images` is a single image.
+            UserError: an image can't be read, `images` is a single image, or `top_k` is below 1.
         """
         results = list(self.stream(images, top_k))
         for result in results:
@@ -187,7 +187,7 @@ class Predictor:
         For an image that can't be read, the result is its UserError.
 
         Raises:
-            UserError: `images` is a single image.
+            UserError: `images` is a single image, or `top_k` is below 1.
         """
         if isinstance(images, (str, os.PathLike, bytes, Image.Image)) or (
             isinstance(images, np.ndarray) and images.ndim < 4
@@ -216,6 +216,8 @@ class Predictor:
         return self._rank(self.logits(inputs), top_k)
 
     def _rank(self, logits: Sequence[np.ndarray], top_k: int) -> list[list[Prediction]]:
+        if top_k < 1:
+            raise UserError(f"top_k {top_k}: must be 1 or more")
         if not len(logits):
             return []
         logits = np.asarray(logits, np.float64)

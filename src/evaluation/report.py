@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,9 @@ TABLES = {
 }  # fmt: skip
 BINS = 15  # as Guo et al. use
 WORST = 50  # rows of worst_images.csv
+MOST_CLASSES = 5000  # of a confusion matrix
+
+logger = logging.getLogger("cvt")
 
 
 class Calibration(NamedTuple):
@@ -95,28 +99,28 @@ def is_result(path: Path) -> bool:
     return is_json(path, lambda content: set(Result.METRICS) <= content.keys())
 
 
-def write_report(result: Result, images: LabeledSplit, folder: Path) -> dict[str, float]:
-    """Write the tables, the plot and the metrics of an evaluation.
+def write_report(
+    metrics: dict[str, float], outcomes: Outcomes, images: LabeledSplit, folder: Path
+) -> None:
+    """Write the metrics, tables and plot of an evaluation.
 
     Args:
-        result: must have outcomes.
+        metrics: for figures.json.
+        outcomes: of each image.
         images: the evaluated split.
         folder: receives per_class.csv, confusion_matrix.csv, confusion_matrix.png,
-            calibration.csv, worst_images.csv and figures.json.
-
-    Returns:
-        The metrics of `result.to_dict()` and "ece".
+            calibration.csv, worst_images.csv and figures.json. Above 5,000 classes the confusion
+            matrix is left out, with a log line: it has their square.
 
     Raises:
         UserError: a file cannot be written.
     """
     from src.plots.confusion_matrix import draw_confusion  # matplotlib takes 0.5 s
 
-    source, outcomes = images.source, result.outcomes
+    write_json(metrics, folder / METRICS_FILE)
+    source = images.source
     names = source.class_names
     calibration = calibrate(outcomes)
-    metrics = {**result.to_dict(), "ece": calibration.ece}
-    matrix = confusion_matrix(source.labels, outcomes.prediction, len(names))
     edges = np.linspace(0, 1, BINS + 1)
     write_csv(
         TABLES["calibration.csv"],
@@ -132,18 +136,20 @@ def write_report(result: Result, images: LabeledSplit, folder: Path) -> dict[str
         folder / "per_class.csv",
     )
     write_csv(
+        TABLES["worst_images.csv"],
+        _worst(images, outcomes),
+        folder / "worst_images.csv",
+    )
+    if len(names) > MOST_CLASSES:
+        logger.warning("no confusion matrix: %d classes, more than %d", len(names), MOST_CLASSES)
+        return
+    matrix = confusion_matrix(source.labels, outcomes.prediction, len(names))
+    write_csv(
         [*TABLES["confusion_matrix.csv"], *names],
         ([name, *row] for name, row in zip(names, matrix.tolist())),
         folder / "confusion_matrix.csv",
     )
     draw_confusion(matrix, names, folder / PLOT_FILE)
-    write_csv(
-        TABLES["worst_images.csv"],
-        _worst(images, outcomes),
-        folder / "worst_images.csv",
-    )
-    write_json(metrics, folder / METRICS_FILE)
-    return metrics
 
 
 def _per_class(labels: np.ndarray, correct: np.ndarray, names: Sequence[str]) -> list[list]:

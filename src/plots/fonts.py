@@ -72,8 +72,9 @@ def _warn_missing() -> None:
 
 @functools.cache
 def _code_points(path: str) -> frozenset[int]:
-    """Return the code points of a font; none if it can't be opened."""
+    """Return the code points of a font; none if it can't be opened, or has bitmaps only."""
     try:
-        return frozenset(FT2Font(path).get_charmap())
+        font = FT2Font(path)
+        return frozenset(font.get_charmap()) if font.scalable else frozenset()
     except (RuntimeError, OSError):
         return frozenset()

@@ -143,13 +143,27 @@ def _check_folder(output: Path, resume: Path | bool) -> None:
         raise UserError(
             f"{output}: already holds a run; add --resume to continue it, or give another --output"
         )
-    if has_run or is_run_config(output / CONFIG):
+    if has_run:
+        return
+    if is_run_config(output / CONFIG):
+        if not resume:
+            _require_no_results(output)
         return
     for name in (CONFIG, *_OWN_FILES):
         if (output / name).exists():
             raise UserError(
                 f"{output}: {name} would be overwritten and was not written by a run; give another "
                 "--output"
+            )
+
+
+def _require_no_results(output: Path) -> None:
+    """Refuse to overwrite what is left of a run whose states were removed."""
+    for file in (output / "checkpoints" / BEST, output / "metrics.jsonl"):
+        if file.exists() and file.stat().st_size:
+            raise UserError(
+                f"{output}: holds a run without a state to continue from, and {file.name} would be "
+                "overwritten; give another --output"
             )
 
 

@@ -18,8 +18,8 @@ from src.deploy import Predictor
 from tests.conftest import ROOT, run_command
 
 
-def post(port: int, content: bytes):
-    request = urllib.request.Request(f"http://127.0.0.1:{port}/classify?top_k=2", content)
+def post(port: int, content: bytes, top_k: int = 2):
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/classify?top_k={top_k}", content)
     with urllib.request.urlopen(request, timeout=120) as answer:
         return json.load(answer)
 
@@ -66,6 +66,12 @@ def test_an_image_is_classified_over_http(server, trained, digits):
     with pytest.raises(urllib.error.HTTPError, match="422"):
         post(server, b"no image")
     assert len(post(server, digit.read_bytes())) == 2, "a bad image must not end the service"
+
+
+@pytest.mark.parametrize("top_k", [0, -1])
+def test_a_number_of_classes_that_makes_no_sense_is_refused(server, digits, top_k):
+    with pytest.raises(urllib.error.HTTPError, match="422"):
+        post(server, digits[0].read_bytes(), top_k)
 
 
 def test_eight_clients_at_once(server, digits):

@@ -124,6 +124,27 @@ def test_chinese_names_are_drawn_in_a_font_that_has_them(files, tmp_path, instal
     assert caplog.text == ""
 
 
+def test_a_font_of_bitmaps_is_not_taken(files, tmp_path, installed, monkeypatch, caplog):
+    """Noto Color Emoji, which neither Pillow nor matplotlib can draw at the size of our text."""
+
+    class Bitmaps:
+        scalable = False
+
+        def __init__(self, path):
+            pass
+
+        def get_charmap(self):
+            return {ord("🚗"): 1}
+
+    real = fonts.FT2Font
+    monkeypatch.setattr(
+        fonts, "FT2Font", lambda path: (Bitmaps if "Emoji" in str(path) else real)(path)
+    )
+    installed.append(str(tmp_path / "Emoji.ttf"))
+    assert fonts.find_font("🚗") == fonts.default_font()
+    assert "no installed font has all letters" in caplog.text
+
+
 def test_names_without_a_font_are_said_once(files, tmp_path, installed, caplog):
     draw_sheet([Tile(file, "狗", 0.5) for file in files], tmp_path / "s.png")
     with warnings.catch_warnings():

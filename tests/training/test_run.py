@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import mindspore as ms
 import numpy as np
@@ -203,6 +204,17 @@ def test_a_folder_with_a_run_is_not_written_over(trained):
     with pytest.raises(UserError, match="holds a run; add --resume"):
         train(small(trained), trained)
     assert (trained / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize("left", ["checkpoints/best.ckpt", "metrics.jsonl"])
+def test_what_is_left_of_a_run_without_states_is_not_written_over(trained, tmp_path, left):
+    """Somebody removed the states, which are large, and keeps the weights or the figures."""
+    for name in ("config.yaml", left):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(trained / name, tmp_path / name)
+    with pytest.raises(UserError, match=f"{Path(left).name} would be overwritten; give another"):
+        train(small(trained), tmp_path)
+    assert (tmp_path / left).read_bytes() == (trained / left).read_bytes()
 
 
 def test_resuming_with_other_settings_names_them(trained):

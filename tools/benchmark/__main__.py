@@ -8,7 +8,7 @@ from jsonargparse.typing import PositiveInt
 
 from src.cli import parse
 from src.config import Positive
-from src.device import log_to, prepare_environment
+from src.device import choose_device, inference_runtime, log_to, prepare_environment
 from src.errors import UserError, executable
 from src.files import is_json, require_replaceable, write_json
 
@@ -38,6 +38,10 @@ def main(argv: list[str]) -> None:
     config, arguments = parse(argv, "-m tools.benchmark", description, add_arguments)
     config.model.num_classes = config.model.num_classes or IMAGENET_CLASSES
     given = _given(arguments)
+    if arguments.mode not in COUNTED and "training.batch_size" in arguments.given:
+        raise UserError("--training.batch_size: is --batch_size here; give that")
+    if given.get("engine") and not given.get("model_file"):
+        raise UserError("--engine: runs exported files; give --model_file")
     if arguments.json:
         require_replaceable(arguments.json, "--json", _is_result, arguments.force)
     prepare_environment()
@@ -46,6 +50,10 @@ def main(argv: list[str]) -> None:
     from tools.benchmark.measure import measure, measure_compile
     from tools.benchmark.workload import Options
 
+    if arguments.mode == "infer":  # as eval.py
+        chosen = {key.removeprefix("runtime.") for key in arguments.given}
+        device = choose_device(config.runtime.device)
+        config.runtime = inference_runtime(config.runtime, device, chosen)
     if arguments.mode in COUNTED:
         count = {"complexity": measure_complexity, "scaling": estimate_scaling}[arguments.mode]
         result = count(config)
@@ -80,17 +88,22 @@ def add_arguments(parser) -> None:
     measured.add_argument(
         "--peer",
         nargs="+",
+        action="extend",
         help="implementations to compare with: hf, hf_compiled (infer, train, compile), "
         "hf_onnxruntime, hf_openvino (infer), timm, torchvision (data), or a script; see "
         "docs/performance.md",
     )
     measured.add_argument("--peer_python", type=str, help="interpreter that has the peers")
     measured.add_argument(
-        "--model_file", nargs="+", help="exported .mindir or .onnx files to measure too (infer)"
+        "--model_file",
+        nargs="+",
+        action="extend",
+        help="exported .mindir or .onnx files to measure too (infer)",
     )
     measured.add_argument(
         "--engine",
         nargs="+",
+        action="extend",
         choices=("openvino", "onnxruntime", "mindspore"),
         help="engines that run the files; default: infer.py's choice",
     )

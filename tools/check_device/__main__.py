@@ -15,7 +15,7 @@ from src import cli
 from src.errors import UserError, executable, printable
 from src.files import is_json, require_replaceable, write_json
 from tools.check_device import table
-from tools.check_device.registry import CHECKS, Check, Setting
+from tools.check_device.registry import CHECKS, RANK_COUNTS, Check, Setting
 from tools.check_device.runner import FAILED, Result, run_checks
 
 WORKER = ("-m", "tools.check_device.worker")
@@ -32,8 +32,10 @@ def parse(argv: Sequence[str]) -> Any:
         UserError: an option is unknown or invalid.
     """
     _, arguments = cli.parse(argv, "-m tools.check_device", DESCRIPTION, add_arguments, None)
-    if arguments.ranks < 0 or arguments.ranks == 1:
-        raise UserError(f"--ranks {arguments.ranks}: give 2 or more, or leave it out")
+    if arguments.ranks and arguments.ranks not in RANK_COUNTS:
+        *others, most = RANK_COUNTS
+        choices = f"{', '.join(map(str, others))} or {most}"
+        raise UserError(f"--ranks {arguments.ranks}: give {choices}, or leave it out")
     if arguments.report:
         require_replaceable(arguments.report, "--report", _is_report, arguments.force)
     return arguments
@@ -51,7 +53,8 @@ def add_arguments(parser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--ranks", type=int, default=0,
-        help="devices for checks with several ranks; 0: all of this host, at most 8, or 2 on a CPU",
+        help="devices for checks with several ranks: 2, 3, 4, 6 or 8; 0: all of this host, at most "
+        "8, or 2 on a CPU",
     )  # fmt: skip
     parser.add_argument(
         "--full", action="store_true",
@@ -62,7 +65,9 @@ def add_arguments(parser) -> None:
     parser.add_argument(
         "--force", action="store_true", help="replace a file that is not an earlier report"
     )
-    parser.add_argument("--only", nargs="+", type=str, help="run only these checks of the table")
+    parser.add_argument(
+        "--only", nargs="+", action="extend", type=str, help="run only these checks of the table"
+    )
 
 
 def select_checks(only: Sequence[str] | None, full: bool) -> list[Check]:

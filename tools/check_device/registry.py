@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+RANK_COUNTS = (2, 3, 4, 6, 8)  # that divide the batch of `rank_program`
+
 
 @dataclass(frozen=True)
 class Setting:

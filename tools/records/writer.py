@@ -207,10 +207,11 @@ class _Conversion:
         sizes, content, times = [], hashlib.sha256(), hashlib.sha256()
         for position in positions:
             stat = _access(os.stat, self._source.describe(position))
-            sizes.append(stat.st_size)
-            line = f"{self._name(position)}\0{self._source.labels[position]} {stat.st_size}\n"
+            size, time = (stat.st_size, stat.st_mtime_ns) if stat else (0, 0)
+            sizes.append(size)
+            line = f"{self._name(position)}\0{self._source.labels[position]} {size}\n"
             content.update(line.encode())
-            times.update(f"{stat.st_mtime_ns}\n".encode())
+            times.update(f"{time}\n".encode())
         times.update(content.digest())
         return sizes, content.hexdigest(), times.hexdigest()
 
@@ -231,8 +232,12 @@ class _Conversion:
                 )
             return {}
         earlier = load_index(path)
+        if not earlier["shards"]:
+            return {}
         for key, what in _CHANGED.items():
-            if earlier[key] != self._head[key]:
+            # Shards that were written without --skip_broken have no broken image to skip.
+            told = key == "skip_broken" and self._options.skip_broken
+            if earlier[key] != self._head[key] and not told:
                 self._require_force(what.format(self._root))
         if earlier["class_names"] != self._head["class_names"]:
             return {}
@@ -332,10 +337,14 @@ class _Conversion:
         )
 
 
-def _access(function: Callable[[str], _T], path: str) -> _T:
+def _access(function: Callable[[str], _T], path: str) -> _T | None:
+    """Call a function of a file; None if the file is a dangling link or must not be read."""
     try:
         return function(path)
     except OSError as error:
+        own_fault = isinstance(error, (FileNotFoundError, PermissionError))
+        if own_fault and Path(path).parent.is_dir():
+            return None
         raise UserError(f"{path}: {error.strerror}; is the image folder still there?") from error
 
 
@@ -348,8 +357,9 @@ def _read(path: str) -> tuple[bytes, bool] | None:
         a photograph with EXIF rotation is ten times as large.
     """
     content = _access(lambda name: Path(name).read_bytes(), path)
-    fault, _ = find_fault(content)
-    return None if fault else (content, is_decodable(content))
+    if content is None or find_fault(content)[0]:
+        return None
+    return content, is_decodable(content)
 
 
 def _map_ahead(

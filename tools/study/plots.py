@@ -47,19 +47,20 @@ def plot_by_images(accuracy: dict[str, dict[int, Point]], path: Path) -> None:
 Curves = dict[int, dict[str, tuple[np.ndarray, np.ndarray]]]
 
 
-def plot_curves(curves: Curves, xlabel: str, path: Path) -> None:
+def plot_curves(curves: Curves, models: Sequence[str], xlabel: str, path: Path) -> None:
     """Plot accuracy in the course of training, one panel per number of training images.
 
     Args:
         curves: by training images and model: positions of the evaluations [N] and accuracies [S, N]
             of S seeds. A band is one standard deviation to either side.
+        models: all of the study, in its order, which decides on the colours.
         xlabel: label of the positions.
         path: the image file.
     """
     figure, panels = _figure(len(curves))
-    for axes, (size, models) in zip(panels, curves.items()):
-        for number, (model, (positions, values)) in enumerate(models.items()):
-            mean, color = values.mean(axis=0), _style(number)["color"]
+    for axes, (size, by_model) in zip(panels, curves.items()):
+        for model, (positions, values) in by_model.items():
+            mean, color = values.mean(axis=0), _style(models.index(model))["color"]
             axes.plot(positions, mean, label=model, color=color)
             if len(values) > 1:
                 band = values.std(axis=0, ddof=1)
@@ -69,19 +70,23 @@ def plot_curves(curves: Curves, xlabel: str, path: Path) -> None:
     _save(figure, path)
 
 
-def plot_by_cost(points: dict[str, tuple[int, int, Point]], size: int, path: Path) -> None:
+def plot_by_cost(
+    points: dict[str, tuple[int, int, Point]], models: Sequence[str], size: int, path: Path
+) -> None:
     """Plot accuracy against parameters and against multiply-accumulates.
 
     Args:
         points: parameters, MACs for one image, and accuracy by model.
+        models: as for `plot_curves`.
         size: number of training images of these accuracies.
         path: the image file.
     """
     figure, panels = _figure(2)
-    for number, (model, (*costs, (mean, deviation))) in enumerate(points.items()):
+    for model, (*costs, (mean, deviation)) in points.items():
+        style = _style(models.index(model))
         for axes, cost, unit in zip(panels, costs, (1e3, 1e6)):
             errors = _errors([deviation])
-            axes.errorbar([cost / unit], [mean], errors, ls="", label=model, **_style(number))
+            axes.errorbar([cost / unit], [mean], errors, ls="", label=model, **style)
     for axes, name in zip(
         panels, ("thousand parameters", "million multiply-accumulates per image")
     ):
@@ -106,5 +111,7 @@ def _logarithmic(axes: Axes, sizes: list[int]) -> None:
 def _save(figure: Figure, path: Path) -> None:
     for axes in figure.axes:
         axes.grid(alpha=0.3)
-    figure.axes[0].legend()
+    drawn = [axes.get_legend_handles_labels() for axes in figure.axes]
+    by_name = {name: handle for each in drawn for handle, name in zip(*each)}
+    figure.axes[0].legend(by_name.values(), by_name.keys())
     save_figure(figure, path, dpi=100)

@@ -184,11 +184,11 @@ class StudyRunner:
                 }
                 for size, by_model in by_size.items()
             }
-            plot_curves(curves, xlabel, self.output / name)
+            plot_curves(curves, list(points), xlabel, self.output / name)
         largest = max(by_size)
         costs = {
             model: (self.networks[model].parameters, self.networks[model].macs, sizes[largest])
             for model, sizes in points.items()
             if largest in sizes
         }
-        plot_by_cost(costs, largest, self.output / "accuracy_cost.png")
+        plot_by_cost(costs, list(points), largest, self.output / "accuracy_cost.png")

@@ -13,6 +13,7 @@ from src.deploy.writers import write_model
 from src.errors import UserError
 from src.models import create_model
 from tests.conftest import ROOT
+from tools.benchmark import measure
 from tools.benchmark.__main__ import main
 from tools.benchmark.measure import alternate, start_all
 from tools.benchmark.process import BenchmarkProcess, select_cores
@@ -260,6 +261,8 @@ def test_first_calls_come_from_fresh_processes(monkeypatch, log, tmp_path, capsy
         ("train", ["--training.ema_decay=0.9", *PEER], "recipe's training.ema_decay"),
         ("data", ["--data.source=digits", *PEER], "recipe's data.source"),
         ("train", ["--images=3"], "--images: has no effect in mode train"),
+        ("train", ["--training.batch_size=8"], "--training.batch_size: is --batch_size here"),
+        ("infer", ["--engine=openvino"], "--engine: runs exported files; give --model_file"),
         ("infer", ["--threads=4096"], "--threads 4096"),
         ("infer", ["--model_file=nowhere.mindir"], "--model_file nowhere.mindir"),
         ("infer", ["--reference=theirs"], "--reference theirs: no such side; choose from ours"),
@@ -271,6 +274,25 @@ def test_a_users_error_is_one_line(monkeypatch, log, capsys, mode, words, compla
     assert call(monkeypatch, mode, *words) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert complaint in line
+
+
+@pytest.mark.parametrize(
+    ("mode", "words", "expected"),
+    [
+        ("infer", [], "float32"),
+        ("infer", ["--runtime.precision=float16"], "float16"),
+        ("train", [], "float16"),
+    ],
+)
+def test_inference_has_the_precision_of_eval(monkeypatch, tmp_path, mode, words, expected):
+    """Float16 of an accelerator's recipe is slow on a CPU."""
+    found = []
+    monkeypatch.setattr(measure, "measure", lambda config, options: found.append(config))
+    (tmp_path / "recipe.yaml").write_text("runtime: {precision: float16, device: CPU}\n")
+    words = [f"--config={tmp_path / 'recipe.yaml'}", f"--mode={mode}", *words]
+    monkeypatch.setattr(sys, "argv", ["benchmark", *words])
+    main()
+    assert found[0].runtime.precision == expected
 
 
 def test_each_file_runs_in_each_engine_that_takes_it(tmp_path):

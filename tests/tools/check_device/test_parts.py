@@ -7,14 +7,16 @@ import sys
 import numpy as np
 import pytest
 
+from src.deploy import writers
 from src.errors import UserError
 from tests.conftest import ROOT
 from tools.check_device import limits, table
 from tools.check_device.__main__ import parse, select_checks
+from tools.check_device.checks import programs
 from tools.check_device.checks.speed import PROFILED, summarise
 from tools.check_device.checks.training import last_line
 from tools.check_device.compare import by_largest, by_norm, check_limits
-from tools.check_device.registry import CHECKS, Finding
+from tools.check_device.registry import CHECKS, Finding, NotHere, Setting
 from tools.check_device.runner import FAILED, NOT_HERE, PASSED, Result
 
 
@@ -42,13 +44,21 @@ def test_only_the_named_checks_run_and_full_ones_when_asked():
     [
         (["--rank", "2"], "unknown key rank: did you mean ranks?"),
         (["--device", "NPU"], "invalid choice: 'NPU'"),
-        (["--ranks", "1"], "--ranks 1: give 2 or more"),
+        (["--ranks", "1"], "--ranks 1: give 2, 3, 4, 6 or 8, or leave"),
+        (["--ranks", "5"], "--ranks 5: give 2, 3, 4, 6 or 8, or leave"),
         (["--report", "/"], "--report /: is a folder"),
     ],
 )
 def test_wrong_options_are_refused(argv, message):
     with pytest.raises(UserError, match=message):
         parse(argv)
+
+
+def test_onnx_is_not_checked_where_no_engine_is_installed(monkeypatch, tmp_path):
+    """As after scripts/check_device.sh in a new clone: requirements.txt has none."""
+    monkeypatch.setattr(writers, "installed_engines", lambda file_format: [])
+    with pytest.raises(NotHere, match="neither onnxruntime nor OpenVINO"):
+        programs.onnx(Setting("CPU", 0, False, str(tmp_path), []))
 
 
 def test_a_device_that_is_not_here_fails_the_first_check_and_ends(tmp_path):

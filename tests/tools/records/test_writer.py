@@ -181,7 +181,9 @@ def test_a_changed_source_is_noticed(folder, tmp_path, change, words, kept):
 def test_other_options_are_noticed_and_leave_no_shard_behind(folder, tmp_path):
     convert(folder, tmp_path / "out", EIGHT)
     refused("--images_per_shard has changed", folder, tmp_path / "out", Options(20))
-    refused("--skip_broken has changed", folder, tmp_path / "out", Options(8, skip_broken=True))
+    skipping = Options(8, skip_broken=True)
+    assert convert(folder, tmp_path / "out", skipping)["train"].kept == 3, "none had a broken image"
+    refused("--skip_broken has changed", folder, tmp_path / "out", EIGHT)
     convert(folder, tmp_path / "out", Options(20, force=True))
     convert(folder, tmp_path / "anew", Options(20))
     assert contents(tmp_path / "out") == contents(tmp_path / "anew")
@@ -225,8 +227,27 @@ def test_broken_images_are_refused_and_all_named(broken, tmp_path, caplog):
         f"{broken / 'train/33/5.png'}: not a readable image"
     ]
     refused("0.jpg: not a readable image .1 more", broken, tmp_path / "out", EIGHT)
+    (broken / "train/33/5.png").unlink()
+    refused("0.jpg: not a readable image; replace", broken, tmp_path / "out", EIGHT)
     with pytest.raises(UserError, match="its conversion is unfinished"):
         open_source("mindrecord", str(tmp_path / "out"), "train")
+
+
+@pytest.mark.parametrize("first", ["first", "last"])
+def test_the_same_command_with_skip_broken_follows_its_advice(broken, tmp_path, first):
+    """Broken images, one of them a dangling link, in the first of three shards or in the last."""
+    (broken / "train/33/6.jpg").unlink()
+    (broken / "train/33/6.jpg").symlink_to("nowhere.jpg")
+    bad = ["train/2/0.jpg", "train/33/5.png", "train/33/6.jpg"]
+    if first == "last":
+        shutil.copy(broken / "train/2/1.jpg", broken / bad.pop(0))
+    words = f"{bad[0]}: not a readable image .{len(bad) - 1} more"
+    refused(words, broken, tmp_path / "out", EIGHT)
+    options = Options(8, skip_broken=True)
+    done = convert(broken, tmp_path / "out", options)["train"]
+    assert (done.skipped, done.kept) == (bad, 0 if first == "first" else 2)
+    convert(broken, tmp_path / "anew", options)
+    assert contents(tmp_path / "out") == contents(tmp_path / "anew")
 
 
 def test_a_finished_set_that_is_begun_anew_is_unfinished_again(folder, tmp_path):

@@ -55,6 +55,10 @@ def mindir(setting: Setting) -> Finding:
 
 def onnx(setting: Setting) -> Finding:
     """Export an ONNX file and run it in the installed engine."""
+    from src.deploy.writers import installed_engines
+
+    if not installed_engines("onnx"):
+        raise NotHere("neither onnxruntime nor OpenVINO is installed")
     return _export(setting, "onnx")
 
 

@@ -15,10 +15,9 @@ from tools.check_device.checks.training import last_line
 from tools.check_device.compare import check_limits, relative
 from tools.check_device.limits import LIMITS
 from tools.check_device.rank_program import SIZES
-from tools.check_device.registry import Finding, NotHere, Setting
+from tools.check_device.registry import RANK_COUNTS, Finding, NotHere, Setting
 
-MOST_RANKS, LATE_SECONDS = 8, 150.0
-RANK_COUNTS = (2, 3, 4, 6, 8)  # that divide the batch of `rank_program`
+LATE_SECONDS = 150.0
 
 
 def number_of_ranks(setting: Setting) -> int:
@@ -28,12 +27,11 @@ def number_of_ranks(setting: Setting) -> int:
         NotHere: this host has too few devices or cores.
     """
     available = len(visible_devices(setting.device, os.environ))
-    wanted = setting.ranks or min(available, 2 if setting.device == "CPU" else MOST_RANKS)
+    wanted = setting.ranks or min(available, 2 if setting.device == "CPU" else RANK_COUNTS[-1])
     what = "cores" if setting.device == "CPU" else f"{setting.device} devices"
     if available < 2 or wanted > available:
         raise NotHere(f"{available} {what} on this host, {max(wanted, 2)} needed")
-    counts = [count for count in RANK_COUNTS if count <= wanted]
-    return counts[-1]
+    return max(count for count in RANK_COUNTS if count <= wanted)
 
 
 def run_ranks(setting: Setting, what: str, world: int, **arguments: Any) -> list[dict[str, Any]]:
