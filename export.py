@@ -64,7 +64,8 @@ def main(argv: list[str]) -> None:
     arguments.ckpt = str(find_checkpoint(Path(arguments.ckpt)))
     batch_size = None if arguments.batch_size == "dynamic" else _count(arguments.batch_size)
     checkpoint = Path(arguments.ckpt)
-    output = Path(arguments.output or checkpoint.with_suffix(f".{arguments.format}"))
+    named = checkpoint if checkpoint.name.strip(".") else checkpoint.resolve()  # "." or ".."
+    output = Path(arguments.output or named.with_suffix(f".{arguments.format}"))
     if output.suffix != f".{arguments.format}":
         raise UserError(f"--output {output}: the name must end in .{arguments.format}")
     if (output.exists() or Path(f"{output}.json").exists()) and not arguments.force:

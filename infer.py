@@ -21,6 +21,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--top_k {arguments.top_k}: must be 1 or more")
     prepare_environment()
     log_to()
+    from src.data.headers import MAX_PIXELS
     from src.deploy.attention_image import check_attention, save_attention
     from src.deploy.classify import check_outputs, classify_files
     from src.deploy.predictor import RUNTIME_OF_WEIGHTS, Predictor
@@ -38,6 +39,7 @@ def main(argv: list[str]) -> None:
         arguments.batch_size,
         engine=arguments.engine,
         threads=arguments.threads,
+        max_pixels=MAX_PIXELS,  # the user's own images, as in training
         runtime=runtime,
     )
     if arguments.attention:

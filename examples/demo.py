@@ -22,13 +22,13 @@ from src.device import prepare_environment  # noqa: E402
 from src.errors import UserError, executable  # noqa: E402
 
 
-def explain(predictor, image: Image.Image) -> tuple[dict[str, float], Image.Image]:
+def explain(predictor, image: str | Image.Image) -> tuple[dict[str, float], Image.Image]:
     """Return the probability of each class, by name, and a picture of the attention.
 
     Args:
         predictor: a `src.deploy.Predictor` of weights, with runtime mode "pynative": attention maps
             are recorded by hooks, which a compiled graph does not run.
-        image: of any size.
+        image: a file or an image, of any size.
     """
     from src.deploy.attention_image import save_attention
 
@@ -46,7 +46,7 @@ def build_page(predictor):
     """Build the page: an image to drop, the classes and the attention map."""
     import gradio
 
-    def run(image: Image.Image | None):
+    def run(image: str | None):
         if image is None:  # the cross above the image
             return None, None
         try:
@@ -56,7 +56,8 @@ def build_page(predictor):
 
     return gradio.Interface(
         run,
-        gradio.Image(type="pil", label="image"),
+        # The file itself: Gradio's conversion to RGB makes images with 16 bits nearly white.
+        gradio.Image(type="filepath", image_mode=None, label="image"),
         [gradio.Label(label="classes"), gradio.Image(label="attention", format="png")],
         title="CvT",
         description=f"Classes: {', '.join(predictor.class_names)}.",

@@ -189,6 +189,12 @@ def open_split(config: Config, split: str) -> Source:
     if held_out:  # the same images for any runtime.seed, so that trials are comparable
         source = hold_out(source, data.val_from_train, seed=0)[split == "val"]
     if data.train_images and split == "train":
+        classes = len(set(source.labels.tolist()))
+        if data.train_images < classes:
+            raise UserError(
+                f"data.train_images {data.train_images}: {source.title} has {classes} classes; "
+                "give one image for each, or more"
+            )
         source = balanced_subset(source, data.train_images, config.runtime.seed)
     return source
 
@@ -248,6 +254,7 @@ def open_checked(
     )  # fmt: skip
     faults = {k: entry.fault for k, entry in enumerate(entries) if entry.fault}
     turned = sum(entry.turned for entry in entries)
+    source.inflated = bool(turned)
     if turned and ranks.is_first:
         logger.info("%s: %d images are rotated as their EXIF data says", source.title, turned)
     skips = data.broken == "skip" or (data.broken == "auto" and split == "train")

@@ -199,6 +199,8 @@ def _expand_paths(settings: Any) -> Any:
                 raise UserError(
                     f"{key.name} {shorten(value)}: a path cannot contain a zero byte; change it"
                 )
+            if not value:
+                raise UserError(f"{key.name}: is empty; give a path, or leave out the key")
             setattr(settings, key.name, os.path.expanduser(value))
     return settings
 

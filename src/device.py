@@ -269,7 +269,8 @@ def inference_runtime(
     """Return the settings of a run for using its weights on another device than its own.
 
     On a CPU, float16 has no compiled operators (4 times slower) and bfloat16 no kernels, so weights
-    compute in float32 there; flash attention is for Ascend.
+    compute in float32 there; flash attention and O2 are for Ascend. Compiled operators that the run
+    required are used where they are available.
 
     Args:
         runtime: the settings of the run or recipe.
@@ -285,6 +286,12 @@ def inference_runtime(
         changes["precision"] = "float32"
     if device != "Ascend" and "flash_attention" not in given:
         changes["flash_attention"] = False
+    if "jit_level" not in given and (
+        runtime.mode != "graph" or (runtime.jit_level == "O2" and device != "Ascend")
+    ):
+        changes["jit_level"] = None
+    if runtime.compiled_ops == "always" and "compiled_ops" not in given:
+        changes["compiled_ops"] = "auto"
     return dataclasses.replace(runtime, **changes)
 
 

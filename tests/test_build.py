@@ -197,6 +197,20 @@ def test_broken_images_are_skipped_in_training_and_stop_evaluation(photos, caplo
         open_checked(strict, "train", run=run)
 
 
+def test_fewer_training_images_than_classes_are_refused():
+    data = DataConfig(source="digits", train_images=9)
+    with pytest.raises(UserError, match="train_images 9: digits .* has 10 classes; give one"):
+        open_split(config(data=data), "train")
+
+
+def test_photographs_that_exif_turns_are_said_to_become_bitmaps(photos):
+    assert not open_checked(photo_config(photos), "train").inflated
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (20, 20)).save(photos / "train/a/0.jpg", exif=exif)
+    assert open_checked(photo_config(photos), "train").inflated
+
+
 def test_the_validation_images_are_spoken_of_once(photos, caplog):
     (photos / "val" / "a" / "notes.txt").write_text("")
     open_checked(photo_config(photos), "train")

@@ -11,6 +11,7 @@ import infer
 from src.cli import parse, require_free_port
 from src.config import Config, DataConfig, RuntimeOnly, Study
 from src.config_io import is_run_config, load_config, run_config_of, save_config
+from src.data.headers import MAX_PIXELS
 from src.errors import UserError
 from src.hints import _ALIASES
 
@@ -160,6 +161,41 @@ def test_an_option_for_several_values_may_be_repeated():
     words = ["--model=m", "--input", "a.jpg", "b.jpg", "--input", "c.jpg"]
     _, arguments = parse(words, "infer.py", "", infer.add_arguments, schema=RuntimeOnly)
     assert arguments.input == ["a.jpg", "b.jpg", "c.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--output="], "--output: is empty, as an unset shell variable makes it"),
+        (["--data.path="], "path: is empty; give a path"),
+    ],
+)
+def test_an_empty_value_is_not_the_current_folder(words, message):
+    with pytest.raises(UserError, match=message):
+        read(*words)
+
+
+def test_infer_takes_images_as_large_as_training_does(monkeypatch, tmp_path, run_here):
+    def predictor(*_, max_pixels, **__):
+        raise UserError(f"at most {max_pixels}")
+
+    monkeypatch.setattr("src.deploy.predictor.Predictor", predictor)
+    done = run_here("infer.py", "--model=m.onnx", "--input=a.jpg", "--runtime.device=CPU")
+    assert done.returncode == 2 and f"at most {MAX_PIXELS}" in done.stderr
+
+
+def test_attention_of_an_exported_file_is_refused_before_it_is_opened(run_here):
+    done = run_here("infer.py", "--model=m.onnx", "--input=a.jpg", "--attention=a.png")
+    assert done.returncode == 2
+    assert "--attention: m.onnx is an exported file, whose layers are not accessible" in done.stderr
+
+
+def test_the_current_folder_without_weights_is_one_line(tmp_path, run_here):
+    recipe = FILES[0].parents[1] / "digits/cvt_nano.yaml"
+    words = ("--ckpt=.", f"--config={recipe}", "--format=mindir", "--model.num_classes=10")
+    done = run_here("export.py", *words)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert "one weight file" in done.stderr
 
 
 def test_help_names_every_key_with_type_and_default(capsys):

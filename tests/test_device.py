@@ -1,5 +1,6 @@
 """Device, seeds, environment and logging."""
 
+import dataclasses
 import logging
 import os
 import stat
@@ -35,6 +36,25 @@ def test_a_device_that_is_not_here_is_refused(keys):
 def test_bfloat16_is_refused_on_the_cpu():
     with pytest.raises(UserError, match="bfloat16"):
         setup(RuntimeConfig(device="CPU", precision="bfloat16"))
+
+
+@pytest.mark.parametrize(
+    ("keys", "given", "changed"),
+    [
+        ({"jit_level": "O2"}, (), {"jit_level": None}),
+        ({"jit_level": "O2"}, ("jit_level",), {}),
+        ({"jit_level": "O1", "mode": "pynative"}, (), {"jit_level": None}),
+        ({"jit_level": "O1"}, (), {}),
+        ({"compiled_ops": "always"}, (), {"compiled_ops": "auto"}),
+        ({"compiled_ops": "always"}, ("compiled_ops",), {}),
+        ({"precision": "bfloat16"}, (), {"precision": "float32"}),
+    ],
+)
+def test_what_another_device_lacks_of_a_runs_settings_is_left_out(keys, given, changed):
+    """But not what the user asks for now: that is refused where it can't be."""
+    runtime = RuntimeConfig(**keys)
+    found = device.inference_runtime(runtime, "CPU", given)
+    assert found == dataclasses.replace(runtime, **changed)
 
 
 def test_the_seed_decides_the_initial_weights():

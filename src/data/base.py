@@ -19,10 +19,12 @@ class Source:
 
     If `encoded`, the image is the content of an image file, uint8 [bytes]; otherwise its pixels,
     uint8 [H, W, 3], RGB. Subclasses read by `item`, the image's position in the whole split;
-    `subset` chooses and orders items.
+    `subset` chooses and orders items. `inflated` tells that some images, such as photographs with
+    EXIF rotation, are handed to MindSpore as bitmaps, which are large.
     """
 
     encoded: bool
+    inflated = False
 
     def __init__(self, labels: np.ndarray, class_names: Sequence[str], title: str):
         self.labels = np.ascontiguousarray(labels, np.int32)  # [N]
@@ -82,6 +84,10 @@ class Source:
 
     def file(self, index: int) -> str | None:
         """Return the path of an image that has a file of its own, else None."""
+        return None
+
+    def name(self, index: int) -> str | None:
+        """Return the path of an image's own file within the split, else None."""
         return None
 
     def digest(self) -> int:
@@ -170,9 +176,12 @@ class FileSource(Source):
     def file(self, index: int) -> str:
         return self._files[self.items[index]]
 
+    def name(self, index: int) -> str:
+        return self.file(index).removeprefix(self._prefix)
+
     def digest_items(self, number: int) -> int:
         """Continue a checksum over the files' paths within the folder."""
-        names = (self.describe(index).removeprefix(self._prefix) for index in range(len(self)))
+        names = map(self.name, range(len(self)))
         return _digest_texts(names, number)
 
     def former_digest(self) -> int:

@@ -58,7 +58,7 @@ class RecordSource(Source):
         self._files = [str(folder / shard["name"]) for shard in index["shards"]]
         self._checksums = [shard["sha256"] for shard in index["shards"]]
         # Whether any record needs `make_decodable`, for example a photograph that EXIF turns.
-        self._unready = any(shard.get("unready") for shard in index["shards"])
+        self.inflated = any(shard.get("unready") for shard in index["shards"])
         self._starts = np.cumsum([0] + [shard["images"] for shard in index["shards"]])
         # Opened on first use, because it keeps every shard open; shared by all subsets.
         self._open_single = functools.cache(
@@ -92,7 +92,7 @@ class RecordSource(Source):
         dataset = ds.MindDataset(
             self._files, ["image"], num_parallel_workers=readers, sampler=sampler
         )
-        if self._unready:
+        if self.inflated:
             dataset = dataset.map(make_decodable, ["image"], num_parallel_workers=workers)
         return dataset
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import os
 from collections.abc import Sequence
 
 import numpy as np
 
 from src.data.base import Source, normalize_name
-from src.errors import UserError
+from src.errors import UserError, join_names
 
 _log = logging.getLogger("cvt")
 
@@ -59,26 +61,54 @@ def balanced_subset(source: Source, count: int, seed: int) -> Source:
 
 
 def hold_out(source: Source, count: int, seed: int) -> tuple[Source, Source]:
-    """Split off the images of `balanced_subset`.
+    """Split off random images, as evenly over the classes as possible.
+
+    Files are chosen by their names, so that one more or less hardly changes the choice: else a
+    later evaluation would measure on images that were trained on.
 
     Returns:
         The other images, and those held out.
 
     Raises:
-        UserError: no image would be left for training.
+        UserError: no image, or none of a class, would be left for training.
     """
     if count >= len(source):
         raise UserError(
             f"data.val_from_train {count}: {source.title} has only {len(source)}, and some must be "
             "left for training"
         )
-    order = _balanced_order(source, seed)
-    return source.subset(np.sort(order[count:])), source.subset(np.sort(order[:count]))
+    if len(source) and source.name(0) is not None:
+        order = _alternate_classes(source, _shuffle_by_name(source, seed))
+    else:
+        order = _balanced_order(source, seed)
+    rest = source.subset(np.sort(order[count:]))
+    lost = missing_classes(source, rest)
+    if lost:
+        raise UserError(
+            f"data.val_from_train {count}: no image of {join_names(lost)} would be left for "
+            f"training in {source.title}; add images, or lower it"
+        )
+    return rest, source.subset(np.sort(order[:count]))
 
 
 def _balanced_order(source: Source, seed: int) -> np.ndarray:
     """Return the indices in a random order in which the classes alternate."""
     shuffled = np.random.default_rng([seed, 0xBA1A]).permutation(len(source))
+    return _alternate_classes(source, shuffled)
+
+
+def _shuffle_by_name(source: Source, seed: int) -> np.ndarray:
+    """Return the indices in a random order, in which each pair of files has a fixed order."""
+
+    def key(index: int) -> bytes:
+        name = os.fsencode(f"{seed}/{source.name(index)}")
+        return hashlib.blake2b(name, digest_size=8).digest()
+
+    return np.array(sorted(range(len(source)), key=key))
+
+
+def _alternate_classes(source: Source, shuffled: np.ndarray) -> np.ndarray:
+    """Return the indices in this order within each class, with the classes taking turns."""
     turn = np.empty(len(source), int)  # an image's place among the shuffled ones of its class
     seen = np.zeros(len(source.class_names), int)
     for index in shuffled:

@@ -14,6 +14,7 @@ from mindspore import Tensor, nn
 
 from src.build import build_model, build_preprocessing, open_split, resolve_classes
 from src.config import Config
+from src.config_io import run_config_of
 from src.data import Preprocessing, create_eval_loader
 from src.data.transforms import pad_batch
 from src.deploy.description import check_readable
@@ -97,7 +98,10 @@ def export(
             if options.quantize:
                 floating = partial.rename(partial.with_name("float32.onnx"))
                 size = options.batch_size or CHECKED_IMAGES
-                quantization = quantize(floating, partial, config, preprocessing, size)
+                run = run_config_of(checkpoint)
+                quantization = quantize(
+                    floating, partial, config, preprocessing, size, run and run.parent
+                )
             _write_description(config, checkpoint, output, options, preprocessing, quantization)
     except OSError as error:
         raise UserError(f"{output}: {error.strerror}; give another --output") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import logging
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from src.build import open_split
+from src.build import open_checked, open_split
 from src.config import Config
 from src.data import Preprocessing, Source, create_eval_loader
 from src.data.transforms import pad_batch
@@ -29,7 +30,12 @@ def check_quantizer() -> None:
 
 
 def quantize(
-    path: Path, quantized: Path, config: Config, preprocessing: Preprocessing, batch_size: int
+    path: Path,
+    quantized: Path,
+    config: Config,
+    preprocessing: Preprocessing,
+    batch_size: int,
+    run: Path | None = None,
 ) -> dict[str, float | int | str]:
     """Quantize a float32 ONNX file to int8 and compare the accuracy of both.
 
@@ -43,6 +49,7 @@ def quantize(
         config: the run's configuration; its images are used.
         preprocessing: of an image.
         batch_size: images per batch.
+        run: the run's folder, which has the index of its images.
 
     Returns:
         For the description: type, calibration_images, images, and top1_float32 and top1_int8 in
@@ -53,10 +60,14 @@ def quantize(
     """
     from onnxruntime import quantization as ort
 
+    # A share that broken images may have of a whole split is no limit for so few.
+    data = dataclasses.replace(config.data, broken="skip", broken_share=1.0)
+    config = dataclasses.replace(config, data=data)
     splits = {}
     for split, count in (("train", CALIBRATION_IMAGES), ("val", EVALUATION_IMAGES)):
         try:
-            splits[split] = _sample_evenly(open_split(config, split), count)
+            sample = _sample_evenly(open_split(config, split), count)
+            splits[split] = open_checked(config, split, run=run, keep=False, source=sample)
         except UserError as error:
             raise UserError(
                 f"--quantize int8: needs the training images for calibration and the held-out "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from typing import NamedTuple
 
 from src.build import open_checked
@@ -19,6 +20,8 @@ from src.data.imagenet_labels import (
 )
 from src.distributed import SINGLE_PROCESS, Ranks
 from src.errors import UserError
+
+logger = logging.getLogger("cvt")
 
 
 class LabeledSplit(NamedTuple):
@@ -57,6 +60,12 @@ def open_labeled_split(
         )
     run = run_config_of(checkpoint)
     source = open_checked(config, "val", ranks, run and run.parent, keep=keep_index)
+    if data.val_from_train is not None and ranks.is_first:
+        logger.info(
+            "evaluating on %d images held out from the training images (data.val_from_train); "
+            "--data.val_from_train null evaluates on the other split",
+            len(source),
+        )
     given = bool(data.class_names or data.classes)
     check_class_order(source, given, data.labels, config.model.num_classes)
     if real is not None:

@@ -31,7 +31,7 @@ def learning_rates(
     steps = np.arange(epochs * steps_per_epoch)
     epoch = steps // steps_per_epoch if per == "epoch" else steps / steps_per_epoch
     decay = epochs if decay_epochs is None else min(decay_epochs, epochs)
-    progress = np.clip(1 - (epochs - epoch) / max(decay, 1), 0, 1)  # of the cosine
+    progress = np.clip(1 - (epochs - epoch) / decay, 0, 1) if decay else 0.0  # of the cosine
     cosine = minimum + (peak - minimum) * (1 + np.cos(np.pi * progress)) / 2
     warmup = warmup_start + (peak - warmup_start) * epoch / max(warmup_epochs, 1)
     return np.where(epoch < warmup_epochs, warmup, cosine).astype(np.float32)

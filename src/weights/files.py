@@ -32,7 +32,7 @@ _INDEX = ".index.json"
 _IN_FOLDER = ("model.safetensors", f"model.safetensors{_INDEX}", "pytorch_model.bin")
 _IN_FOLDER += (f"pytorch_model.bin{_INDEX}", "checkpoints/best.ckpt", "best.ckpt")
 _SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".tar")
-_SHARD = re.compile(r"-(\d+)-of-(\d+)\.")
+_SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.")
 _MAX_INDEX, _MAX_SHARDS = 4 << 20, 1000
 
 

@@ -4,6 +4,7 @@ import logging
 import os
 import random
 
+import mindspore.dataset as ds
 import numpy as np
 import pytest
 
@@ -296,6 +297,19 @@ def test_workers(caplog):
     assert len(caplog.records) == 1 and f"data.workers {cores + 3}: MindSpore allows" in caplog.text
     with pytest.raises(UserError):
         resolve_num_workers(-1)
+
+
+def test_bitmaps_wait_in_short_queues(monkeypatch):
+    """Photographs that EXIF turns take gigabytes otherwise; the batches are the same."""
+    sizes, real = [], ds.config.set_prefetch_size
+    monkeypatch.setattr(ds.config, "set_prefetch_size", lambda n: sizes.append(n) or real(n))
+    before = ds.config.get_prefetch_size()
+    found = []
+    for inflated in (False, True):
+        source = numbered(50)
+        source.inflated = inflated
+        found.append(collect(epoch(source, 0)))
+    assert sizes == [before, before, 2, before] and equal(*found)
 
 
 def test_a_file_is_looked_at_in_the_first_epoch_only(tmp_path, monkeypatch):

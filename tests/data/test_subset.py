@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from src.data import ArraySource, balanced_subset, hold_out, select_classes
+from src.data.base import FileSource
 from src.errors import UserError
 
 
@@ -48,12 +49,43 @@ def test_a_balanced_part_has_as_many_of_each_class_as_there_can_be(source):
 
 
 def test_held_out_images_are_balanced_and_not_trained_on(source):
-    rest, held_out = hold_out(source, 20, seed=1)
-    assert np.bincount(held_out.labels).tolist() == [5, 5, 5, 5]
-    assert numbers(held_out) == numbers(balanced_subset(source, 20, seed=1))
+    rest, held_out = hold_out(source, 16, seed=1)
+    assert np.bincount(held_out.labels).tolist() == [4, 4, 4, 4]
+    assert numbers(held_out) == numbers(balanced_subset(source, 16, seed=1))
     assert sorted(numbers(rest) + numbers(held_out)) == list(range(100))
     assert numbers(rest) == sorted(numbers(rest))
     for i, number in enumerate(numbers(rest)):
         assert rest[i][1] == source.labels[number]
     with pytest.raises(UserError, match="val_from_train 100: .* only 100"):
         hold_out(source, 100, seed=1)
+
+
+def files(names, folder):
+    classes = ("a", "b", "c")
+    labels = np.array([classes.index(name[0]) for name in names], np.int32)
+    return FileSource([str(folder / name) for name in names], labels, classes, "letters", folder)
+
+
+def held_out_names(names, folder, count=30):
+    _, held_out = hold_out(files(names, folder), count, seed=0)
+    return {held_out.name(k) for k in range(len(held_out))}
+
+
+def test_held_out_files_stay_where_others_come_and_go(tmp_path):
+    """Else eval.py, later, would measure on images that were trained on."""
+    names = [f"{c}/{k:03}.jpg" for c in "abc" for k in range(100)]
+    before = held_out_names(names, tmp_path)
+    trained = [name for name in names if name not in before]
+    assert held_out_names([n for n in names if n not in trained[::50]], tmp_path) == before
+    assert held_out_names(names, tmp_path / "moved") == before
+    added = sorted([*names, "a/new.jpg", "b/new.jpg", "c/new.jpg"])
+    assert len(held_out_names(added, tmp_path) & set(trained)) == 0
+    removed = [name for name in names if name != min(before)]
+    assert len(held_out_names(removed, tmp_path) & set(trained)) <= 1, "one in its place"
+
+
+def test_a_classs_only_image_is_not_held_out(tmp_path):
+    names = [*(f"{c}/{k}.jpg" for c in "ab" for k in range(10)), "c/only.jpg"]
+    words = "val_from_train 6: no image of c would be left for training in letters"
+    with pytest.raises(UserError, match=words):
+        hold_out(files(names, tmp_path), 6, seed=0)

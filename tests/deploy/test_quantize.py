@@ -2,6 +2,7 @@
 
 import logging
 import re
+import shutil
 import sys
 
 import numpy as np
@@ -11,6 +12,7 @@ import export as command
 from src.build import build_preprocessing, open_split
 from src.config_io import load_config
 from src.data import create_eval_loader
+from src.data.samples import write_samples
 from src.deploy.description import read_description
 from src.deploy.engines import open_model
 from src.deploy.predictor import Predictor
@@ -57,6 +59,22 @@ def test_int8_keeps_the_accuracy(trained, tmp_path, monkeypatch):
     assert said["top1_float32"] == pytest.approx(right["checkpoint"] / 10, abs=0.2)
     assert said["top1_int8"] == pytest.approx(right["int8"] / 10, abs=0.2)
     assert abs(right["int8"] - right["checkpoint"]) <= 15, "of 1,000"
+
+
+def test_images_that_training_left_out_are_left_out(trained, tmp_path, monkeypatch, caplog):
+    for split in ("train", "val"):
+        for path in write_samples(tmp_path / split):
+            place = tmp_path / split / path.stem[-1]
+            place.mkdir()
+            shutil.copy(path, place / "again.png")
+            path.rename(place / path.name)
+    (place / "again.png").write_bytes(b"broken")
+    output = tmp_path / "m.onnx"
+    words = [f"--data.path={tmp_path}", "--data.source=imagefolder"]
+    export(monkeypatch, trained, "--format=onnx", *words, f"--output={output}")
+    said = read_description(output)["quantization"]
+    assert (said["calibration_images"], said["images"]) == (20, 19)
+    assert "left out: 1 of 20 images" in caplog.text and "val/9/again.png" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,14 @@ def refused(config, match):
     assert "\n" not in str(caught.value)
 
 
+def test_held_out_training_images_are_said_to_be(tmp_path, caplog):
+    """The key comes with the run's config.yaml, while the user may mean the other split."""
+    caplog.set_level(logging.INFO)
+    config = Config(data=DataConfig(source="digits", val_from_train=50))
+    assert len(open_labeled_split(config, str(tmp_path / "w.ckpt")).source) == 50
+    assert "50 images held out from the training images (data.val_from_train)" in caplog.text
+
+
 def test_a_class_of_another_set_is_named(imagenet, tmp_path, caplog):
     (tmp_path / "val").mkdir()
     for folder in (imagenet / "val").iterdir():

@@ -42,6 +42,11 @@ def test_decay_epochs_keep_the_peak_until_the_last_epochs():
     assert rates[290] == pytest.approx(expected, rel=1e-6)
 
 
+def test_no_decay_epochs_keep_the_peak_to_the_end():
+    rates = learning_rates(**RECIPE, steps_per_epoch=7, per="step", decay_epochs=0)
+    assert (rates[5 * 7 :] == np.float32(2e-3)).all()
+
+
 def test_more_epochs_change_no_rate_before_the_decay():
     short = learning_rates(**RECIPE, steps_per_epoch=7, per="step", decay_epochs=40)
     longer = {**RECIPE, "epochs": 400}

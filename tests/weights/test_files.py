@@ -48,6 +48,13 @@ def test_torch_shards_with_an_index(tmp_path):
     assert sha256_of(*files) != sha256_of(*files[1:])
 
 
+def test_a_fold_of_a_cross_validation_is_no_shard(tmp_path):
+    save_file({"w": ONE}, tmp_path / "cvt-fold-1-of-5.safetensors")
+    assert read(tmp_path / "cvt-fold-1-of-5.safetensors").keys() == {"w"}
+    save_file({"w": ONE}, tmp_path / "model-00001-of-00005.safetensors")
+    refuse(tmp_path / "model-00001-of-00005.safetensors", "one of 5 shards")
+
+
 def test_of_a_folder_the_only_weight_file_or_index_is_taken(tmp_path):
     save_file({"w": ONE}, tmp_path / "weights.fp32.safetensors")
     (tmp_path / "config.json").write_text("{}")
