@@ -34,9 +34,9 @@ def demo():
 
 @pytest.fixture(scope="module")
 def photo(tmp_path_factory):
-    """A file of a colourful image."""
+    """A file with 16 bits a pixel, which Pillow's conversion to RGB makes nearly white."""
     path = tmp_path_factory.mktemp("photo") / "photo.png"
-    pixels = np.random.default_rng(0).integers(256, size=(48, 64, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(0).integers(1 << 16, size=(48, 64), dtype=np.uint16)
     Image.fromarray(pixels).save(path)
     return path
 
