@@ -107,10 +107,11 @@ def test_onnx_agrees_with_its_checkpoint(trained, digits, tmp_path, run_here):
     pytest.importorskip("onnxruntime")
     weights = trained / "checkpoints/best.ckpt"
     words = ("--ckpt", str(weights), "--format=onnx", "--batch_size=2", "--output=m.onnx")
-    done = run_here("export.py", *words)
+    done = run_here("export.py", *words, "--runtime.mode=pynative")
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.onnx", "m.onnx.json"]
-    onnx, expected = (Predictor(path)(digits[1]) for path in (tmp_path / "m.onnx", weights))
+    onnx = Predictor(tmp_path / "m.onnx")(digits[1])
+    expected = Predictor(weights, runtime={"mode": "pynative"})(digits[1])
     for ranked, same in zip(onnx, expected):
         assert [each.label for each in ranked] == [each.label for each in same]
         assert ranked[0].probability == pytest.approx(same[0].probability, rel=1e-4)
@@ -139,7 +140,8 @@ def test_bad_images_lie_beside_the_good_ones_in_order(exported, digits, tmp_path
 
 
 def test_a_damaged_network_is_not_silent(trained, digits):
-    predict = Predictor(trained / "checkpoints/best.ckpt")
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+    predict = Predictor(trained / "checkpoints/best.ckpt", runtime={"mode": "pynative"})
     predict.network.head.bias.set_data(predict.network.head.bias * np.nan)
     with pytest.raises(UserError, match="not finite"):
         predict(digits[1])
@@ -222,6 +224,7 @@ def test_arguments_without_effect_are_refused(trained, exported):
 
 def test_keys_of_the_runtime_take_effect(trained, digits, monkeypatch):
     """float16 rounds; without compiled operators the network holds none."""
+    ms.set_context(mode=ms.PYNATIVE_MODE)
     inputs = np.stack([Predictor(trained).prepare(array) for array in digits[0]])
     usual = Predictor(trained, runtime={"mode": "pynative", "compiled_ops": "never"})
     half = Predictor(trained, runtime={"mode": "pynative", "precision": "float16"})
@@ -235,6 +238,7 @@ def test_weights_of_an_accelerators_run_compute_in_float32_on_the_cpu(
     trained, digits, tmp_path, run_here, precision
 ):
     """There float16 is slow and bfloat16 missing; the user's own choice counts, in any spelling."""
+    ms.set_context(mode=ms.PYNATIVE_MODE)
     shutil.copytree(trained, tmp_path / "run")
     config = load_config(trained / "config.yaml")
     config.runtime.precision = precision
@@ -248,11 +252,13 @@ def test_weights_of_an_accelerators_run_compute_in_float32_on_the_cpu(
     words = ("eval.py", "--ckpt=run", "--runtime.mode=pynative")
     done = run_here(*words)
     assert done.returncode == 0 and f"faster on a CPU than {precision}" in done.stdout, done.stderr
-    for chosen in (
+    spellings = (
+        [f'--runtime={{"precision": "{precision}"}}'],
         [f"--runtime.precision={precision}"],
         ["--runtime.precision", precision],
-        [f'--runtime={{"precision": "{precision}"}}'],
-    ):
+    )
+    # The refusal of bfloat16 proves each spelling, an evaluation in float16 one.
+    for chosen in spellings if precision == "bfloat16" else spellings[:1]:
         done = run_here(*words, *chosen)
         assert "in float32" not in done.stdout
         if precision == "bfloat16":
