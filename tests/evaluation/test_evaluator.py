@@ -33,6 +33,12 @@ class Noise(Source):
         return self.images[item]
 
 
+@pytest.fixture(autouse=True)
+def pynative_mode(graph_mode):
+    """Nothing depends on the mode, and each batch size is a graph of its own."""
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+
+
 @pytest.fixture(scope="module")
 def net():
     return create_model("cvt_nano", **TINY)
@@ -96,7 +102,6 @@ def test_outcomes_come_in_the_order_of_the_split_from_any_number_of_ranks(world,
             return -ops.abs(number - Tensor(np.arange(10)[None], ms.float32))
 
     lists = [[k, (k + 1) % 10] if k % 3 else [(k + 7) % 10] for k in range(count)]
-    ms.set_context(mode=ms.PYNATIVE_MODE)
     ranks, results = Threads(world), [None] * world
     evaluators = [
         Evaluator(Numbered(), PREPROCESSING, 2, 1, ranks.rank(r), lists, keep_outcomes=True)

@@ -35,6 +35,7 @@ def stored(tmp_path, monkeypatch):
 
 
 def test_the_weights_are_loaded(stored):
+    ms.set_context(mode=ms.PYNATIVE_MODE)
     net = create_pretrained("cvt_nano", "mars", **SIZES).set_train(False)
     images = ms.Tensor(np.random.default_rng(0).normal(size=(2, 3, 32, 32)).astype(np.float32))
     np.testing.assert_array_equal(net(images).asnumpy(), stored(images).asnumpy())
@@ -74,7 +75,8 @@ def test_create_model_names_the_function_that_loads():
 
 @pytest.mark.parametrize("model, data", list_pretrained())
 def test_what_comes_with_the_repository_is_whole(model, data):
-    """Its weights load by name, and its folder is enough for a Predictor."""
+    """Its weights load by name, and its folder is enough for a Predictor, which compiles."""
+    ms.set_context(mode=ms.PYNATIVE_MODE)
     folder = pretrained_folder(model, data)
     config = load_config(folder / "config.yaml")
     net = create_pretrained(model, data).set_train(False)
