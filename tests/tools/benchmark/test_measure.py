@@ -34,6 +34,12 @@ CORES = select_cores(None)
 PEER = [f"--peer={STAND_IN}", f"--peer_python={sys.executable}"]
 
 
+@pytest.fixture(autouse=True)
+def synchronous_processes(monkeypatch):
+    """As `synchronous` in conftest.py, for the processes that are started here."""
+    monkeypatch.setenv("MS_DEV_LAUNCH_BLOCKING", "1")
+
+
 @pytest.fixture
 def log(tmp_path, monkeypatch) -> Path:
     """The file that stand-ins write into."""
