@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import runpy
+import sys
 import textwrap
 
 import pytest
@@ -10,6 +12,9 @@ from src.config import Study
 from tests.conftest import ROOT
 from tools.study import train_process
 from tools.study.cells import expand_study
+from tools.study.train_process import TrainProcess
+
+RUN = TrainProcess.run
 
 PRETENDER = '''
 """Behaves as train.py does, without training: two epochs, of top-1 10 and 20 + seed."""
@@ -79,13 +84,29 @@ def cells(study, study_file):
 
 @pytest.fixture
 def pretender(tmp_path, monkeypatch):
-    """The folder of a script in train.py's place; calls.txt there tells what it was asked for."""
+    """The folder of a script in train.py's place; calls.txt there tells what it was asked for.
+
+    It runs in this process, which takes less time, unless a test asks for `started`.
+    """
+
+    def run(self, arguments):
+        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+        runpy.run_path(str(script))
+        return 0
+
     folder = tmp_path / "pretender"
     folder.mkdir()
     script = folder / "train.py"
     script.write_text(textwrap.dedent(PRETENDER).replace("{root!r}", repr(str(ROOT))))
     monkeypatch.setattr(train_process, "TRAIN", script)
+    monkeypatch.setattr(TrainProcess, "run", run)
     return folder
+
+
+@pytest.fixture
+def started(pretender, monkeypatch):
+    """The script runs in a process of its own, as train.py does."""
+    monkeypatch.setattr(TrainProcess, "run", RUN)
 
 
 def calls(pretender):

@@ -40,6 +40,7 @@ def plots(monkeypatch):
     return plot
 
 
+@pytest.mark.usefixtures("started")
 def test_a_study_writes_its_files_and_runs_nothing_twice(
     cells, output, pretender, monkeypatch, plots
 ):
@@ -119,6 +120,7 @@ def test_finished_cells_need_neither_checkpoints_nor_the_same_path(cells, output
     assert calls(pretender) == ["conv-40-0"], "from the start, as there is no state"
 
 
+@pytest.mark.usefixtures("started")
 def test_a_stopped_study_goes_on_where_it_was(cells, output, pretender):
     """The signal reaches train.py, which saves; the study leaves, and resumes that run later."""
     slow = pretender / "slow.txt"
@@ -147,6 +149,7 @@ def test_a_stopped_study_goes_on_where_it_was(cells, output, pretender):
     assert all(read_state(cell, output / "cells" / cell.name).finished for cell in cells)
 
 
+@pytest.mark.usefixtures("started")
 def test_a_failing_cell_does_not_stop_the_others(cells, output, pretender, capfd):
     (pretender / "fail.txt").write_text("conv-40-0")
     with pytest.raises(UserError, match="1 of 4 cells failed: conv-40-0;"):
