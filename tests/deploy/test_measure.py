@@ -1,12 +1,11 @@
 """What measures docs/deploy.md: its verdict, its photographs, and that it goes on where it was."""
 
 import json
-import subprocess
 import sys
 
+import pytest
 from PIL import Image
 
-from tests.conftest import ROOT
 from tests.deploy import measure
 from tests.deploy.operators import profile_table
 from tests.deploy.photographs import KINDS, make_photographs
@@ -74,15 +73,15 @@ def test_photographs_are_of_every_kind(tmp_path):
         assert min(widths) >= 40 and max(widths) <= 2400 and max(widths) > 4 * min(widths)
 
 
-def test_it_goes_on_behind_what_is_there(tmp_path):
+def test_it_goes_on_behind_what_is_there(tmp_path, monkeypatch, capsys):
     """All networks are measured already, so only the table and the verdict are left."""
     done = [{**result("formats"), "name": name} for name in measure.SIZES]
     done[1]["onnx_checkpoint"] = 2e-4
     file = tmp_path / "results.jsonl"
     file.write_text("".join(json.dumps(each) + "\n" for each in done))
-    command = [sys.executable, "-m", "tests.deploy.measure", str(tmp_path), "--only", "formats"]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert ended.returncode == 1 and "does not hold: formats cvt_13" in ended.stderr
+    monkeypatch.setattr(sys, "argv", ["measure", str(tmp_path), "--only", "formats"])
+    with pytest.raises(SystemExit, match="does not hold: formats cvt_13"):
+        measure.main()
     row = "| `cvt_21`, 224 and 160x192 px | 2.0e-05 | 1.0e-06 | 9.0e-06 | 9.0e-05 | 1.0e-06 |"
-    assert row in ended.stdout.splitlines()
+    assert row in capsys.readouterr().out.splitlines()
     assert len(file.read_text().splitlines()) == len(done)

@@ -59,8 +59,8 @@ def test_infer_prints_and_writes_a_line_per_image(trained, tmp_path):
 
 def test_a_folder_of_photographs_trains_and_a_broken_one_is_named(photos, tmp_path, run_here):
     keys = [f"--data.path={photos}", *TINY_KEYS, "--training.epochs=1", "--model.image_size=32"]
-    keys += ["--training.batch_size=8", "--output=run"]
-    done = run_command("train.py", PHOTOS, *keys, cwd=tmp_path)
+    keys += ["--training.batch_size=8", "--output=run", "--runtime.mode=pynative"]
+    done = run_here("train.py", PHOTOS, *keys)
     assert done.returncode == 0, done.stderr
     config = (tmp_path / "run" / "config.yaml").read_text()
     assert '- "blue"' in config and '"num_classes": 2' in config
@@ -105,7 +105,7 @@ def test_one_broken_of_200_is_skipped_in_training_and_stops_evaluation(tmp_path,
     assert len(stored) == 206 and [name for name in stored if stored[name][2]] == ["train/b/33.jpg"]
     # Evaluation on the training images; what the run has found is known.
     words = ("eval.py", "--ckpt=run/checkpoints/last.ckpt", "--data.val_folder=train")
-    done = run_command(*words, cwd=tmp_path)
+    done = run_here(*words)
     assert done.returncode == 2 and "1 of 200" in done.stderr and "b/33.jpg: cut off" in done.stderr
     assert "checking 1 images in" in done.stdout and "199 more are known" in done.stdout
     done = run_here(*words, "--data.broken=skip", "--json=figures.json")

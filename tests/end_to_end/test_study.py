@@ -24,7 +24,7 @@ settings:
 """
 
 
-def test_two_models_from_scratch_and_again(tmp_path):
+def test_two_models_from_scratch_and_again(tmp_path, run_here):
     (tmp_path / "two.yaml").write_text(STUDY)
     words = ["tools.study", "--config=two.yaml", "--output=out"]
     done = run_command(*words, cwd=tmp_path)
@@ -39,7 +39,7 @@ def test_two_models_from_scratch_and_again(tmp_path):
         line = rf"\| `{model}` \| 30,910 \| [\d.]+ \| {rows[1]['top1']:.2f} \(1\) \|"
         assert re.search(line, done.stdout), done.stdout
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out/cells").rglob("*")}
-    again = run_command(*words, cwd=tmp_path)
+    again = run_here(*words)
     assert again.returncode == 0 and "2 of 2 cells are done, 0 to train" in again.stdout
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out/cells").rglob("*")}
     assert again.stdout.partition("Top-1")[2] == done.stdout.partition("Top-1")[2]

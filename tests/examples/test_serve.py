@@ -15,7 +15,7 @@ from PIL import Image
 
 from src.data.samples import write_samples
 from src.deploy import Predictor
-from tests.conftest import ROOT, run_command
+from tests.conftest import ROOT
 
 
 def post(port: int, content: bytes, top_k: int = 2):
@@ -108,9 +108,9 @@ def test_an_image_with_too_many_pixels(server, tmp_path):
     assert time.monotonic() - start < 2
 
 
-def test_a_missing_model_is_one_line(tmp_path):
+def test_a_missing_model_is_one_line(run_here):
     pytest.importorskip("fastapi")
-    done = run_command("examples/serve.py", "--model=none.mindir", cwd=tmp_path)
+    done = run_here("examples/serve.py", "--model=none.mindir")
     assert (done.returncode, done.stdout) == (2, "")
     assert "none.mindir: no such file" in done.stderr
     assert len(done.stderr.splitlines()) == 1

@@ -48,8 +48,8 @@ def test_complexity_from_the_command_line(tmp_path):
     assert f"{total['total_macs'] / 1e9:.3f}" in rows[-1]
 
 
-def test_scaling_from_the_command_line(tmp_path):
-    done = run_command(
+def test_scaling_from_the_command_line(run_here, tmp_path):
+    done = run_here(
         "tools.benchmark",
         "--mode=scaling",
         "--model.name=cvt_13",
@@ -59,7 +59,6 @@ def test_scaling_from_the_command_line(tmp_path):
         "--runtime.precision=float16",
         "--runtime.flash_attention=true",
         "--json=figures.json",
-        cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "figures.json").read_text())
