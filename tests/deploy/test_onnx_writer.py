@@ -78,7 +78,7 @@ def test_a_published_variant_equals_the_official_one(tmp_path):
     images, expected = official.images(case).asnumpy(), official.REFERENCE[f"{tag}/logits"]
     write_onnx(official.model(case), (None, *images.shape[1:]), tmp_path / "m.onnx")
     for engine in ENGINES:
-        for count in (1, 3, 16):
+        for count in (1, 3):
             found = run(tmp_path / "m.onnx", np.resize(images, (count, *images.shape[1:])), engine)
             wanted = np.resize(expected, found.shape)
             assert np.abs(found - wanted).max() <= 1e-5 * np.abs(expected).max()
@@ -118,8 +118,10 @@ def test_names_tell_stage_block_and_layer(written):
     assert not any(name.startswith("stage2/block1/attn/conv_proj_q") for name in names)
 
 
-@pytest.mark.parametrize("batch", [3, None])
-@pytest.mark.parametrize("name", ["conv", "avg", "vit", "resnet-stem"])
+@pytest.mark.parametrize(
+    ("name", "batch"),
+    [("conv", None), *((name, 3) for name in ("conv", "avg", "vit", "resnet-stem"))],
+)
 def test_float16_weights_halve_the_file_and_arithmetic_follows_precision(tmp_path, name, batch):
     net, images = network(name)
     expected, sizes = net(ms.Tensor(images)).asnumpy(), {}
