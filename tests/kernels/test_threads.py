@@ -74,7 +74,7 @@ def test_the_number_of_threads_is_kept_to(kernels):
     assert kernels.cvt_set_threads(0) == kernels.cvt_set_threads(-1) == 1
 
 
-@pytest.mark.parametrize("asked", [None, "1", "3"])
+@pytest.mark.parametrize("asked", [None, "1"])
 def test_the_default_is_the_number_of_cores_or_the_users(built, asked):
     """`import mindspore` sets OMP_NUM_THREADS to 1 unless the user set it; that is no wish."""
     code = (
@@ -90,6 +90,13 @@ def test_the_default_is_the_number_of_cores_or_the_users(built, asked):
         capture_output=True, text=True, check=True, env=environment,
     )  # fmt: skip
     assert int(done.stdout) == int(asked or len(os.sched_getaffinity(0)))
+
+
+def test_the_users_number_is_taken(kernels, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "3")
+        set_threads(None)
+    assert kernels.cvt_threads() == 3
 
 
 def test_several_callers_at_once(kernels):
