@@ -54,7 +54,8 @@ def test_a_key_of_a_saved_configuration_can_be_edited(tmp_path):
     assert '"weight_decay": 0.05' in text
     file.write_text(text.replace('"weight_decay": 0.05', '"weight_decay": 0.06'))
     assert load_config(file).optimizer.weight_decay == 0.06
-    for lines in range(1, text.count("\n")):
+    count = text.count("\n")
+    for lines in (1, 2, *range(5, count, 5), count - 1):
         file.write_text("".join(text.splitlines(keepends=True)[:lines]))
         with pytest.raises(
             UserError, match="config.yaml: truncated" if lines > 1 else "config.yaml"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import Tensor
@@ -51,6 +52,7 @@ def test_command(tmp_path, recipe):
     for path in (SOURCE, target):
         assert hashlib.sha256(path.read_bytes()).hexdigest() in done.stdout
     assert [path.name for path in target.parent.iterdir()] == ["pico.ckpt"]
+    ms.set_context(mode=ms.PYNATIVE_MODE)
     net = pico.model()
     load_weights(net, target)
     assert np.abs(net(pico.images()).asnumpy() - pico.LOGITS).max() <= 2e-5
