@@ -306,7 +306,7 @@ def test_photographs_of_phones_scans_and_prints_are_packed_as_they_are(tmp_path)
         for k in range(10):
             assert records[k][0].tobytes() == files[k][0].tobytes()
         chain = operations((8, 8), MEAN, encoded=True) if operations else EVAL.operations(True)
-        equal(collect(make(records, chain, 5)), collect(make(files, chain, 5)))
+        assert equal(collect(make(records, chain, 5)), collect(make(files, chain, 5)))
     verify(tmp_path / "out")
 
 

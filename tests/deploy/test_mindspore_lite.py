@@ -82,10 +82,6 @@ def test_logits_equal_the_networks(lite_python, tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     for name, logits in expected.items():
-        print(
-            name,
-            np.abs(np.load(tmp_path / f"{name}.logits.npy") - logits).max(1) / np.abs(logits).max(),
-        )
         found = np.load(tmp_path / f"{name}.logits.npy")
         assert found.shape == logits.shape, name
         assert np.abs(found - logits).max() <= 5e-5 * np.abs(logits).max(), name

@@ -74,9 +74,17 @@ def test_a_planted_attention_lights_its_place():
 
 
 def test_tokens_stand_where_the_embeddings_put_them():
-    """The pixel whose change moves a token most is under its centre, with plain averages."""
+    """At the centre of mass of the pixels that move a token, with plain averages."""
     patches = ((7, 4, 2), (3, 2, 1), (3, 2, 1))
     assert token_centres(patches, np.arange(3)).tolist() == [1, 17, 33]
+    weights = np.eye(160)  # of pixels in the tokens along an axis
+    for size, stride, padding in patches:
+        padded = np.pad(weights, ((padding, padding), (0, 0)))
+        starts = range(0, len(padded) - size + 1, stride)
+        weights = np.stack([padded[start : start + size].mean(0) for start in starts])
+    inner = np.arange(2, len(weights) - 2)
+    centres = weights[inner] @ np.arange(160) / weights[inner].sum(1)
+    np.testing.assert_allclose(token_centres(patches, inner), centres)
 
 
 def test_networks_and_modes_that_have_no_maps_are_refused():
