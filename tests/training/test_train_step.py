@@ -18,13 +18,12 @@ from src.models.layers import BatchNorm2d
 from src.training.loss import LabelSmoothingCrossEntropy
 from src.training.optimizer import SGD, AdamW
 from src.training.train_step import GROWTH_STEPS, TrainStep, mix_images
-from tests import conftest
 from tests.conftest import ROOT
 from tools.check_device.golden import official
 
-TINY = {**conftest.TINY, "depths": (1, 1, 1)}
-# A stage's last block drops most often, and its first one never.
-DROPPING = {**conftest.TINY, "depths": (1, 1, 2), "drop_path_rate": 0.5}
+# One block, because a step treats all networks alike; the official trajectory has a CvT.
+TINY = {"depths": (1,), "width": 8, "num_classes": 10}
+DROPPING = {**TINY, "depths": (1, 1), "drop_path_rate": 0.5}  # the first block never drops
 TRAJECTORY = official.DESCRIPTION["trajectories"][0]
 # Softmax ignores a shift of all keys: the true gradient is zero, and Adam follows rounding noise.
 WITHOUT_GRADIENT = ("proj_k.bias", "conv_proj_k.bn.bias")
@@ -45,7 +44,7 @@ def batches(count, size=8, image=64, classes=10, seed=0):
 
 
 def tiny_step(net=None, lr=1e-3, **options):
-    net = net or create_model("cvt_nano", **TINY)
+    net = net or create_model("resnet_nano", **TINY)
     loss = LabelSmoothingCrossEntropy(0.1)
     optimizer = AdamW(net.trainable_params())
     step = TrainStep(net, loss, optimizer, np.full(50, lr, np.float32), **options)
@@ -107,12 +106,12 @@ def test_twenty_steps_follow_the_official_trajectory(operators, request):
 def test_clipping_bounds_the_update_as_pytorch_does(pynative_mode):
     """A large bound changes nothing; a small one equals the gradients scaled by bound / norm."""
     batch = next(batches(1, image=32))
-    net = create_model("cvt_nano", **TINY)
+    net = create_model("resnet_nano", **TINY)
     start = weights(net)
     norm = float(tiny_step(net)(*batch)[1].asnumpy())
     moments = {}
     for bound in (0.0, 2 * norm, norm / 4):
-        step = tiny_step(copy_into(create_model("cvt_nano", **TINY), start), clip_norm=bound)
+        step = tiny_step(copy_into(create_model("resnet_nano", **TINY), start), clip_norm=bound)
         assert float(step(*batch)[1].asnumpy()) == pytest.approx(norm, rel=1e-6)
         moments[bound] = np.concatenate([m.asnumpy().ravel() for m in step.optimizer.moment1])
     assert np.array_equal(moments[0.0], moments[2 * norm])
@@ -121,10 +120,10 @@ def test_clipping_bounds_the_update_as_pytorch_does(pynative_mode):
 
 def test_the_loss_scale_cancels_out(pynative_mode):
     batch = next(batches(1, image=32))
-    net = create_model("cvt_nano", **TINY)
+    net = create_model("resnet_nano", **TINY)
     start = weights(net)
     plain = tiny_step(net)
-    scaled = tiny_step(copy_into(create_model("cvt_nano", **TINY), start), loss_scale=1024.0)
+    scaled = tiny_step(copy_into(create_model("resnet_nano", **TINY), start), loss_scale=1024.0)
     for expected, found in zip(plain(*batch), scaled(*batch)):
         assert float(found.asnumpy()) == pytest.approx(float(expected.asnumpy()), rel=1e-5)
     for expected, found in zip(plain.optimizer.moment1, scaled.optimizer.moment1):
@@ -132,7 +131,7 @@ def test_the_loss_scale_cancels_out(pynative_mode):
 
 
 def test_the_average_follows_the_weights_and_their_statistics(pynative_mode):
-    net, ema_net = (create_model("cvt_nano", **TINY) for _ in range(2))
+    net, ema_net = (create_model("resnet_nano", **TINY) for _ in range(2))
     copy_into(ema_net, weights(net))
     expected = {f"ema.{name}": value for name, value in weights(net).items()}
     ema_net.update_parameters_name("ema.")
@@ -145,16 +144,16 @@ def test_the_average_follows_the_weights_and_their_statistics(pynative_mode):
             expected[f"ema.{name}"] = decay * expected[f"ema.{name}"] + (1 - decay) * value
     for name, value in weights(ema_net).items():
         np.testing.assert_allclose(value, expected[name], rtol=1e-5, atol=1e-7)
-    assert "ema.stage0.blocks.0.attn.conv_proj_q.bn.moving_mean" in expected
+    assert "ema.stem.bn.moving_mean" in expected
 
 
 def test_randomness_follows_seed_and_step_only():
     """The same steps again give the same losses to the last bit; another seed gives others."""
-    start = weights(create_model("cvt_nano", **DROPPING))
+    start = weights(create_model("resnet_nano", **DROPPING))
     losses = {}
     for seed, mode in ((1, ms.GRAPH_MODE), (1, ms.PYNATIVE_MODE), (2, ms.PYNATIVE_MODE)):
         ms.set_context(mode=mode)
-        step = tiny_step(copy_into(create_model("cvt_nano", **DROPPING), start), seed=seed)
+        step = tiny_step(copy_into(create_model("resnet_nano", **DROPPING), start), seed=seed)
         begin = everything(step)
         for run in ("first", "again"):
             ms.set_seed(len(losses))  # the global generator has no say
@@ -169,7 +168,7 @@ def test_randomness_follows_seed_and_step_only():
 
 def test_the_learning_rate_is_that_of_the_step(pynative_mode):
     """Rate zero in the second of three steps: the weights stand still in that step only."""
-    net = create_model("cvt_nano", **TINY)
+    net = create_model("resnet_nano", **TINY)
     optimizer = AdamW(net.trainable_params())
     rates = np.array([1e-3, 0, 1e-3], np.float32)
     step = TrainStep(net, LabelSmoothingCrossEntropy(0.1), optimizer, rates).set_train(True)
@@ -187,7 +186,7 @@ def test_the_learning_rate_is_that_of_the_step(pynative_mode):
 def test_a_step_that_is_not_finite_leaves_no_trace(kind, mode, operators, request):
     """Not in weights, moments, running statistics or average; the scale halves, and it counts."""
     ms.set_context(mode=mode)
-    net, ema_net = (create_model("cvt_nano", **TINY) for _ in range(2))
+    net, ema_net = (create_model("resnet_nano", **TINY) for _ in range(2))
     copy_into(ema_net, weights(net)).update_parameters_name("ema.")
     loss, rates = LabelSmoothingCrossEntropy(0.1), np.full(50, 1e-2, np.float32)
     optimizer = kind(net.trainable_params(), weight_decay=0.1)
@@ -222,7 +221,7 @@ def test_a_step_that_is_not_finite_leaves_no_trace(kind, mode, operators, reques
 def test_an_overflow_of_gradients_with_a_finite_loss_leaves_no_trace(parts, mode):
     """At a scale of 2^24 float16 gradients overflow, the loss does not; good parts go as well."""
     ms.set_context(mode=mode)
-    net, ema_net = (set_precision(create_model("cvt_nano", **TINY), "float16") for _ in range(2))
+    net, ema_net = (set_precision(create_model("resnet_nano", **TINY), "float16") for _ in range(2))
     copy_into(ema_net, weights(net)).update_parameters_name("ema.")
     options = {"ema_net": ema_net.set_train(False), "ema_decay": 0.9, "accumulate": parts}
     step = tiny_step(net, loss_scale=1.0, **options)
@@ -245,7 +244,7 @@ def test_an_overflow_of_gradients_with_a_finite_loss_leaves_no_trace(parts, mode
     assert changed == {"step", "skipped"}
     assert (after["step"], after["skipped"]) == (2, 1)
     assert np.isfinite(take(last, *good)).all(), "sums of a skipped step do not stay"
-    moved = "stage0.blocks.0.attn.conv_proj_q.bn.moving_mean"
+    moved = "stem.bn.moving_mean"
     assert not np.array_equal(everything(step)[moved], after[moved])
 
 
@@ -284,12 +283,12 @@ def test_accumulated_parts_equal_the_large_batch(operators, request):
 
     The parts as graphs, the large batch operator by operator.
     """
-    start = weights(create_model("cvt_nano", **DROPPING))
+    start = weights(create_model("resnet_nano", **DROPPING))
     library = request.getfixturevalue("built") if operators == "compiled" else None
     found = {}
     for parts, mode in ((1, ms.PYNATIVE_MODE), (3, ms.GRAPH_MODE)):
         ms.set_context(mode=mode)
-        net = copy_into(create_model("cvt_nano", **DROPPING), start)
+        net = copy_into(create_model("resnet_nano", **DROPPING), start)
         step = tiny_step(net, accumulate=parts, clip_norm=0.5, seed=3, library=library)
         for _, cell in net.cells_and_names():
             if isinstance(cell, ms.nn.BatchNorm2d):
