@@ -6,6 +6,7 @@ import gc
 import hashlib
 import importlib.util
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -38,7 +39,6 @@ LONG_FILES = (
 # beginnings of test ids.
 SLOW_TESTS = (
     "tests/ascend",
-    "tests/data/test_images.py::test_a_bomb",
     "tests/data/test_images.py::test_a_small_file",
     "tests/data/test_images.py::test_damaged_jpegs",
     "tests/deploy/test_convert.py",
@@ -204,6 +204,18 @@ def built(compiler) -> Path:
     from src.kernels.library import library
 
     return library(cache_folder())
+
+
+@pytest.fixture(scope="session")
+def interpreter(tmp_path_factory) -> str:
+    """This interpreter as PYTHON for scripts, whose probe for packages would take seconds."""
+    script = tmp_path_factory.mktemp("bin") / "python"
+    script.write_text(
+        "#!/bin/sh\ncase $2 in 'import mindspore,'*) exit ;; esac\n"
+        f'exec {shlex.quote(sys.executable)} "$@"\n'
+    )
+    script.chmod(0o755)
+    return str(script)
 
 
 def run_command(*words: str, cwd: Path) -> subprocess.CompletedProcess:

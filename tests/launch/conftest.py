@@ -3,13 +3,18 @@
 import os
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import ROOT, file_lock
 from tests.launch.runs import TWENTY_STEPS
+
+
+@pytest.fixture(autouse=True)
+def python(interpreter, monkeypatch):
+    """For the scripts."""
+    monkeypatch.setenv("PYTHON", interpreter)
 
 
 @pytest.fixture
@@ -32,7 +37,7 @@ def hostile_folder(tmp_path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def one_process(shared_folder) -> Path:
+def one_process(shared_folder, interpreter) -> Path:
     """The run of `TWENTY_STEPS` by one process with the double batch."""
     work = shared_folder / "one_process"
     script = ROOT / "scripts/run_standalone_train.sh"
@@ -42,7 +47,7 @@ def one_process(shared_folder) -> Path:
             done = subprocess.run(
                 ["bash", str(script), "config/digits/cvt_nano.yaml", "-", "--output", "one",
                  *TWENTY_STEPS, "--training.batch_size=64"],
-                cwd=work, env={**os.environ, "DEVICE_TARGET": "CPU", "PYTHON": sys.executable},
+                cwd=work, env={**os.environ, "DEVICE_TARGET": "CPU", "PYTHON": interpreter},
                 capture_output=True, text=True,
             )  # fmt: skip
             assert done.returncode == 0, done.stdout + done.stderr

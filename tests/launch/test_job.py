@@ -31,8 +31,7 @@ pytestmark = [
 
 
 def environment(free_port, **more):
-    return {**os.environ, "DEVICE_TARGET": "CPU", "PYTHON": sys.executable,
-            "MASTER_PORT": str(free_port), **more}  # fmt: skip
+    return {**os.environ, "DEVICE_TARGET": "CPU", "MASTER_PORT": str(free_port), **more}
 
 
 def test_two_ranks_equal_one_with_the_double_batch(one_process, tmp_path, free_port, graph_folder):
@@ -160,7 +159,7 @@ def test_evaluation_counts_every_image_once_on_any_number_of_ranks(
             str(ROOT / "eval.py"), f"--ckpt={trained / 'checkpoints/best.ckpt'}",
             "--data.source=imagefolder", f"--data.path={tmp_path / 'data'}",
             "--data.workers=1", "--evaluation.batch_size=64", f"--json={tmp_path}/{world}.json",
-            f"--report={tmp_path}/report{world}",
+            f"--report={tmp_path}/report{world}", "--runtime.mode=pynative",
         ]  # fmt: skip
         if world == 1:
             monkeypatch.setattr(sys, "argv", words)

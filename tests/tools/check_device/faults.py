@@ -59,8 +59,10 @@ def statistics_not_restored() -> None:
 
 
 def norm_of_each_rank() -> None:
-    """Each rank clips by its own norm, which differs in the last bits."""
+    """Each rank clips by its own norm, which differs in the last bits; in a small network."""
+    from src.models import create_model
     from src.training import train_step
+    from tools.check_device.checks import state
 
     def agree(self, loss, norm, after):
         own = (loss, norm, after)
@@ -68,6 +70,8 @@ def norm_of_each_rank() -> None:
         return loss, norm * (1.0 + 1.2e-6 * self.rank), after * self.fraction
 
     train_step.TrainStep._agree = agree
+    sizes = {"depths": (2,), "width": 8, "stem": "conv7", "num_classes": 10}
+    state.network = lambda **options: create_model("resnet_nano", **sizes, **options)
 
 
 def epsilon_of_adam() -> None:
@@ -110,7 +114,10 @@ def flipped_byte() -> None:
 
 
 def convolution_in_float16() -> None:
-    """The second token embedding's convolution computes in float16 and in no compiled operator."""
+    """The second token embedding's convolution computes in float16 and in no compiled operator.
+
+    In every network, so that the logits of one will do.
+    """
     from src import models
     from src.models.layers import ConvEmbed
 
@@ -134,6 +141,9 @@ def convolution_in_float16() -> None:
         return net
 
     models.create_model = create
+    from tools.check_device.checks import network  # not before, because it imports `create_model`
+
+    network.SMALL, network.LARGE = (), network.SMALL[0]
 
 
 def crash_and_hang() -> None:

@@ -78,12 +78,12 @@ def test_a_crash_a_failure_and_a_hang_stop_no_other_check(tmp_path):
     assert hang == "no result within 2 s"
 
 
-def test_the_script_checks_this_cpu_and_writes_a_report(tmp_path):
+def test_the_script_checks_this_cpu_and_writes_a_report(interpreter, tmp_path):
     """Everything that runs in one process, from the user's folder."""
     names = [*OPERATORS, "logits bfloat16", "export AIR", *STATE]
     command = ["bash", str(ROOT / "scripts/check_device.sh"), "--device", "CPU", "--report",
                "check.json", "--only", *names]  # fmt: skip
-    environment = {**os.environ, "PYTHON": sys.executable, "HCCL_BUFFSIZE": "1", "SECRET": "s3"}
+    environment = {**os.environ, "PYTHON": interpreter, "HCCL_BUFFSIZE": "1", "SECRET": "s3"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "check.json").read_text())
