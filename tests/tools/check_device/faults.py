@@ -59,10 +59,8 @@ def statistics_not_restored() -> None:
 
 
 def norm_of_each_rank() -> None:
-    """Each rank clips by its own norm, which differs in the last bits; in a small network."""
-    from src.models import create_model
+    """Each rank clips by its own norm, which differs in the last bits."""
     from src.training import train_step
-    from tools.check_device.checks import state
 
     def agree(self, loss, norm, after):
         own = (loss, norm, after)
@@ -70,8 +68,6 @@ def norm_of_each_rank() -> None:
         return loss, norm * (1.0 + 1.2e-6 * self.rank), after * self.fraction
 
     train_step.TrainStep._agree = agree
-    sizes = {"depths": (2,), "width": 8, "stem": "conv7", "num_classes": 10}
-    state.network = lambda **options: create_model("resnet_nano", **sizes, **options)
 
 
 def epsilon_of_adam() -> None:
