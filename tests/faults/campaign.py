@@ -1,11 +1,10 @@
 """The fault campaign: runs that are killed, stopped and damaged at random, and must lose nothing.
 
     python -m tests.faults.campaign OUTPUT [--seed 0] [--kills 50] [--stops 20] [--rank_kills 10]
-        [--flips 500] [--truncations 100] [--key value ...]
+        [--flips 500] [--truncations 100]
 
 Prints a table and writes every single result to OUTPUT/results.jsonl; started again with the same
-OUTPUT it goes on behind what is there. Each number is the number of faults of that kind; further
-keys go to the runs.
+OUTPUT it goes on behind what is there. Each number is the number of faults of that kind.
 """
 
 from __future__ import annotations
@@ -47,9 +46,9 @@ def train(folder: Path, ranks: int, *more: str) -> list[str]:
     return ["bash", str(script), RECIPE, "-", str(ranks), *keys]
 
 
-def start(folder: Path, ranks: int, *keys: str) -> subprocess.Popen:
+def start(folder: Path, ranks: int) -> subprocess.Popen:
     """Start a run, or go on with it where it has a state."""
-    more = [*keys, *["--resume"] * any((folder / "checkpoints").glob("step-*.ckpt"))]
+    more = ["--resume"] if any((folder / "checkpoints").glob("step-*.ckpt")) else []
     with socket.socket() as probe:
         probe.bind(("", 0))
         port = probe.getsockname()[1]
@@ -78,10 +77,9 @@ def outcome(folder: Path) -> dict:
 class Campaign:
     """Faults of every kind, their results kept in a file."""
 
-    def __init__(self, output: Path, seed: int, keys: list[str]) -> None:
+    def __init__(self, output: Path, seed: int) -> None:
         self.output = output
         self.seed = seed
-        self.keys = keys
         self.file = output / "results.jsonl"
         output.mkdir(parents=True, exist_ok=True)
         self.results = []
@@ -105,7 +103,7 @@ class Campaign:
         if not stamp.exists():
             shutil.rmtree(folder, ignore_errors=True)
             began = time.time()
-            if start(folder, ranks, *self.keys).wait() != 0:
+            if start(folder, ranks).wait() != 0:
                 raise SystemExit(f"the undisturbed run failed, see {folder}.out")
             stamp.write_text(str(time.time() - began))
         return folder
@@ -122,7 +120,7 @@ class Campaign:
             shutil.rmtree(folder, ignore_errors=True)
             faults = []
             while True:
-                job = start(folder, ranks, *self.keys)
+                job = start(folder, ranks)
                 if len(faults) + turn < count and self._wait(job, folder, seconds, rng):
                     fault = self._strike(job, number, ranks, rng)
                     if fault["code"]:
@@ -260,12 +258,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     for kind, count in zip(KINDS, (50, 20, 10, 500, 100)):
         parser.add_argument(f"--{kind}", type=int, default=count)
-    arguments, keys = parser.parse_known_args()
+    arguments = parser.parse_args()
     sys.path.insert(0, str(ROOT))
     from src.device import prepare_environment
 
     prepare_environment()
-    campaign = Campaign(arguments.output.resolve(), arguments.seed, keys)
+    campaign = Campaign(arguments.output.resolve(), arguments.seed)
     for kind in ("flips", "truncations"):
         if getattr(arguments, kind):
             campaign.damage(kind, getattr(arguments, kind))

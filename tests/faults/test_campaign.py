@@ -7,13 +7,9 @@ from tests.conftest import ROOT
 
 
 def test_a_short_campaign_loses_nothing(tmp_path):
-    """A kill, a SIGTERM, forty flipped bits and ten truncations, with what compiles fastest.
-
-    `tests/training/test_state.py` and check_device resume a CvT.
-    """
+    """A kill, a SIGTERM, forty flipped bits and ten truncations."""
     counts = {"kills": 1, "stops": 1, "rank_kills": 0, "flips": 40, "truncations": 10}
     options = [f"--{kind}={count}" for kind, count in counts.items()]
-    options += ["--model.name=resnet_nano", "--model.embed_dims=null", "--model.depths=[1,1]"]
     done = subprocess.run(
         [sys.executable, "-m", "tests.faults.campaign", str(tmp_path), "--seed=3", *options],
         cwd=ROOT, capture_output=True, text=True,
