@@ -29,7 +29,7 @@ print('numpy<2' if old else 'numpy')" 2>/dev/null | tail -n 1) || return
     PYTHON=$base
     return
   fi
-  if [ -x .venv/bin/python ]; then
+  if is_complete .venv; then
     [ -z "${PYTHON-}" ] || same_version "$base" .venv/bin/python || return 2
     base=.venv/bin/python
   fi
@@ -39,13 +39,18 @@ print('numpy<2' if old else 'numpy')" 2>/dev/null | tail -n 1) || return
   }
   stamp=.venv/installed-$requirements
   digest=$(cat requirements.txt "$requirements" | cksum)
-  if [ ! -x .venv/bin/python ] || [ "$(cat "$stamp" 2>/dev/null)" != "$digest" ]; then
+  if ! is_complete .venv || [ "$(cat "$stamp" 2>/dev/null)" != "$digest" ]; then
     echo "installing $requirements into .venv (a minute or two, once)"
-    [ -x .venv/bin/python ] || "$base" -m venv --clear .venv || return
+    is_complete .venv || "$base" -m venv --clear .venv || return
     .venv/bin/python -m pip install -q --disable-pip-version-check -r "$requirements" || return
     echo "$digest" >"$stamp"
   fi
   PYTHON=.venv/bin/python
+}
+
+# is_complete VENV: it has Python and pip. Without Debian's python3-venv, only Python is made.
+is_complete() {
+  [ -x "$1/bin/python" ] && [ -x "$1/bin/pip" ]
 }
 
 # same_version PYTHON PYTHON: refuse to use the second for the first if their versions differ.

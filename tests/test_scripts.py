@@ -52,6 +52,7 @@ def installed(folder, version):
     for name in ("requirements.txt", "requirements-dev.txt"):
         shutil.copy(ROOT / name, folder)
     interpreter(folder / ".venv/bin/python", version)
+    interpreter(folder / ".venv/bin/pip", version)
     lists = [(folder / name).read_bytes() for name in ("requirements.txt", "requirements.txt")]
     digest = subprocess.run(["cksum"], input=b"".join(lists), capture_output=True, check=True)
     (folder / ".venv/installed-requirements.txt").write_bytes(digest.stdout)
@@ -75,6 +76,14 @@ def test_an_installed_environment_needs_no_other_interpreter(tmp_path):
     interpreter(tmp_path / "bin/python3", "3.13")
     done = environment_of(tmp_path, PATH=f"{tmp_path}/bin:{os.environ['PATH']}")
     assert (done.returncode, done.stdout) == (0, ".venv/bin/python\n"), done.stderr
+
+
+def test_an_environment_without_pip_is_made_anew(tmp_path):
+    """As Debian leaves it where python3-venv is missing; the user then installs that."""
+    installed(tmp_path, "3.11")
+    (tmp_path / ".venv/bin/pip").unlink()
+    done = environment_of(tmp_path, PYTHON=interpreter(tmp_path / "python", "3.11"))
+    assert done.returncode == 0 and "ran -m venv --clear .venv" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize(("version", "code"), [("3.11", 0), ("3.10", 2)])

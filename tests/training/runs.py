@@ -32,10 +32,7 @@ def small_cvt(folder, **changes):
     config = load_config(folder / "config.yaml")
     config.runtime.mode = "pynative"
     config.training.batch_size = 50
-    for key, value in changes.items():
-        group, _, name = key.partition("__")
-        setattr(getattr(config, group), name, value)
-    return config
+    return _changed(config, changes)
 
 
 def small(folder, **changes):
@@ -43,6 +40,10 @@ def small(folder, **changes):
     config = small_cvt(folder)
     size = config.model.image_size
     config.model = ModelConfig("resnet_nano", image_size=size, num_classes=10, depths=[1])
+    return _changed(config, changes)
+
+
+def _changed(config, changes):
     for key, value in changes.items():
         group, _, name = key.partition("__")
         setattr(getattr(config, group), name, value)
