@@ -79,8 +79,8 @@ def test_a_crash_a_failure_and_a_hang_stop_no_other_check(tmp_path):
 
 
 def test_the_script_checks_this_cpu_and_writes_a_report(interpreter, tmp_path):
-    """Everything that runs in one process, from the user's folder."""
-    names = [*OPERATORS, "logits bfloat16", "export AIR", *STATE]
+    """Operators, accumulated parts of a CvT, and states, from the user's folder."""
+    names = [*OPERATORS, "accumulation", "logits bfloat16", "export AIR", *STATE]
     command = ["bash", str(ROOT / "scripts/check_device.sh"), "--device", "CPU", "--report",
                "check.json", "--only", *names]  # fmt: skip
     environment = {**os.environ, "PYTHON": interpreter, "HCCL_BUFFSIZE": "1", "SECRET": "s3"}
@@ -89,7 +89,7 @@ def test_the_script_checks_this_cpu_and_writes_a_report(interpreter, tmp_path):
     report = json.loads((tmp_path / "check.json").read_text())
     assert report["passed"] and report["device"] == "CPU"
     statuses = {check["name"]: check["status"] for check in report["checks"]}
-    assert list(statuses) == ["environment", *names[: len(OPERATORS)], "logits bfloat16", *STATE,
+    assert list(statuses) == ["environment", *OPERATORS, "logits bfloat16", "accumulation", *STATE,
                               "export AIR"]  # fmt: skip
     assert {name for name, status in statuses.items() if status == NOT_HERE} == {
         "logits bfloat16", "export AIR"
