@@ -41,7 +41,10 @@ def main(argv: list[str]) -> None:
     from src.evaluation.report import calibrate, check_report, is_result, write_report
 
     if arguments.config is None:
-        raise UserError(f"{arguments.ckpt}: no config.yaml beside it; give --config")
+        raise UserError(
+            f"{arguments.ckpt}: no config.yaml beside it; give its recipe with --config, such as "
+            "config/imagenet/cvt_13_224.yaml"
+        )
     chosen = {key.removeprefix("runtime.") for key in arguments.given}
     device = choose_device(config.runtime.device)
     config.runtime = inference_runtime(config.runtime, device, chosen)

@@ -75,7 +75,10 @@ def main(argv: list[str]) -> None:
     if arguments.quantize and "float16" in (arguments.weight_dtype, arguments.precision):
         raise UserError("--quantize int8: quantizes float32 weights; leave out float16")
     if arguments.config is None:
-        raise UserError(f"{checkpoint}: no config.yaml beside it; give --config")
+        raise UserError(
+            f"{checkpoint}: no config.yaml beside it; give its recipe with --config, such as "
+            "config/imagenet/cvt_13_224.yaml"
+        )
     if any(word.split("=")[0] == "--runtime.precision" for word in argv):
         raise UserError(
             "--runtime.precision: applies to training; use --precision for the exported file"

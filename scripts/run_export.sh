@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Export a checkpoint into its folder:
 #   bash scripts/run_export.sh CONFIG CKPT FORMAT [--dry_run] [--key value ...]
-# CONFIG - uses the run's own configuration. FORMAT is mindir, onnx or air. DEVICE_TARGET is Ascend
-# (default), GPU or CPU. Further options are passed to export.py.
+# CONFIG - uses the run's own configuration. FORMAT is mindir, onnx or air. DEVICE_TARGET
+# (default Ascend) matters only for air; the others are written on the CPU. Further options are
+# passed to export.py.
 set -euo pipefail
 # shellcheck source=scripts/command.sh
 source "$(dirname "${BASH_SOURCE[0]}")/command.sh"

@@ -183,8 +183,8 @@ def open_split(config: Config, split: str) -> Source:
         source = select_classes(source, data.classes, data.class_names)
     if split == "train" and len(source.class_names) < 2:
         raise UserError(
-            f"{source.title}: only one class ({source.class_names[0]!r}); add a folder for each "
-            "further class"
+            f"{source.title}: only one class ({source.class_names[0]!r}); training needs two or "
+            "more: add class folders, or name more in data.classes"
         )
     if held_out:  # the same images for any runtime.seed, so that trials are comparable
         source = hold_out(source, data.val_from_train, seed=0)[split == "val"]

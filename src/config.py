@@ -136,8 +136,8 @@ class DataConfig:
         class_names: names in the order of the labels; null uses the data's own. A run writes them
             to its config.yaml, so that every checkpoint has its classes.
         classes: use only these classes, labelled in this order.
-        labels: labels of the evaluation images (eval.py): val are those of the folders; real and v2
-            are ImageNet's later ones, where v2 needs ImageNet-V2's class folders 0..999.
+        labels: label protocol of eval.py: val uses the class folders, real is ImageNet ReaL, v2 is
+            ImageNet-V2 with its class folders 0..999.
         labels_file: ReaL's real.json, for labels real.
         train_images: use only this number of training images, balanced over the classes;
             runtime.seed selects them.
@@ -148,8 +148,8 @@ class DataConfig:
         std: standard deviation of the three channels, for values in 0..1.
         crop_ratio: evaluation resizes the short side to image size / crop_ratio and crops the
             centre; null resizes directly to the image size, as in the official 384 px evaluation.
-        interpolation: filter of every resize: bicubic as in Pillow; bilinear and nearest without
-            Pillow's wider filter for shrinking, so they alias.
+        interpolation: filter of every resize: bicubic is antialiased, as in Pillow; bilinear and
+            nearest are not.
         workers: threads that prepare images; 0 uses one per core, at most eight.
         check_images: read every image file once before the start (imagefolder).
         index: file for the results of this check. Several runs on the same data can share it and
@@ -269,8 +269,8 @@ class TrainingConfig:
         epoch_steps: steps per epoch, independent of the number of training images; passes over the
             images continue across epochs. null ends an epoch with each pass.
         batch_size: images per batch on one device.
-        accumulate: batches whose gradients form one step; equals a batch that many times larger
-            except for BatchNorm, which uses each batch's own statistics.
+        accumulate: batches per optimizer step (gradient accumulation); equals one large batch,
+            except that BatchNorm uses each batch's own statistics.
         label_smoothing: fraction of the target spread over all classes.
         ema_decay: decay of the exponential moving average of the weights, which is evaluated and
             saved as best; 0 disables it.

@@ -138,9 +138,9 @@ def is_distributed() -> bool:
         name = left[0]
         by = _OF_OTHERS.get(name, "msrun")
         raise UserError(
-            f"{name}={os.environ[name]} is set, as by {by}, but the ranks were not started by "
-            "scripts/run_distribute_train.sh; start them with it, or for a single process run: "
-            f"unset {name}"
+            f"{name}={os.environ[name]} is set, as by {by}, but msrun did not start the ranks; "
+            "train with scripts/run_distribute_train.sh, evaluate with msrun, or for a single "
+            f"process run: unset {name}"
         )
     return False
 

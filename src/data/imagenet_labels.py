@@ -29,14 +29,26 @@ _VAL_FILE = re.compile(r"ILSVRC2012_val_(\d{8})\.\w+")
 
 
 @functools.cache
+def _classes() -> dict[str, str]:
+    """Return the names of the 1,000 classes by their synsets, in the order of models' outputs.
+
+    Both are timm 1.0's (Apache-2.0; the names are WordNet's), but for the two called "crane".
+    """
+    text = Path(__file__).with_name("imagenet_classes.txt").read_text(encoding="ascii")
+    return dict(line.split(" ", 1) for line in text.splitlines())
+
+
 def synsets() -> tuple[str, ...]:
     """Return the 1,000 classes in the order of published models' outputs, which is sorted.
 
-    The list is timm 1.0's imagenet_synsets.txt (Apache-2.0). torchvision 0.28 names its 1,000
-    outputs after these synsets in the same order.
+    torchvision 0.28 names its 1,000 outputs after these synsets in the same order.
     """
-    path = Path(__file__).with_name("imagenet_synsets.txt")
-    return tuple(path.read_text(encoding="ascii").split())
+    return tuple(_classes())
+
+
+def imagenet_names() -> list[str]:
+    """Return the names of the 1,000 classes ("tench, Tinca tinca") in the order of `synsets`."""
+    return list(_classes().values())
 
 
 def find_class_order_fault(names: Sequence[str]) -> str | None:

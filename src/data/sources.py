@@ -135,7 +135,8 @@ def _describe_missing(root: Path, folder: Path, split: str) -> str:
         f"{root}: no folder {folder.name!r} for the {split} split, there is "
         f"{join_names(there) or 'nothing'}; "
         + (f"did you mean {hint}?" if hint else "arrange the images as train/<class>/*.jpg and "
-           "val/<class>/*.jpg or name the folder")
+           f"val/<class>/*.jpg or name the folder with --data.{split}_folder"
+           + (", or hold out training images with --data.val_from_train N" * (split == "val")))
     )  # fmt: skip
 
 

@@ -36,12 +36,15 @@ def select_classes(
     label_map = np.full(len(old_labels), -1, np.int32)
     for name in map(normalize_name, names):
         if name not in old_labels:
-            raise UserError(f"data.classes: {source.title} has no class {name!r}")
+            raise UserError(
+                f"data.classes: {source.title} has no class {name!r}; it has "
+                f"{join_names(source.class_names)}"
+            )
         if name not in new_labels:
             raise UserError(f"data.classes: {name!r} is none of the run's classes {class_names}")
         label_map[old_labels[name]] = new_labels[name]
     if len(set(map(normalize_name, names))) < len(names):
-        raise UserError(f"data.classes {list(names)}: names a class twice")
+        raise UserError(f"data.classes {list(names)}: names a class twice; remove one")
     labels = label_map[source.labels]
     indices = np.flatnonzero(labels >= 0)
     return source.subset(indices, labels[indices], class_names)
@@ -56,7 +59,9 @@ def balanced_subset(source: Source, count: int, seed: int) -> Source:
         UserError: the source has fewer images.
     """
     if count > len(source):
-        raise UserError(f"data.train_images {count}: {source.title} has only {len(source)}")
+        raise UserError(
+            f"data.train_images {count}: {source.title} has only {len(source)} images; lower it"
+        )
     return source.subset(np.sort(_balanced_order(source, seed)[:count]))
 
 

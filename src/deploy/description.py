@@ -58,13 +58,18 @@ def check_readable(shape: list, preprocessing: Preprocessing, class_names: list 
     Raises:
         UserError: the model, its images or a batch of them are beyond the limits.
     """
+    limit = _MAX_FLOATS // math.prod(shape[1:])
+    if (shape[0] or 1) > limit:
+        raise UserError(
+            f"--batch_size {shape[0]}: at most {limit} images of this size; lower it or use dynamic"
+        )
     values = preprocessing.to_dict()
     description = {"input_shape": shape, "preprocessing": values, "class_names": class_names}
     try:
         _validate(json.loads(json.dumps(description)))
     except ValueError as error:
         raise UserError(
-            f"the exported file could not be opened: {error}; change --batch_size or the model"
+            f"the exported file could not be opened: {error}; change the model"
         ) from None
 
 

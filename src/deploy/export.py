@@ -17,6 +17,7 @@ from src.config import Config
 from src.config_io import run_config_of
 from src.data import Preprocessing, create_eval_loader
 from src.data.transforms import pad_batch
+from src.deploy.class_names import known_class_names
 from src.deploy.description import check_readable
 from src.deploy.engines import Run, open_model
 from src.deploy.quantize import check_quantizer, quantize
@@ -82,7 +83,8 @@ def export(
         config = resolve_classes(config, open_split(config, "val"))
     preprocessing = build_preprocessing(config)
     shape = (options.batch_size, 3, *preprocessing.image_size)
-    check_readable(list(shape), preprocessing, config.data.class_names)
+    names = config.data.class_names or known_class_names(checkpoint, config.model.num_classes)
+    check_readable(list(shape), preprocessing, names)
     # The run's precision does not matter for the file.
     runtime = dataclasses.replace(config.runtime, precision="float32", flash_attention=False)
     net = build_model(dataclasses.replace(config, runtime=runtime))
@@ -102,7 +104,9 @@ def export(
                 quantization = quantize(
                     floating, partial, config, preprocessing, size, run and run.parent
                 )
-            _write_description(config, checkpoint, output, options, preprocessing, quantization)
+            _write_description(
+                config, checkpoint, output, options, preprocessing, names, quantization
+            )
     except OSError as error:
         raise UserError(f"{output}: {error.strerror}; give another --output") from error
     size = output.stat().st_size / 2**20
@@ -115,6 +119,7 @@ def _write_description(
     output: Path,
     options: ExportOptions,
     preprocessing: Preprocessing,
+    class_names: list[str] | None,
     quantization: dict | None,
 ) -> None:
     """Write `output`.json; null in the input shape means any batch size."""
@@ -124,7 +129,7 @@ def _write_description(
         "input_shape": [options.batch_size, 3, *preprocessing.image_size],
         "input_dtype": "float32",
         "preprocessing": preprocessing.to_dict(),
-        "class_names": config.data.class_names,
+        "class_names": class_names,
         "weight_dtype": options.weight_dtype,
         "precision": options.precision,
         "checkpoint": checkpoint.name,

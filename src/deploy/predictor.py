@@ -24,6 +24,7 @@ from src.data import Preprocessing
 from src.data.headers import SERVED_PIXELS, check_size
 from src.data.images import to_rgb
 from src.data.transforms import pad_batch
+from src.deploy.class_names import known_class_names
 from src.deploy.description import read_description
 from src.deploy.engines import (
     Session,
@@ -297,10 +298,16 @@ def _open_weights(
     weight_files(path)  # raises UserError for files of any other kind
     config = config or run_config_of(path)
     if config is None:
-        raise UserError(f"{path}: no config.yaml of a run beside it; give --config")
+        raise UserError(
+            f"{path}: no config.yaml of a run beside it; give its recipe with --config, such as "
+            "config/imagenet/cvt_13_224.yaml"
+        )
     settings = load_config(Path(config))
     if settings.model.num_classes is None:
-        raise UserError(f"{config}: model.num_classes is not set; give the run's config.yaml")
+        raise UserError(
+            f"{config}: model.num_classes is not set; give the run's config.yaml, or a recipe that "
+            "sets it, such as config/imagenet/cvt_13_224.yaml"
+        )
     for key in set(runtime) - set(RUNTIME_OF_WEIGHTS):
         raise UserError(f"runtime.{key}: choose from {', '.join(RUNTIME_OF_WEIGHTS)}")
     if not runtime.get("flash_attention"):
@@ -314,6 +321,5 @@ def _open_weights(
     accelerate(net, settings.runtime).set_train(False)
     compiled = runtime.get("mode") != "pynative"
     session = mindspore_session(net, threads, compiled=compiled)
-    return _Model(
-        session, net, build_preprocessing(settings), settings.data.class_names or [], None
-    )
+    names = settings.data.class_names or known_class_names(path, settings.model.num_classes) or []
+    return _Model(session, net, build_preprocessing(settings), names, None)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from mindspore import nn
 
-from src.errors import UserError
+from src.errors import UserError, join_names
 
 HEAD = "head"
 
@@ -29,7 +29,11 @@ def freeze(net: nn.Cell, parts: Sequence[str]) -> list[nn.Cell]:
     names = [parameter.name for parameter in net.get_parameters()]
     for part in parts:
         if part != "backbone" and not any(_is_in(name, part) for name in names):
-            raise UserError(f"training.freeze: the network has no part {part!r}; try stage0")
+            parts_of_net = dict.fromkeys(name.split(".")[0] for name in names)
+            raise UserError(
+                f"training.freeze: the network has no part {part!r}; it has backbone, "
+                f"{join_names(list(parts_of_net))}, and their parts"
+            )
     for parameter in net.get_parameters():
         if any(_is_in(parameter.name, part) for part in parts):
             parameter.requires_grad = False

@@ -128,8 +128,7 @@ class Trainer:
                            "it", metrics)  # fmt: skip
             self._write_metrics()
         logger.info(
-            "resumed after epoch %d, step %d of the next", self.progress.epoch,
-            self.progress.position,
+            "resumed at epoch %d, step %d", self.progress.epoch + 1, self.progress.position,
         )  # fmt: skip
 
     def fit(self) -> None:
@@ -219,7 +218,10 @@ class Trainer:
             f"{self.learning_rates[step]:.2e}; {files}); the weights are unchanged"
         )
         if self.skipped > MAX_SKIPPED:
-            raise UserError(f"{message}; {self.skipped} such steps in a row")
+            raise UserError(
+                f"{message}; {self.skipped} such steps in a row; lower optimizer.lr or set "
+                "optimizer.clip_norm"
+            )
         if self.step.dynamic:
             return  # an overflow, which halves the loss scale
         if self.config.training.non_finite == "stop":
@@ -290,7 +292,10 @@ class Trainer:
         if self.ranks.world > 1:
             for parameter in self.step.get_parameters():
                 checksum = zlib.crc32(parameter.asnumpy(), checksum)
-            remedy = "their weights have diverged, a fault of a device or of MindSpore"
+            remedy = (
+                "a device or MindSpore computed wrongly; continue with --resume, and if it recurs, "
+                "run scripts/check_device.sh"
+            )
             self.ranks.require_agreement("weights", checksum, remedy)
 
     def _stop(self) -> None:

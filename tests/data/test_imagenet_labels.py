@@ -14,6 +14,7 @@ from src.data.imagenet_labels import (
     apply_v2_names,
     check_class_order,
     find_class_order_fault,
+    imagenet_names,
     load_real,
     synsets,
 )
@@ -37,6 +38,9 @@ def test_the_synsets_are_the_published_ones():
     assert (synsets()[0], synsets()[207], synsets()[999]) == (
         "n01440764", "n02099601", "n15075141",  # tench, golden retriever, toilet tissue
     )  # fmt: skip
+    names = [name.split(",")[0] for name in imagenet_names()]
+    assert (names[0], names[207], names[999]) == ("tench", "golden retriever", "toilet tissue")
+    assert len(set(imagenet_names())) == 1000
 
 
 def swapped():

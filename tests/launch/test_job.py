@@ -94,7 +94,7 @@ def test_a_killed_launcher_takes_its_ranks_along_and_a_killed_rank_ends_the_resu
         _, alive = psutil.wait_procs(processes, timeout=5)
         assert not alive
     with endless(tmp_path, free_port, graph_folder, "--resume") as (job, said):
-        assert "resumed after epoch" in said.read_text()
+        assert "resumed at epoch" in said.read_text()
         processes = psutil.Process(job.pid).children(recursive=True)
         workers = [p for p in processes if "train.py" in str(p.cmdline())]
         ranks = {p.environ().get("MS_NODE_ID"): p for p in workers}

@@ -88,7 +88,7 @@ def test_a_state_by_name_is_the_one_that_is_taken(trained, few_digits, tmp_path,
     train(config, tmp_path / "run")
     capsys.readouterr()
     train(config, tmp_path / "run", resume=tmp_path / "run/checkpoints/step-00000002.ckpt")
-    assert "resumed after epoch 1" in capsys.readouterr().out
+    assert "resumed at epoch 2, step 0" in capsys.readouterr().out
     with pytest.raises(UserError, match="best.ckpt: "):
         train(config, tmp_path / "run", resume=tmp_path / "run/checkpoints/best.ckpt")
 

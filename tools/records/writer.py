@@ -58,8 +58,10 @@ class Options:
     force: bool = False
 
     def __post_init__(self) -> None:
-        if self.images_per_shard < 1 or self.workers < 0:
-            raise UserError("--images_per_shard must be 1 or more, --workers 0 or more")
+        if self.images_per_shard < 1:
+            raise UserError(f"--images_per_shard {self.images_per_shard}: must be 1 or more")
+        if self.workers < 0:
+            raise UserError(f"--workers {self.workers}: must be 0 or more")
 
 
 @dataclass

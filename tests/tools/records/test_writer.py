@@ -286,7 +286,7 @@ def test_the_folders_faults_are_imagefolders(folder, tmp_path):
     refused("'strange' is none of the 3 known classes", folder, tmp_path / "o", EIGHT)
     assert not (tmp_path / "o").exists(), "a fault of the second split comes before the first"
     refused("is the image folder itself", folder, folder, EIGHT)
-    with pytest.raises(UserError, match="--images_per_shard must be 1 or more"):
+    with pytest.raises(UserError, match="--images_per_shard 0: must be 1 or more"):
         Options(images_per_shard=0)
 
 
