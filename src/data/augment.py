@@ -61,7 +61,7 @@ def create_train_operations(
         )
     operations = _crop_operations(size, crop, scale, ratio, padding, filtering, encoded)
     if hflip > 0:
-        operations.append(vision.RandomHorizontalFlip(hflip))
+        operations.append(HorizontalFlip(hflip))
     if rand_augment is not None:
         if max(size) > 6 * min(size):
             raise UserError(
@@ -100,9 +100,50 @@ def _crop_operations(
         return [cropping(size, scale, ratio, filtering)]
     if crop == "pad":
         # Resizing an image to its own size costs nothing (measured).
-        resized = [vision.Resize(size, filtering), vision.RandomCrop(size, padding)]
+        resized = [vision.Resize(size, filtering), *[PadCrop(padding)] * (padding > 0)]
         return [vision.Decode(), *resized] if encoded else resized
     raise UserError(f"crop {crop!r} is unknown; choose random_resized or pad")
+
+
+class PadCrop(PerSampleOp):
+    """Shift an image at random by up to `padding` pixels in each direction; the rest is black.
+
+    `vision.RandomHorizontalFlip` after `vision.RandomCrop` would flip exactly the images that are
+    shifted up (measured with MindSpore 2.8): both read the same sequence of random numbers.
+
+    Args:
+        padding: the number of pixels.
+    """
+
+    stream = 4
+
+    def __init__(self, padding: int):
+        self._padding = padding
+
+    def apply(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Return the shifted image, [H, W, C]."""
+        (height, width, channels), padding = image.shape, self._padding
+        padded = np.zeros((height + 2 * padding, width + 2 * padding, channels), image.dtype)
+        padded[padding : padding + height, padding : padding + width] = image
+        top, left = rng.integers(2 * padding, size=2, endpoint=True)
+        return np.ascontiguousarray(padded[top : top + height, left : left + width])
+
+
+class HorizontalFlip(PerSampleOp):
+    """Flip an image horizontally.
+
+    Args:
+        probability: of a flip.
+    """
+
+    stream = 3
+
+    def __init__(self, probability: float):
+        self._probability = probability
+
+    def apply(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Return the image, [H, W, C], or its mirror image."""
+        return np.ascontiguousarray(image[:, ::-1]) if rng.random() < self._probability else image
 
 
 class Erase(PerSampleOp):

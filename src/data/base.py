@@ -99,10 +99,6 @@ class Source:
         """Continue a checksum by what identifies the images wherever they lie."""
         return _digest_texts(map(self.describe, range(len(self))), number)
 
-    def former_digest(self) -> int:
-        """Return the checksum of earlier versions, over the full paths of image files."""
-        return self.digest()
-
 
 def _digest_texts(texts: Iterable[str], number: int) -> int:
     for text in texts:
@@ -183,11 +179,6 @@ class FileSource(Source):
         """Continue a checksum over the files' paths within the folder."""
         names = map(self.name, range(len(self)))
         return _digest_texts(names, number)
-
-    def former_digest(self) -> int:
-        former = copy.copy(self)
-        former._prefix = ""
-        return former.digest()
 
 
 def escape_undecodable(name: str) -> str:

@@ -44,7 +44,6 @@ def restore(
     output: Path,
     state: Path | None,
     *,
-    former_data: int,
     keep: int,
     accept_changes: bool,
 ) -> Progress:
@@ -57,7 +56,6 @@ def restore(
         current: the settings and data of this process.
         output: the run's folder.
         state: the state to resume from; None for the newest intact one in the folder.
-        former_data: checksum of the images for states of earlier versions.
         keep: number of states to keep.
         accept_changes: continue although settings or images differ, with a warning.
 
@@ -72,8 +70,6 @@ def restore(
         saved, state = load_newest(step, checkpoints)
     else:
         saved = load_progress(step, state)
-    if not saved.movable and saved.data == former_data:
-        saved.data = current.data
     check_compatible(saved, current, output, accept_changes)
     scale = "training.loss_scale"
     if scale in saved.settings and saved.settings[scale] != current.settings[scale]:
@@ -82,11 +78,9 @@ def restore(
         saved,
         settings=current.settings,
         data=current.data,
-        movable=current.movable,
         workers=current.workers,
         compiled=current.compiled,
-        device_noise=current.device_noise,
-        packed=current.packed,
+        version=current.version,
     )
     best = progress.best_top1
     last_row = progress.rows[-1:] if not progress.position else []
@@ -185,21 +179,17 @@ def check_compatible(saved: Progress, current: Progress, output: Path, accept: b
         )
     for change in changed:
         logger.warning("was trained with %s", change)
-    if saved.workers != current.workers:
+    by_worker = new.get("augment.crop") == "random_resized" or new.get("augment.color_jitter")
+    if by_worker and saved.workers != current.workers:
         logger.warning(
-            "data workers change from %d to %d: crops and flips will differ from an uninterrupted "
-            "run; set data.workers to %d to avoid this", saved.workers, current.workers,
-            saved.workers,
+            "data workers change from %d to %d: crops and colours will differ from an "
+            "uninterrupted run; set data.workers to %d to avoid this", saved.workers,
+            current.workers, saved.workers,
         )  # fmt: skip
-    if saved.device_noise != current.device_noise and new.get("augment.erasing_prob"):
+    if saved.version != current.version:
         logger.warning(
-            "an earlier version drew the noise of erased boxes differently: from here on the "
-            "noise differs from that of an uninterrupted run (augment.erasing_prob)"
-        )
-    if saved.packed != current.packed:
-        logger.warning(
-            "an earlier version summed the gradient norm in another order: from here on results "
-            "equal an uninterrupted run except for rounding"
+            "the state is of another version of this code, which drew crops and flips differently: from here "
+            "on results differ from those of an uninterrupted run"
         )
     if saved.compiled != current.compiled:
         logger.warning(

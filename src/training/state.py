@@ -26,6 +26,7 @@ from src.weights import load_state, save_checkpoint
 
 logger = logging.getLogger("cvt")
 LAST, BEST = "last.ckpt", "best.ckpt"
+VERSION = 2  # raise it when the same settings compute other numbers
 _STATE_NAME = re.compile(r"step-(\d+)\.ckpt")
 
 
@@ -39,15 +40,13 @@ class Progress:
         losses: of those steps, without skipped ones.
         rows: the lines of metrics.jsonl, one for each finished epoch.
         best_top1: best held-out accuracy so far, in per cent; -1 for none.
-        best_sha256: checksum of best.ckpt with these weights; "" in states of earlier versions.
+        best_sha256: checksum of best.ckpt with these weights; "" if there is none.
         settings: every key of the configuration.
         data: checksum of the training images' names and labels.
-        movable: whether it leaves out the folder of image files.
         world: number of devices.
         workers: threads that prepare images.
         compiled: whether the network uses compiled operators.
-        device_noise: whether the device draws the noise of erased boxes.
-        packed: whether the gradient norm is summed over all gradients at once.
+        version: `VERSION` of the code that computed it.
     """
 
     epoch: int = 0
@@ -58,12 +57,10 @@ class Progress:
     best_sha256: str = ""
     settings: dict = field(default_factory=dict)
     data: int = 0
-    movable: bool = False
     world: int = 1
     workers: int = 1
     compiled: bool = False
-    device_noise: bool = False
-    packed: bool = False
+    version: int = 1
 
 
 def has_state(checkpoints: Path) -> bool:
@@ -158,8 +155,10 @@ def load_progress(step: TrainStep, path: Path) -> Progress:
     """
     extra = load_state(step, path)
     try:
-        return Progress(**json.loads(extra["progress"]))
-    except (TypeError, ValueError):
+        saved = json.loads(extra["progress"])
+        known = {each.name for each in dataclasses.fields(Progress)}
+        return Progress(**{key: value for key, value in saved.items() if key in known})
+    except (AttributeError, TypeError, ValueError):
         raise UserError(
             f"{path}: not a state that this version can resume; to start from its weights, give "
             "it as --finetune"

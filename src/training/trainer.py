@@ -29,7 +29,14 @@ from src.files import write_text
 from src.progress import progress_bar
 from src.training.resume import flatten, restore
 from src.training.setup import build_training
-from src.training.state import Progress, metrics_match, metrics_text, save_best, save_state
+from src.training.state import (
+    VERSION,
+    Progress,
+    metrics_match,
+    metrics_text,
+    save_best,
+    save_state,
+)
 from src.training.stop_signal import StopSignal
 from src.training.train_loader import TrainLoader
 
@@ -76,12 +83,10 @@ class Trainer:
         self.progress = Progress(
             settings=flatten(config),
             data=source.digest(),
-            movable=True,
             world=ranks.world,
             workers=resolve_num_workers(config.data.workers),
             compiled=uses_compiled(config.runtime),
-            device_noise=True,
-            packed=True,
+            version=VERSION,
         )
         self.stop_signal = StopSignal(ranks)
         self.skipped = 0  # consecutive steps
@@ -113,7 +118,6 @@ class Trainer:
                 self.progress,
                 self.output,
                 state,
-                former_data=self.source.former_digest(),
                 keep=self.config.training.keep,
                 accept_changes=accept_changes,
             )

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from src.data.augment import Erase, create_train_operations
+from src.data.augment import Erase, HorizontalFlip, PadCrop, create_train_operations
+from src.data.base import ArraySource
+from src.data.loader import DataLoader
 from src.data.per_sample import PerSampleOp
 from src.data.rand_augment import RandAugment
 from src.errors import UserError
@@ -26,19 +28,29 @@ def run(operations, image):
     return image
 
 
-def test_pad_crop_reaches_every_offset_and_flips_half():
+def test_pad_crop_and_flip_are_independent():
+    """As the loader runs them: every offset occurs, and half of its images are flipped. The number
+    of workers changes nothing.
+    """
     operations = create_train_operations(
         (12, 10), MEAN, encoded=False, crop="pad", padding=2, hflip=0.5
     )
-    offsets, flips, times = set(), 0, 800
-    for _ in range(times):
-        rows, columns, _ = run(operations, grid(12, 10)).transpose(2, 0, 1).astype(int)
+    times = 2000
+    source = ArraySource(np.stack([grid(12, 10)] * times), np.zeros(times, np.int32), ["a"], "grid")
+    flips = {(y, x): [] for y in range(-2, 3) for x in range(-2, 3)}
+    seen = []
+    for workers in (1, 2):
+        loader = DataLoader(source, operations, 500, seed=3, workers=workers)
+        seen.append(np.concatenate([images.asnumpy() for images, _ in loader]))
+    assert np.array_equal(*seen)
+    for image in seen[0]:
+        rows, columns, _ = image.transpose(2, 0, 1).astype(int)
         flipped = columns[6, 4] > columns[6, 5]
-        flips += flipped
         columns = columns[:, ::-1] if flipped else columns
-        offsets.add((rows[6, 5] - 7, columns[6, 5] - 6))
-    assert offsets == {(y, x) for y in range(-2, 3) for x in range(-2, 3)}
-    assert abs(flips / times - 0.5) < 0.09  # five standard deviations
+        flips[rows[6, 5] - 7, columns[6, 5] - 6].append(flipped)
+    for offset, each in flips.items():
+        bound = 5 * 0.5 / np.sqrt(len(each))  # five standard deviations
+        assert len(each) > 40 and abs(np.mean(each) - 0.5) < bound, offset
 
 
 def test_no_flip_when_it_is_zero():
@@ -108,7 +120,7 @@ def test_operations_stand_in_timms_order_and_only_where_asked_for():
         operations = create_train_operations((8, 8), MEAN, encoded=False, **arguments)
         return [type(operation).__name__ for operation in operations]
 
-    plain = ["RandomResizedCrop", "RandomHorizontalFlip"]
+    plain = ["RandomResizedCrop", "HorizontalFlip"]
     assert kinds() == plain
     every = {"rand_augment": "rand-m9-mstd0.5-inc1", "color_jitter": 0.4, "erasing_prob": 0.25}
     keyed = [*plain, "RandAugment", "RandomColorAdjust", "Erase"]
@@ -124,6 +136,21 @@ def test_rand_augment_fills_with_the_mean_of_the_data():
         create_train_operations((8, 50), MEAN, encoded=False, rand_augment="rand-inc1")
 
 
+def test_numbers_are_those_of_a_new_generator():
+    """Whatever the thread's generator drew before."""
+
+    class Draw(PerSampleOp):
+        stream = 9
+
+        def apply(self, image, rng):
+            draws = rng.integers(256, size=5, dtype=np.uint8), rng.random(3), rng.normal()
+            return np.concatenate([np.ravel(each) for each in draws])
+
+    for key in keys(3):
+        fresh = np.random.Generator(np.random.Philox(key=key, counter=9 << 192))
+        assert np.array_equal(Draw()(None, key)[0], Draw().apply(None, fresh))
+
+
 def test_keyed_operations_do_not_share_their_numbers():
     class First(PerSampleOp):
         stream = 1
@@ -137,7 +164,7 @@ def test_keyed_operations_do_not_share_their_numbers():
     seen = {tuple(kind()(None, key)[0]) for kind in (First, Second) for key in keys(3)}
     assert len(seen) == 6
     assert np.array_equal(First()(None, keys(1)[0])[0], First()(None, keys(1)[0])[0])
-    assert RandAugment.stream != Erase.stream
+    assert len({op.stream for op in (RandAugment, Erase, HorizontalFlip, PadCrop)}) == 4
 
 
 @pytest.mark.parametrize("probability", [0.25, 1.0])

@@ -175,7 +175,6 @@ def test_the_checksum_of_a_moved_folder_stays(flowers, monkeypatch):
         after = open_source("imagefolder", path, "train")
         assert after.digest() == before.digest()
         assert after.subset([1, 0]).digest() == before.subset([1, 0]).digest() != before.digest()
-    assert after.former_digest() != before.former_digest(), "that of earlier versions has the path"
     image = next((moved / "train/daisy").iterdir())
     image.rename(image.with_name(f"other{image.suffix}"))
     assert open_source("imagefolder", "moved", "train").digest() != before.digest()
