@@ -316,7 +316,9 @@ def build_preprocessing(config: Config) -> Preprocessing:
     ratio = config.data.crop_ratio
     if ratio is not None and not 0.05 <= ratio <= 1:
         raise UserError(f"data.crop_ratio {ratio}: must be from 0.05 to 1, or null for no crop")
-    resize = None if ratio is None else int(max(size) / ratio)
+    resize = None if ratio is None else tuple(int(side / ratio) for side in size)
+    if resize is not None and resize[0] == resize[1]:
+        resize = resize[0]
     return Preprocessing(size, resize, config.data.mean, config.data.std, config.data.interpolation)
 
 
@@ -344,5 +346,15 @@ def build_augmentation(config: Config, encoded: bool) -> list:
 
 
 def build_mixing(config: Config) -> Mixing:
-    """Build mixup and cutmix of training batches."""
-    return Mixing(*(getattr(config.augment, key) for key in MIXING_KEYS))
+    """Build mixup and cutmix of training batches.
+
+    Raises:
+        UserError: a value is out of range, or batches have no second image to mix with.
+    """
+    mixing = Mixing(*(getattr(config.augment, key) for key in MIXING_KEYS))
+    if mixing and config.training.batch_size == 1:
+        raise UserError(
+            "training.batch_size 1: mixup and cutmix mix the images of a batch; take 2 or more, or "
+            "set augment.mixup and augment.cutmix to 0"
+        )
+    return mixing

@@ -146,8 +146,9 @@ class DataConfig:
             set's evaluation images.
         mean: mean of the three channels, for values in 0..1.
         std: standard deviation of the three channels, for values in 0..1.
-        crop_ratio: evaluation resizes the short side to image size / crop_ratio and crops the
-            centre; null resizes directly to the image size, as in the official 384 px evaluation.
+        crop_ratio: evaluation resizes images, keeping their aspect, to cover image size /
+            crop_ratio and crops the centre; null resizes directly to the image size, as in the
+            official 384 px evaluation.
         interpolation: filter of every resize: bicubic is antialiased, as in Pillow; bilinear and
             nearest are not.
         workers: threads that prepare images; 0 uses one per core, at most eight.
@@ -270,7 +271,7 @@ class TrainingConfig:
             images continue across epochs. null ends an epoch with each pass.
         batch_size: images per batch on one device.
         accumulate: batches per optimizer step (gradient accumulation); equals one large batch,
-            except that BatchNorm uses each batch's own statistics.
+            except that BatchNorm's statistics, mixup and cutmix are each batch's own.
         label_smoothing: fraction of the target spread over all classes.
         ema_decay: decay of the exponential moving average of the weights, which is evaluated and
             saved as best; 0 disables it.

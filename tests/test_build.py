@@ -100,7 +100,7 @@ def test_evaluation_on_part_of_the_training_images():
 
 @pytest.mark.parametrize(
     "size, ratio, resize",
-    [(224, 0.875, 256), (384, None, None), ([192, 256], 0.875, 292), (32, 1.0, 32)],
+    [(224, 0.875, 256), (384, None, None), ([192, 256], 0.875, (219, 292)), (32, 1.0, 32)],
 )
 def test_evaluation_resizes_as_configured(size, ratio, resize):
     data = DataConfig(source="digits", crop_ratio=ratio)
@@ -114,7 +114,7 @@ def test_augmentation_follows_the_keys():
     augment = AugmentConfig(crop="pad", padding=2, hflip=0.0, repeats=3, **keys)
     operations = build_augmentation(config(augment=augment), encoded=True)
     assert [type(operation).__name__ for operation in operations] == (
-        ["Decode", "Resize", "RandomCrop", "RandAugment", "RandomColorAdjust", "Erase"]
+        ["Decode", "Resize", "PadCrop", "RandAugment", "RandomColorAdjust", "Erase"]
     )
 
 
@@ -270,6 +270,10 @@ WRONG_VALUES = {
     "model.image_size 1000000: at most 8192": {"model": {"image_size": 1000000}},
     "data.class_names .'a', 'b', 'a'.: must name each class once": {
         "data": {"class_names": ["a", "b", "a"]}
+    },
+    "training.batch_size 1: mixup and cutmix mix the images of a batch": {
+        "augment": {"cutmix": 1.0},
+        "training": {"batch_size": 1},
     },
     "data.classes ..: must name": {"data": {"classes": []}},
     "val/a: 2 images, such as 0.jpg, but no class folders": {"data": {"val_folder": "val/a"}},

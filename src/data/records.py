@@ -85,8 +85,13 @@ class RecordSource(Source):
             return place
         return f"{origin} (in {place})"
 
-    def image_dataset(self, workers: int) -> ds.Dataset:
-        """Return MindSpore's reader, whose threads read in parallel and keep the order."""
+    def image_dataset(self, workers: int) -> ds.Dataset | None:
+        """Return MindSpore's reader, whose threads read in parallel and keep the order.
+
+        It takes no more indices than there are records: None for an epoch of several passes.
+        """
+        if len(self.items) > self._starts[-1]:
+            return None
         sampler = ds.SubsetSampler(self.items.tolist())
         readers = _limit_readers(len(self._files), workers)
         dataset = ds.MindDataset(

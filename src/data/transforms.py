@@ -36,6 +36,21 @@ def get_interpolation(name: str) -> vision.Inter:
     return _INTERPOLATIONS[name]
 
 
+class _ResizeToCover:
+    """Resize an image, keeping its aspect, to the smallest size that covers (H, W); as timm does
+    for inputs that are not square.
+    """
+
+    def __init__(self, size: tuple[int, int], interpolation: vision.Inter):
+        self._size = size
+        self._interpolation = interpolation
+
+    def __call__(self, image: np.ndarray) -> np.ndarray:
+        scale = max(need / have for need, have in zip(self._size, image.shape))
+        size = [max(n, round(scale * h)) for n, h in zip(self._size, image.shape)]
+        return vision.Resize(size, self._interpolation)(image)
+
+
 class _CenterCrop:
     """Centre crop with torchvision's offset, `round((size - crop) / 2)`, half to even.
 
@@ -67,8 +82,9 @@ class Preprocessing:
 
     Args:
         image_size: (H, W) of the network's input.
-        resize: the short side in pixels (the long side keeps the aspect, rounded down), an exact
-            (H, W), or None to resize to `image_size` as the official evaluation at 384 px does.
+        resize: the short side in pixels (the long side keeps the aspect, rounded down), (H, W) that
+            the resized image covers, keeping its aspect, or None to resize to `image_size` as the
+            official evaluation at 384 px does.
         mean, std: per RGB channel, 0..1.
         interpolation: "bicubic" (Pillow's), "bilinear" or "nearest" (not antialiased).
 
@@ -94,18 +110,13 @@ class Preprocessing:
                 f"mean {self.mean} and std {self.std} must have three values, std above 0"
             )
         get_interpolation(self.interpolation)
-        resize = self._min_resized()
+        resize = self.image_size if self.resize is None else self.resize
+        resize = (resize, resize) if isinstance(resize, int) else resize
         if len(resize) != 2 or any(have < need for have, need in zip(resize, self.image_size)):
             raise UserError(
                 f"resize {self.resize} is smaller than the crop, image_size {self.image_size}; "
                 "enlarge resize, or set it to None to resize straight to image_size"
             )
-
-    def _min_resized(self) -> tuple[int, ...]:
-        """Return the smallest possible (H, W) after resizing."""
-        if self.resize is None:
-            return self.image_size
-        return (self.resize, self.resize) if isinstance(self.resize, int) else self.resize
 
     def operations(self, encoded: bool) -> list[Callable]:
         """Return the operations from an image to the network's input, float32 [3, H, W].
@@ -113,11 +124,13 @@ class Preprocessing:
         Args:
             encoded: whether the image is a file, uint8 [bytes], instead of pixels, uint8 [H, W, 3].
         """
-        size = self.resize if isinstance(self.resize, int) else list(self._min_resized())
+        interpolation = get_interpolation(self.interpolation)
         operations = [vision.Decode()] if encoded else []
-        operations.append(vision.Resize(size, get_interpolation(self.interpolation)))
-        if isinstance(self.resize, int) or self.resize not in (None, self.image_size):
-            operations.append(_CenterCrop(self.image_size))
+        if self.resize is None:
+            operations.append(vision.Resize(list(self.image_size), interpolation))
+        else:
+            resize = vision.Resize if isinstance(self.resize, int) else _ResizeToCover
+            operations += [resize(self.resize, interpolation), _CenterCrop(self.image_size)]
         return operations + normalize_operations(self.mean, self.std)
 
     def __call__(self, image: np.ndarray | bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:

@@ -188,8 +188,8 @@ def check_compatible(saved: Progress, current: Progress, output: Path, accept: b
         )  # fmt: skip
     if saved.version != current.version:
         logger.warning(
-            "the state is of another version of this code, which drew crops and flips differently: from here "
-            "on results differ from those of an uninterrupted run"
+            "the state is of another version of this code, which drew crops and flips differently: "
+            "from here on results differ from those of an uninterrupted run"
         )
     if saved.compiled != current.compiled:
         logger.warning(

@@ -122,6 +122,16 @@ def _learning_rates(config: Config, loader: TrainLoader, notes: list[str]) -> np
             f"{images} images per step ({loader.ranks.world} devices x "
             f"{config.training.batch_size} images x {config.training.accumulate} accumulated)"
         )
+    if keys.warmup_epochs >= config.training.epochs:
+        notes.append(
+            f"optimizer.warmup_epochs {keys.warmup_epochs}: not below training.epochs "
+            f"{config.training.epochs}, so the learning rate never reaches {peak:.3e}"
+        )
+    if peak < keys.min_lr:
+        notes.append(
+            f"optimizer.min_lr {keys.min_lr:.3e} is above the learning rate {peak:.3e}, which "
+            "therefore rises; lower it"
+        )
     return learning_rates(
         peak=peak,
         warmup_start=keys.warmup_lr,

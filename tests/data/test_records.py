@@ -91,6 +91,15 @@ def test_training_batches_are_the_folders_to_the_last_bit(folder, converted, wor
             assert equal(collect(batches), expected) and equal(collect(batches), expected)
 
 
+def test_an_epoch_of_several_passes_reads_images_again(folder, converted):
+    operations = create_train_operations((8, 8), MEAN, encoded=True, crop="pad")
+    sides = [
+        collect(create_train_loader(source, operations, 5, seed=3, epoch=1, batches=9))
+        for source in both(folder, converted, "train")
+    ]
+    assert equal(*sides) and len(sides[0]) == 9
+
+
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_evaluation_batches_are_the_folders(folder, converted, world):
     files, source = both(folder, converted, "val")

@@ -49,14 +49,25 @@ def test_every_remainder_of_the_crop_offset():
         assert round(255 * float(same(image)[0, 0, 0])) == int(round((width - 20) / 2.0)), width
 
 
-@pytest.mark.parametrize("resize", [None, (96, 64), (101, 67)])
-def test_exact_resize(resize):
+def test_direct_resize():
     image = photo(135, 181)
-    height, width = resize or (96, 64)
-    resized = np.asarray(Image.fromarray(image).resize((width, height), Image.BICUBIC))
-    top, left = round((height - 96) / 2), round((width - 64) / 2)
-    expected = normalised(resized[top : top + 96, left : left + 64])
-    ours = Preprocessing((96, 64), resize, MEAN, STD)(image)
+    expected = normalised(np.asarray(Image.fromarray(image).resize((64, 96), Image.BICUBIC)))
+    ours = Preprocessing((96, 64), None, MEAN, STD)(image)
+    np.testing.assert_allclose(ours, expected, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("image", "resized"),
+    [((375, 500), (219, 292)), ((400, 400), (292, 292)), ((300, 1200), (219, 876)),
+     ((500, 375), (389, 292)), ((100, 133), (220, 292)), ((219, 292), (219, 292))],
+)  # fmt: skip
+def test_a_crop_that_is_not_square_covers_as_much_as_timms(image, resized):
+    """192 x 256 at a crop ratio of 0.875: sizes of timm's ResizeKeepRatio((219, 292))."""
+    image = photo(*image)
+    whole = np.asarray(Image.fromarray(image).resize(resized[::-1], Image.BICUBIC))
+    top, left = round((resized[0] - 192) / 2), round((resized[1] - 256) / 2)
+    expected = normalised(whole[top : top + 192, left : left + 256])
+    ours = Preprocessing((192, 256), (219, 292), MEAN, STD)(image)
     np.testing.assert_allclose(ours, expected, atol=2e-6)
 
 

@@ -1,11 +1,14 @@
 """Learning rates against the official recipe's values."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from src.config import Config
 from src.training.schedule import learning_rates
+from src.training.setup import _learning_rates
 
 RECIPE = {"peak": 2e-3, "warmup_start": 1e-6, "minimum": 1e-5, "epochs": 300, "warmup_epochs": 5}
 
@@ -27,6 +30,25 @@ def test_per_step_is_smooth_and_never_above_the_peak():
     assert rates.argmax() in (34, 35) and rates.max() <= 2e-3
     assert (np.diff(rates[:34]) > 0).all() and (np.diff(rates[35:]) < 0).all()
     assert rates[-1] == pytest.approx(1e-5, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"training": {"epochs": 5}, "optimizer": {"warmup_epochs": 5}}, "never reaches 1.000e-03"),
+        ({"optimizer": {"lr": 1e-6, "min_lr": 1e-5}}, "min_lr 1.000e-05 is above"),
+        ({}, ""),
+    ],
+)
+def test_a_schedule_that_cannot_be_meant_is_noted(keys, words):
+    config = Config()
+    config.optimizer.lr, config.optimizer.lr_batch_size = 1e-3, None
+    for group, values in keys.items():
+        for key, value in values.items():
+            setattr(getattr(config, group), key, value)
+    notes = []
+    _learning_rates(config, SimpleNamespace(images_per_step=8, steps_per_epoch=2), notes)
+    assert words in "".join(notes) and bool(words) == bool(notes)
 
 
 def test_without_warm_up_it_starts_at_the_peak():
