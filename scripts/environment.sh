@@ -11,8 +11,16 @@ esac
 # and filled in one pip call.
 environment() {
   local requirements=$1 base=${PYTHON:-python3} modules stamp digest numpy
+  case $(uname -s) in MINGW* | MSYS* | CYGWIN*)
+    echo "error: Windows is not supported; run this in WSL 2" >&2
+    return 2
+    ;;
+  esac
   modules='import mindspore, jsonargparse, docstring_parser, matplotlib, mlxtend, tqdm, yaml, PIL, onnx'
-  [ "$requirements" = requirements.txt ] || modules+=', pytest, xdist, ruff, onnxruntime, openvino, fastapi, uvicorn'
+  if [ "$requirements" != requirements.txt ]; then
+    modules+=', pytest, xdist, ruff, onnxruntime, fastapi, uvicorn'
+    [ "$(uname -m)" != x86_64 ] || modules+=', openvino'
+  fi
   if "$base" -c "$modules" 2>/dev/null; then
     PYTHON=$base
     return
@@ -25,9 +33,14 @@ environment() {
 old = tuple(map(int, mindspore.__version__.split('.')[:2])) < (2, 9)
 print('numpy<2' if old else 'numpy')" 2>/dev/null | tail -n 1) || return
     { grep -hEv '^(#|-r|mindspore|numpy)' requirements.txt "$requirements"; echo "$numpy"; } | sort -u |
-      xargs "$base" -m pip install -q --disable-pip-version-check || return
+      tr '\n' '\0' | xargs -0 "$base" -m pip install -q --disable-pip-version-check || return
     PYTHON=$base
     return
+  fi
+  if "$base" -c 'import importlib.metadata as m; m.version("mindspore")' 2>/dev/null &&
+    [ "$("$base" -c 'import sys; print(sys.prefix)')" != "$PWD/.venv" ]; then
+    echo "error: $base has MindSpore but cannot import it: $("$base" -c 'import mindspore' 2>&1 | tail -n 1)" >&2
+    return 2
   fi
   if is_complete .venv; then
     [ -z "${PYTHON-}" ] || same_version "$base" .venv/bin/python || return 2
@@ -41,16 +54,19 @@ print('numpy<2' if old else 'numpy')" 2>/dev/null | tail -n 1) || return
   digest=$(cat requirements.txt "$requirements" | cksum)
   if ! is_complete .venv || [ "$(cat "$stamp" 2>/dev/null)" != "$digest" ]; then
     echo "installing $requirements into .venv (a minute or two, once)"
-    is_complete .venv || "$base" -m venv --clear .venv || return
+    is_complete .venv || { "$base" -m venv --clear .venv && uname -m >.venv/machine; } || return
     .venv/bin/python -m pip install -q --disable-pip-version-check -r "$requirements" || return
     echo "$digest" >"$stamp"
   fi
   PYTHON=.venv/bin/python
 }
 
-# is_complete VENV: it has Python and pip. Without Debian's python3-venv, only Python is made.
+# is_complete VENV: it has Python and pip (without Debian's python3-venv, only Python is made), and is
+# for this kind of processor, which may differ between hosts that share the folder.
 is_complete() {
-  [ -x "$1/bin/python" ] && [ -x "$1/bin/pip" ]
+  [ -x "$1/bin/python" ] && [ -x "$1/bin/pip" ] && {
+    [ ! -e "$1/machine" ] || [ "$(cat "$1/machine")" = "$(uname -m)" ]
+  }
 }
 
 # same_version PYTHON PYTHON: refuse to use the second for the first if their versions differ.

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from mindspore import dtype as mstype
 from mindspore import nn
 
@@ -125,6 +126,8 @@ def compiled_library(runtime: RuntimeConfig) -> Path | None:
             )
         return None
     try:
+        if runtime.mode == "pynative" and int(np.__version__.split(".")[0]) >= 2:
+            raise BuildError("with NumPy 2, MindSpore runs them in graph mode only")
         return library(cache_folder())
     except BuildError as error:
         if required:

@@ -20,6 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from src.config import RuntimeConfig
+from src.cores import usable_cores
 from src.errors import UserError, printable, shorten
 
 if TYPE_CHECKING:
@@ -38,8 +39,10 @@ def prepare_environment() -> None:
     scratch files go to the temporary folder instead of the current one.
 
     Raises:
-        UserError: the installed MindSpore does not support this NumPy.
+        UserError: the system is Windows, or the installed MindSpore does not support this NumPy.
     """
+    if os.name == "nt":
+        raise UserError("Windows is not supported; run this in WSL 2 (docs/install.md)")
     _require_compatible_numpy()
     _bind_to_own_cores()
     os.environ.setdefault("GLOG_v", "4")
@@ -91,13 +94,6 @@ def _bind_to_own_cores() -> None:
         cores = usable_cores()
         own = cores[int(rank) * len(cores) // ranks : (int(rank) + 1) * len(cores) // ranks]
         os.sched_setaffinity(0, own or cores)
-
-
-def usable_cores() -> list[int]:
-    """Return the CPU cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
 
 
 def setup(config: RuntimeConfig) -> tuple[str, Ranks]:
@@ -235,7 +231,11 @@ def _set_device(device: str, number: int) -> None:
 
 def cache_folder() -> Path:
     """Return the folder for what is compiled for this machine."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cvt-mindspore"
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except (KeyError, RuntimeError):  # a user without HOME and without an entry in /etc/passwd
+        return _scratch_folder()
+    return cache / "cvt-mindspore"
 
 
 def mindspore_version() -> tuple[int, int]:

@@ -94,6 +94,35 @@ def test_an_environment_of_another_version_is_refused(tmp_path, version, code):
     assert ("is Python 3.10, and .venv has 3.11; remove .venv" in done.stderr) == bool(code)
 
 
+def test_an_environment_of_another_processor_is_made_anew(tmp_path):
+    """Hosts of two kinds may share the project's folder."""
+    installed(tmp_path, "3.11")
+    (tmp_path / ".venv/machine").write_text("pdp11\n")
+    done = environment_of(tmp_path, PYTHON=interpreter(tmp_path / "python", "3.11"))
+    assert done.returncode == 0 and "ran -m venv --clear .venv" in done.stdout, done.stderr
+
+
+def test_a_mindspore_that_cannot_be_imported_is_not_replaced(tmp_path):
+    """As with NumPy 2 on an Ascend host: another MindSpore in .venv might not fit its CANN."""
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    host = tmp_path / "python"
+    host.write_text(
+        '#!/bin/sh\ncase "$2" in\n"import importlib"*) exit 0;;\n*prefix*) echo /usr;;\n'
+        "*) echo 'ImportError: numpy.core failed' >&2; exit 1;;\nesac\n"
+    )
+    host.chmod(0o755)
+    done = environment_of(tmp_path, PYTHON=host)
+    assert done.returncode == 2 and "cannot import it: ImportError: numpy.core" in done.stderr
+    assert not (tmp_path / ".venv").exists()
+
+
+def test_windows_is_refused(tmp_path):
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    interpreter(tmp_path / "bin/uname", "").write_text("#!/bin/sh\necho MINGW64_NT-10.0\n")
+    done = environment_of(tmp_path, PATH=f"{tmp_path}/bin:{os.environ['PATH']}")
+    assert done.returncode == 2 and "WSL 2" in done.stderr
+
+
 def test_scripts_find_their_project_and_the_interpreter_from_any_folder(tmp_path):
     """With CDPATH, which makes `cd scripts/..` go elsewhere, and PYTHON from the user's folder."""
     project, user = tmp_path / "project", tmp_path / "user"

@@ -24,8 +24,8 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from src.cores import cpu_count
 from src.data.images import find_fault
-from src.device import usable_cores
 from src.distributed import SINGLE_PROCESS, Ranks
 from src.errors import UserError
 from src.files import require_writable, write_text
@@ -93,7 +93,7 @@ def check_files(
     )
     stale, removed = _drop_outdated(entries, names, stats, index, root)
     stale = ranks.broadcast_indices(stale, len(files))
-    threads = min(workers or len(usable_cores()), _MAX_THREADS)
+    threads = min(workers or cpu_count(), _MAX_THREADS)
     if ranks.is_first:
         _log.info(
             "%s: checking %d images in %d threads%s; %d more are known", root, len(stale), threads,

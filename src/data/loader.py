@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import mindspore.dataset as ds
 import numpy as np
 
+from src.cores import cpu_count
 from src.data.base import Source
 from src.data.images import decode
 from src.data.per_sample import PerSampleOp
 from src.data.transforms import remove_decoder_dumps
-from src.device import usable_cores
 from src.errors import UserError
 
 # With MindSpore's 16, dozens of bitmaps of 37 MB (12 million pixels) wait; 2 costs 8 % of speed.
@@ -323,10 +323,8 @@ def resolve_num_workers(workers: int) -> int:
     warning.
     """
     cores = os.cpu_count() or 1
-    if workers < 0:
-        raise UserError(f"workers {workers}: must be 0 (one per core) or more")
     if workers == 0:
-        return min(len(usable_cores()), cores, 8)
+        return min(cpu_count(), 8)
     if workers > cores:
         _log.warning(
             "data.workers %d: MindSpore allows one per core, so %d are used; the augmentation's "

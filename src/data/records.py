@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import resource
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -155,6 +154,8 @@ def _limit_readers(shards: int, wanted: int) -> int:
     Raises:
         UserError: the limit does not even allow one thread.
     """
+    import resource  # not on Windows, where importing `Predictor` must give a clear message
+
     limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = 256 + 2 * shards * (wanted + 1)
     if limit == resource.RLIM_INFINITY or limit >= needed:

@@ -8,8 +8,11 @@ import os
 import shutil
 import stat
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
+
+from src.cores import cpu_count
 
 SOURCES = Path(__file__).with_name("cpp")
 # The two -fno flags allow more vectorisation and keep NaN and infinity exact.
@@ -33,7 +36,7 @@ def set_threads(number: int | None) -> None:
     Results are bitwise independent of it.
 
     Args:
-        number: None takes OMP_NUM_THREADS if it is set, else the cores that the process may use.
+        number: None takes OMP_NUM_THREADS if it is set, else `cpu_count`.
     """
     global _threads
     _threads = number
@@ -47,9 +50,7 @@ def _default_threads() -> int:
     asked = os.environ.get("OMP_NUM_THREADS", "")
     if asked.isdecimal() and int(asked) > 0:
         return int(asked)
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return cpu_count()
 
 
 def library(folder: Path) -> Path:
@@ -65,6 +66,8 @@ def library(folder: Path) -> Path:
         BuildError: there is no compiler, it fails, the folder cannot be written, or the library
             cannot be loaded or could be written by another user.
     """
+    if not sys.platform.startswith("linux"):
+        raise BuildError("MindSpore has custom operators on Linux only")
     compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None:
         raise BuildError(f"no C++ compiler found ({', '.join(COMPILERS)})")
@@ -86,11 +89,14 @@ def library(folder: Path) -> Path:
             _compile(compiler, built)
         _require_own(built)
     except OSError as error:
-        raise BuildError(f"{folder}: {error.strerror}") from None
+        raise BuildError(f"{folder}: {error.strerror}; set XDG_CACHE_HOME to another") from None
     try:
         _loaded[built] = ctypes.CDLL(str(built))
     except OSError as error:  # damaged, or on a file system without execution
-        raise BuildError(f"cannot be loaded, remove it: {error}") from None
+        raise BuildError(
+            f"cannot be loaded: {error}; remove it, or set XDG_CACHE_HOME to a folder from which "
+            "programs may run"
+        ) from None
     set_threads(_threads)
     return built
 

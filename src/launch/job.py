@@ -44,7 +44,7 @@ def describe(plan: Plan) -> str:
     for rank, variables in plan.ranks.items():
         environment = {**plan.environment, **variables}
         words = [f"{name}={shlex.quote(value)}" for name, value in environment.items()]
-        words += [_interpreter(), *map(shlex.quote, plan.command)]
+        words += [msrun_interpreter(), *map(shlex.quote, plan.command)]
         lines += [f"rank {rank}, log {_log(plan, rank)}:", "  " + " ".join(words)]
     return "\n".join(lines)
 
@@ -112,7 +112,8 @@ class _Job:
         self.has_ended = False  # a rank crashed after it had announced its end
         self.stop_requests = 0
         with open(plan.logs / "msrun.log", "wb") as log:
-            log.write((shlex.join(["msrun", *_msrun_options(plan)]) + "\n").encode())
+            command = shlex.join(["msrun", *_msrun_options(plan)])
+            log.write(os.fsencode(f"{command}\n"))
         self.process = subprocess.Popen(
             [sys.executable, MSRUN, *_msrun_options(plan)],
             env=_environment(plan),
@@ -214,7 +215,7 @@ def _environment(plan: Plan) -> dict[str, str]:
     """Return the environment of msrun, which its ranks inherit."""
     ours = {k: v for k, v in plan.environment.items() if k not in SET_BY_MSRUN}
     environ = {**os.environ, **ours, "PYTHONUNBUFFERED": "1"}
-    environ["PATH"] = f"{Path(_interpreter()).parent}{os.pathsep}{environ.get('PATH', '')}"
+    environ["PATH"] = f"{Path(msrun_interpreter()).parent}{os.pathsep}{environ.get('PATH', '')}"
     # msrun logs a rank's failure at level 3 (error), which a higher level would hide.
     environ["GLOG_v"] = min(environ.get("GLOG_v", "3"), "3")
     return environ
@@ -248,7 +249,7 @@ def _read_log(plan: Plan, rank: int) -> str:
     return log.read_text("utf-8", "replace") if log.exists() else ""
 
 
-def _interpreter() -> str:
+def msrun_interpreter() -> str:
     """Return this interpreter's path under a name that msrun recognises: python or python3.
 
     Raises:
@@ -279,7 +280,11 @@ def _msrun_options(plan: Plan) -> list[str]:
     }
     if plan.bind_core is not None:
         options["bind_core"] = plan.bind_core
-    return [*(f"--{k}={v}" for k, v in options.items()), Path(_interpreter()).name, *plan.command]
+    return [
+        *(f"--{k}={v}" for k, v in options.items()),
+        Path(msrun_interpreter()).name,
+        *plan.command,
+    ]
 
 
 def _send(pid: int, number: int) -> None:

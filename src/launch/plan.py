@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from src.device import usable_cores
+from src.cores import usable_cores
 from src.errors import UserError
 
 # Seconds, unless the user sets them. HCCL's defaults, 120 and 1836, are too short: a rank waits for

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import logging
 import os
@@ -208,7 +209,15 @@ def _locked(output: Path) -> IO:
         except FileNotFoundError:  # the folder was removed meanwhile
             continue
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                    raise
+                logger.warning(
+                    "%s: this file system has no locks; let no other run use the folder", output
+                )
+                return lock
             if os.path.samestat(os.fstat(lock.fileno()), os.stat(output / LOCK)):
                 return lock
         except FileNotFoundError:

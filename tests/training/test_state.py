@@ -1,5 +1,6 @@
 """Saved states: exact resume within an epoch, falling back, and what is refused."""
 
+import errno
 import fcntl
 import json
 import os
@@ -259,6 +260,18 @@ def test_the_lock_leaves_no_empty_folder(tmp_path):
     with lock_folder(tmp_path / "a/b"):
         (tmp_path / "a/b/file").touch()
     assert [path.name for path in (tmp_path / "a/b").iterdir()] == ["file"]
+
+
+def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatch, caplog):
+    """As Lustre mounted without `-o flock`."""
+
+    def flock(file, how):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with lock_folder(tmp_path / "run"):
+        (tmp_path / "run/file").write_text("")
+    assert "this file system has no locks" in caplog.text and (tmp_path / "run/file").exists()
 
 
 def test_a_full_disk_ends_the_run_and_keeps_what_was_saved(trained, few_digits, tmp_path):

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from src.device import usable_cores
+from src.cores import usable_cores
 from src.errors import UserError
 from tools.benchmark.workload import Plan
 

@@ -18,12 +18,12 @@ import mindspore.dataset as ds
 from mindspore.mindrecord.common.exceptions import MindRecordException
 from tqdm import tqdm
 
+from src.cores import cpu_count
 from src.data.base import Source
 from src.data.images import find_fault, is_decodable
 from src.data.records import FORMAT, INDEX, UNFINISHED, load_index
 from src.data.shards import open_writer, seal, verify_shard
 from src.data.sources import open_source
-from src.device import usable_cores
 from src.errors import UserError
 from src.files import remove_unfinished, write_json
 from src.progress import progress_bar
@@ -123,7 +123,7 @@ class _Conversion:
         self._root = root
         self._folder = folder
         self._options = options
-        self._workers = options.workers or min(len(usable_cores()), 16)
+        self._workers = options.workers or min(cpu_count(), 16)
         step, count = options.images_per_shard, len(source)
         self._ranges = [range(i, min(i + step, count)) for i in range(0, count, step)]
         self._head = {

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from src.launch.job import msrun_interpreter
 from src.launch.plan import HCCL_TIMEOUTS, visible_devices
 from tools.check_device.checks.training import last_line
 from tools.check_device.compare import check_limits, relative
@@ -46,7 +47,8 @@ def run_ranks(setting: Setting, what: str, world: int, **arguments: Any) -> list
     command = [*setting.worker[1:], "rank", json.dumps(order)]
     environment = {**os.environ, "GLOG_v": "3"}
     if world > 1:
-        environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        python = Path(msrun_interpreter())
+        environment["PATH"] = f"{python.parent}{os.pathsep}{os.environ.get('PATH', '')}"
         environment.update({k: os.environ.get(k, v) for k, v in HCCL_TIMEOUTS.items()})
         if setting.device == "CPU":
             environment["LOCAL_WORLD_SIZE"] = str(world)
@@ -54,7 +56,7 @@ def run_ranks(setting: Setting, what: str, world: int, **arguments: Any) -> list
             "--join=True", f"--worker_num={world}", f"--local_worker_num={world}",
             f"--master_port={free_port()}", f"--log_dir={folder}",
         ]  # fmt: skip
-        command = ["-m", "mindspore.parallel.cluster.run", *options, "python", *command]
+        command = ["-m", "mindspore.parallel.cluster.run", *options, python.name, *command]
     done = subprocess.run(
         [sys.executable, *command], cwd=setting.folder, env=environment, capture_output=True,
         text=True,
