@@ -171,6 +171,14 @@ def graph_mode():
     ms.dataset.config.set_seed(5489)  # the default, which stands for no seed
 
 
+@pytest.fixture
+def pynative_mode(graph_mode):
+    """Operators run one by one, for what does not depend on the mode: nothing to compile."""
+    import mindspore as ms
+
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+
+
 @pytest.fixture(autouse=True)
 def compiled_graphs(monkeypatch):
     """Keep the graphs of dead networks until the test ends.

@@ -9,7 +9,6 @@ metadata that Pillow refuses.
 from __future__ import annotations
 
 import io
-import struct
 
 import numpy as np
 from PIL import Image, ImageOps, features
@@ -143,15 +142,9 @@ def load_thumbnail(content: bytes, edge: int) -> Image.Image:
 
 def _to_bmp(pixels: np.ndarray) -> np.ndarray:
     """Write RGB pixels, uint8 [H, W, 3], as a BMP file, uint8 [bytes]."""
-    height, width = pixels.shape[:2]
-    row = -(-3 * width // 4) * 4  # bytes
-    file = np.zeros(54 + height * row, np.uint8)
-    # File size, 0, offset of the pixels; size of the second header, width, height (negative: top
-    # row first), planes, bits per pixel.
-    header = struct.pack("<2sIIIIiiHH", b"BM", len(file), 0, 54, 40, width, -height, 1, 24)
-    file[: len(header)] = np.frombuffer(header, np.uint8)
-    file[54:].reshape(height, row)[:, : 3 * width].reshape(height, width, 3)[:] = pixels[..., ::-1]
-    return file
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "BMP")
+    return np.frombuffer(buffer.getbuffer(), np.uint8)
 
 
 def _open(content: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:

@@ -41,7 +41,7 @@ def fuse(net: nn.Cell) -> nn.Cell:
             _fold_attention(cell)
         elif isinstance(cell, vit.Attention):
             _fold_scale(cell.attend, cell.qkv, rows=cell.num_heads * cell.head_dim)
-        elif isinstance(cell, layers.Mlp):
+        elif isinstance(cell, layers.Mlp) and isinstance(cell.act, layers.QuickGELU):
             _set(cell.fc1, _QUICK_GELU * _value(cell.fc1.weight), _QUICK_GELU * _bias(cell.fc1))
             _set(cell.fc2, _value(cell.fc2.weight) / _QUICK_GELU, _bias(cell.fc2))
             cell.act = nn.SiLU()

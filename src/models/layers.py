@@ -298,16 +298,17 @@ class Attention(nn.Cell):
 
 
 class Mlp(nn.Cell):
-    """Linear, QuickGELU, Linear."""
+    """Linear, activation, Linear."""
 
-    def __init__(self, stage: StageConfig, slots: Iterator[int]) -> None:
+    def __init__(
+        self, dim: int, hidden_dim: int, act: nn.Cell, drop_rate: float, slots: Iterator[int]
+    ) -> None:
         super().__init__()
-        hidden_dim = int(stage.dim * stage.mlp_ratio)
-        self.fc1 = dense(stage.dim, hidden_dim)
-        self.act = QuickGELU()
-        self.fc2 = dense(hidden_dim, stage.dim)
-        self.drop1 = Dropout(stage.drop_rate, next(slots))
-        self.drop2 = Dropout(stage.drop_rate, next(slots))
+        self.fc1 = dense(dim, hidden_dim)
+        self.act = act
+        self.fc2 = dense(hidden_dim, dim)
+        self.drop1 = Dropout(drop_rate, next(slots))
+        self.drop2 = Dropout(drop_rate, next(slots))
 
     def construct(self, x: Tensor, bits: Tensor | None) -> Tensor:
         """x [B, T, C] -> [B, T, C]."""
@@ -324,7 +325,8 @@ class Block(nn.Cell):
         self.attn = Attention(stage, slots)
         self.drop_path1 = DropPath(drop_path_rate, next(slots))
         self.norm2 = LayerNorm(stage.dim)
-        self.mlp = Mlp(stage, slots)
+        hidden_dim = int(stage.dim * stage.mlp_ratio)
+        self.mlp = Mlp(stage.dim, hidden_dim, QuickGELU(), stage.drop_rate, slots)
         self.drop_path2 = DropPath(drop_path_rate, next(slots))
         self.split_front = FrontToken()
 

@@ -18,7 +18,7 @@ from mindspore import dtype as mstype
 from src.errors import UserError
 from src.models.arguments import as_size, check_count, check_num_classes, check_rate
 from src.models.attention import ScaledDotProductAttention
-from src.models.layers import LayerNorm, conv2d, dense, to_tokens, token_parameter
+from src.models.layers import LayerNorm, Mlp, conv2d, dense, to_tokens, token_parameter
 from src.models.registry import register_model
 from src.models.stochastic import Dropout, DropPath, StochasticNet
 
@@ -60,23 +60,6 @@ class Attention(nn.Cell):
         return self.proj_drop(self.proj(x), bits)
 
 
-class Mlp(nn.Cell):
-    """Linear, exact GELU, Linear."""
-
-    def __init__(self, dim: int, hidden_dim: int, drop_rate: float, slots: Iterator[int]) -> None:
-        super().__init__()
-        self.fc1 = dense(dim, hidden_dim)
-        self.act = nn.GELU(approximate=False)
-        self.fc2 = dense(hidden_dim, dim)
-        self.drop1 = Dropout(drop_rate, next(slots))
-        self.drop2 = Dropout(drop_rate, next(slots))
-
-    def construct(self, x: Tensor, bits: Tensor | None) -> Tensor:
-        """x [B, T, C] -> [B, T, C]."""
-        x = self.drop1(self.act(self.fc1(x)), bits)
-        return self.drop2(self.fc2(x), bits)
-
-
 class Block(nn.Cell):
     """Pre-norm transformer block: x + attention, then x + MLP, each with drop path."""
 
@@ -94,7 +77,7 @@ class Block(nn.Cell):
         self.attn = Attention(dim, num_heads, drop_rate, next(slots))
         self.drop_path1 = DropPath(drop_path_rate, next(slots))
         self.norm2 = LayerNorm(dim, EPS)
-        self.mlp = Mlp(dim, hidden_dim, drop_rate, slots)
+        self.mlp = Mlp(dim, hidden_dim, nn.GELU(approximate=False), drop_rate, slots)
         self.drop_path2 = DropPath(drop_path_rate, next(slots))
 
     def construct(self, x: Tensor, bits: Tensor | None) -> Tensor:

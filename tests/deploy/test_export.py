@@ -28,6 +28,9 @@ from src.models.compiled import use_compiled
 from src.weights import save_weights
 from tests.conftest import ROOT, TINY
 
+# The checkpoint's side; `test_an_existing_file_asks_for_force` computes it in graph mode.
+pytestmark = pytest.mark.usefixtures("pynative_mode")
+
 RECIPES = [p for p in sorted(ROOT.glob("config/*/*.yaml")) if p.parent.name != "study"]
 MINDIR_RECIPE = ROOT / "config/imagenet/cvt_13_224.yaml"  # it trains in float16
 _TINY_VIT = {"embed_dim": 16, "depth": 1, "num_heads": 2, "image_size": 32}
@@ -41,12 +44,6 @@ SMALL = {
 # At these sizes the networks of a family differ in little, and MINDIR has to be compiled.
 FIRST = {name.split("_")[0]: name for name in reversed(list_models())}
 del FIRST["cvt"], FIRST["deit"]  # MINDIR_RECIPE is CvT's; DeiT is a ViT of the same sizes
-
-
-@pytest.fixture(autouse=True)
-def pynative_mode(graph_mode):
-    """The checkpoint's side; `test_an_existing_file_asks_for_force` computes it in graph mode."""
-    ms.set_context(mode=ms.PYNATIVE_MODE)
 
 
 @pytest.fixture

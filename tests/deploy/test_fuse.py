@@ -10,13 +10,10 @@ from src.models import layers, resnet
 from tests.deploy.networks import NETWORKS, network
 from tools.check_device.golden import official
 
+pytestmark = pytest.mark.usefixtures("pynative_mode")
+
 CASES = {case["tag"]: case for case in official.DESCRIPTION["cases"]}
 NANO = [tag for tag in CASES if tag.startswith("nano")]
-
-
-@pytest.fixture(autouse=True)
-def pynative():
-    ms.set_context(mode=ms.PYNATIVE_MODE)
 
 
 def cells(net, *kinds):

@@ -14,6 +14,8 @@ from src.errors import UserError
 from tests.deploy.networks import NETWORKS, network
 from tools.check_device.golden import official
 
+pytestmark = pytest.mark.usefixtures("pynative_mode")
+
 CASES = {case["tag"]: case for case in official.DESCRIPTION["cases"]}
 NANO = [tag for tag in CASES if tag.startswith("nano")]
 ENGINES = ("onnxruntime", "openvino")
@@ -23,11 +25,6 @@ Add Cast Concat Conv Div Identity MatMul Mul Pow ReduceMean Reshape Sigmoid Slic
 Transpose
 """
 BEYOND = {"vit": {"Erf"}, "resnet": {"Relu", "GlobalAveragePool"}}
-
-
-@pytest.fixture(autouse=True)
-def pynative():
-    ms.set_context(mode=ms.PYNATIVE_MODE)
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,9 @@ from src.evaluation.evaluator import Evaluator
 from src.models import create_model
 from tests.conftest import TINY
 
+# Each batch size would be a graph of its own.
+pytestmark = pytest.mark.usefixtures("pynative_mode")
+
 PREPROCESSING = Preprocessing((32, 32), None, (0.5,) * 3, (0.3,) * 3)
 
 
@@ -31,12 +34,6 @@ class Noise(Source):
     def read(self, item):
         self.reads[item] += 1
         return self.images[item]
-
-
-@pytest.fixture(autouse=True)
-def pynative_mode(graph_mode):
-    """Nothing depends on the mode, and each batch size is a graph of its own."""
-    ms.set_context(mode=ms.PYNATIVE_MODE)
 
 
 @pytest.fixture(scope="module")

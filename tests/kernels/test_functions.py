@@ -8,11 +8,8 @@ from mindspore import Tensor, nn, ops
 from src.kernels import functions
 from src.kernels.library import set_threads
 
-
-@pytest.fixture(autouse=True)
-def pynative_mode(graph_mode):
-    """Nothing to compile; `tests/models/test_compiled.py` has them in graphs."""
-    ms.set_context(mode=ms.PYNATIVE_MODE)
+# Nothing to compile; `tests/models/test_compiled.py` has them in graphs.
+pytestmark = pytest.mark.usefixtures("pynative_mode")
 
 
 def compare(compiled, plain, *inputs, tolerance=2e-6):

@@ -9,15 +9,12 @@ from src.kernels.library import set_threads
 from src.training.optimizer import SGD, AdamW
 from src.training.updates import CompiledUpdates, PlainUpdates
 
+# Nothing to compile; `tests/training/test_train_step.py` has them in a graph.
+pytestmark = pytest.mark.usefixtures("pynative_mode")
+
 # More than a piece of 16,384 elements, a scalar, and names that decay or do not.
 SHAPES = {"a.weight": (130, 131), "a.bias": (131,), "b.weight": (3, 2, 1), "b.gamma": (1,)}
 NO_STATISTICS = ParameterTuple([])
-
-
-@pytest.fixture(autouse=True)
-def pynative_mode(graph_mode):
-    """Nothing to compile; `tests/training/test_train_step.py` has them in a graph."""
-    ms.set_context(mode=ms.PYNATIVE_MODE)
 
 
 def values(seed):

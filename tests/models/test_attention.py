@@ -8,13 +8,10 @@ from src.errors import UserError
 from src.models import attention, create_model
 from src.models.attention import ScaledDotProductAttention, use_flash_attention
 
+pytestmark = pytest.mark.usefixtures("pynative_mode")
+
 HEADS, DIM = 3, 16
 WIDE = {"embed_dims": (16, 32, 64), "num_heads": (1, 2, 4), "depths": (1, 1, 1), "num_classes": 10}
-
-
-@pytest.fixture(autouse=True)
-def pynative_mode(graph_mode):
-    ms.set_context(mode=ms.PYNATIVE_MODE)
 
 
 def tensors(dtype=ms.float16, dim=DIM):

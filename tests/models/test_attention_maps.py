@@ -9,6 +9,8 @@ from src.models import create_model
 from src.models.attention_maps import attention_maps, attention_weights, token_centres
 from tests.conftest import TINY
 
+pytestmark = pytest.mark.usefixtures("pynative_mode")
+
 OPTIONS = [
     {},
     {"kv_stride": 1},
@@ -20,11 +22,6 @@ OPTIONS = [
 
 def noise(*shape):
     return ms.Tensor(np.random.default_rng(0).standard_normal(shape).astype(np.float32))
-
-
-@pytest.fixture(autouse=True)
-def pynative_mode(graph_mode):
-    ms.set_context(mode=ms.PYNATIVE_MODE)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: str(list(options.values())))

@@ -11,10 +11,7 @@ from src.models.layers import use_shifts
 from tests.conftest import TINY
 from tools.check_device.reference import depthwise
 
-
-@pytest.fixture(autouse=True)
-def pynative_mode(graph_mode):
-    ms.set_context(mode=ms.PYNATIVE_MODE)
+pytestmark = pytest.mark.usefixtures("pynative_mode")
 
 
 @pytest.mark.parametrize("stride", [1, 2, 3, 4])

@@ -19,12 +19,9 @@ from tests.models.baselines import (
     randomise,
 )
 
+pytestmark = pytest.mark.usefixtures("pynative_mode")
+
 TINY = {"depths": (1, 2), "width": 4, "num_classes": 4}
-
-
-@pytest.fixture(autouse=True)
-def pynative_mode(graph_mode):
-    ms.set_context(mode=ms.PYNATIVE_MODE)
 
 
 def tiny(**options):

@@ -8,6 +8,8 @@ from src.models import create_model
 from src.models.stochastic import Dropout, DropPath, random_bits, sample_keys, uniform
 from tests.conftest import TINY
 
+pytestmark = pytest.mark.usefixtures("pynative_mode")
+
 
 def numpy_hash(x):
     x = np.asarray(x).astype(np.int64).astype(np.uint32)
@@ -23,11 +25,6 @@ def numpy_bits(keys, slots):
 
 def keys_of(key, count):
     return sample_keys(ms.Tensor(key, ms.int32), ms.ops.arange(count).astype(ms.int32))
-
-
-@pytest.fixture(autouse=True)
-def pynative_mode(graph_mode):
-    ms.set_context(mode=ms.PYNATIVE_MODE)
 
 
 @pytest.mark.parametrize("key", [0, 1, -5, 2**31 - 1])

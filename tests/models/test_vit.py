@@ -19,12 +19,9 @@ from tests.models.baselines import (
     randomise,
 )
 
+pytestmark = pytest.mark.usefixtures("pynative_mode")
+
 TINY = {"embed_dim": 12, "depth": 2, "num_heads": 3, "image_size": 8, "num_classes": 4}
-
-
-@pytest.fixture(autouse=True)
-def pynative_mode(graph_mode):
-    ms.set_context(mode=ms.PYNATIVE_MODE)
 
 
 def tiny(**options):

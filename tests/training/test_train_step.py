@@ -29,12 +29,6 @@ TRAJECTORY = official.DESCRIPTION["trajectories"][0]
 WITHOUT_GRADIENT = ("proj_k.bias", "conv_proj_k.bn.bias")
 
 
-@pytest.fixture
-def pynative_mode(graph_mode):
-    """For what does not depend on the mode: nothing to compile."""
-    ms.set_context(mode=ms.PYNATIVE_MODE)
-
-
 def batches(count, size=8, image=64, classes=10, seed=0):
     rng = np.random.default_rng([seed, zlib.crc32(b"data")])
     for _ in range(count):
