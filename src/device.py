@@ -1,4 +1,4 @@
-"""The device, the environment, seeds and logging; no other module changes them."""
+"""The device, the environment, seeds and logging."""
 
 from __future__ import annotations
 

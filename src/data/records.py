@@ -107,25 +107,19 @@ class RecordSource(Source):
 
 
 def open_records(
-    root: Path,
-    split: str,
-    title: str,
-    class_names: Sequence[str] | None = None,
-    *,
-    train_folder: str = "train",
-    val_folder: str = "val",
+    folder: Path, title: str, class_names: Sequence[str] | None = None
 ) -> RecordSource:
     """Open one split written by tools.records, after a quick check of every shard.
 
     Args:
-        root: the folder of the splits' folders.
-        split, title, class_names, train_folder, val_folder: as in `open_source`.
+        folder: of the split.
+        title: for messages.
+        class_names: as in `open_source`.
 
     Raises:
         UserError: a shard is missing, of another size or from another set; an image's class is not
             in `class_names`; the system allows too few open files.
     """
-    folder = root / (train_folder if split == "train" else val_folder)
     index = read_index(folder)
     for shard in index["shards"]:
         check_shard(folder, shard)

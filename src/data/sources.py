@@ -61,11 +61,13 @@ def open_source(
         root = Path(path).expanduser()
         if not root.is_dir():
             raise UserError(f"{root}: no such folder; give the data's folder with --data.path")
+        folder = root / (train_folder if split == "train" else val_folder)
         if name == "imagefolder":
-            return _imagefolder(root, split, title, class_names, train_folder, val_folder)
+            if not folder.is_dir():
+                raise UserError(_describe_missing(root, folder, split))
+            return _imagefolder(folder, root / train_folder, split, title, class_names)
         if name == "mindrecord":
-            folders = {"train_folder": train_folder, "val_folder": val_folder}
-            return open_records(root, split, title, class_names, **folders)
+            return open_records(folder, title, class_names)
         source = (mnist if name == "mnist" else cifar)(root, name, split, title)
     if class_names is not None and list(map(normalize_name, class_names)) != list(
         map(normalize_name, source.class_names)
@@ -79,20 +81,11 @@ def open_source(
 
 
 def _imagefolder(
-    root: Path,
-    split: str,
-    title: str,
-    class_names: Sequence[str] | None,
-    train_folder: str,
-    val_folder: str,
+    folder: Path, train: Path, split: str, title: str, class_names: Sequence[str] | None
 ) -> FileSource:
-    """Open ImageNet's layout: root/train/<class>/**/*.jpg, root/val/<class>/**/*.jpg."""
-    folder = root / (train_folder if split == "train" else val_folder)
-    if not folder.is_dir():
-        raise UserError(_describe_missing(root, folder, split))
+    """Open a split of ImageNet's layout: <class>/**/*.jpg; `train` names the classes."""
     found = find_classes(folder, split)
     if class_names is None:
-        train = root / train_folder
         folders = (list_class_folders(train) if train.is_dir() else None) or found
         class_names = [escape_undecodable(name) for name in folders]
     label_of = {normalize_name(name): label for label, name in enumerate(class_names)}

@@ -14,16 +14,14 @@ from src.build import build_model, without_flash_attention
 from src.config import Config, ModelConfig
 from src.errors import UserError
 from src.files import replacing, require_replaceable
+from src.models.cvt import SIZES
 from src.weights.checkpoint import read_checkpoint, read_safetensors, save_weights
 from src.weights.load import load_tensors, read_weights
 from src.weights.load_report import LoadReport
 
 # (dimension, depth) of each stage; the tensors do not tell heads and strides.
 _VARIANTS = {
-    ((64, 1), (192, 2), (384, 10)): "cvt_13",
-    ((64, 1), (192, 4), (384, 16)): "cvt_21",
-    ((192, 2), (768, 2), (1024, 20)): "cvt_w24",
-    ((32, 1), (64, 1), (128, 2)): "cvt_nano",
+    tuple(zip(sizes["embed_dims"], sizes["depths"])): name for name, sizes in SIZES.items()
 }
 
 

@@ -90,7 +90,7 @@ class Evaluator:
     ) -> None:
         if not len(source):
             raise UserError(f"{source.title}: no images to evaluate; add some")
-        self.compiled = False
+        self.graph_compiled = False
         self._image_size = preprocessing.image_size
         self.batch_size = min(batch_size, len(source))
         self.images = len(source)
@@ -109,7 +109,7 @@ class Evaluator:
     def compile(self, net: nn.Cell) -> None:
         """Compile the network for this evaluator's batch shape and set it to evaluation mode."""
         inference(net)(np.zeros((self.batch_size, 3, *self._image_size), np.float32))
-        self.compiled = True
+        self.graph_compiled = True
 
     def run(self, net: nn.Cell, stop: Callable[[], bool] = lambda: False) -> Result | None:
         """Evaluate a network and leave it in evaluation mode.
@@ -125,7 +125,7 @@ class Evaluator:
             UserError: an image cannot be read, or a logit is not finite.
         """
         run, metrics, outcomes = inference(net), Metrics(), []
-        if not self.compiled:  # compilation is not part of the measured time
+        if not self.graph_compiled:  # compilation is not part of the measured time
             self.compile(net)
         start = time.perf_counter()
         bar = progress_bar(len(self.batches.source), "evaluate")

@@ -277,31 +277,11 @@ def _check_choices(embed_dims, mlp_ratio, kv_stride, qkv_projection, patch_embed
         raise UserError(f"patch_embed {patch_embed!r}: choose from {PATCH_EMBEDS}")
 
 
-@register_model
-def cvt_13(**kwargs) -> CvT:
-    """CvT-13 (table 2): 19,997,480 parameters, 4.5 GMACs at 224 px."""
-    sizes = {"embed_dims": (64, 192, 384), "depths": (1, 2, 10), "num_heads": (1, 3, 6)}
-    return CvT(**{**sizes, **kwargs})
-
-
-@register_model
-def cvt_21(**kwargs) -> CvT:
-    """CvT-21 (table 2): 31,622,696 parameters, 7.1 GMACs at 224 px."""
-    sizes = {"embed_dims": (64, 192, 384), "depths": (1, 4, 16), "num_heads": (1, 3, 6)}
-    return CvT(**{**sizes, **kwargs})
-
-
-@register_model
-def cvt_w24(**kwargs) -> CvT:
-    """CvT-W24 (table 2): 277,196,392 parameters, 193 GMACs at 384 px."""
-    sizes = {"embed_dims": (192, 768, 1024), "depths": (2, 2, 20), "num_heads": (3, 12, 16)}
-    return CvT(**{**sizes, **kwargs})
-
-
-@register_model
-def cvt_nano(**kwargs) -> CvT:
-    """CvT for 32 x 32 images with our own sizes; the last stage has a 4 x 4 grid."""
-    sizes = {
+SIZES = {
+    "cvt_13": {"embed_dims": (64, 192, 384), "depths": (1, 2, 10), "num_heads": (1, 3, 6)},
+    "cvt_21": {"embed_dims": (64, 192, 384), "depths": (1, 4, 16), "num_heads": (1, 3, 6)},
+    "cvt_w24": {"embed_dims": (192, 768, 1024), "depths": (2, 2, 20), "num_heads": (3, 12, 16)},
+    "cvt_nano": {
         "embed_dims": (32, 64, 128),
         "depths": (1, 1, 2),
         "num_heads": (1, 2, 4),
@@ -309,5 +289,29 @@ def cvt_nano(**kwargs) -> CvT:
         "patch_strides": (2, 2, 2),
         "patch_paddings": (2, 1, 1),
         "mlp_ratio": 2.0,
-    }
-    return CvT(**{**sizes, **kwargs})
+    },
+}
+
+
+@register_model
+def cvt_13(**kwargs) -> CvT:
+    """CvT-13 (table 2): 19,997,480 parameters, 4.5 GMACs at 224 px."""
+    return CvT(**{**SIZES["cvt_13"], **kwargs})
+
+
+@register_model
+def cvt_21(**kwargs) -> CvT:
+    """CvT-21 (table 2): 31,622,696 parameters, 7.1 GMACs at 224 px."""
+    return CvT(**{**SIZES["cvt_21"], **kwargs})
+
+
+@register_model
+def cvt_w24(**kwargs) -> CvT:
+    """CvT-W24 (table 2): 277,196,392 parameters, 193 GMACs at 384 px."""
+    return CvT(**{**SIZES["cvt_w24"], **kwargs})
+
+
+@register_model
+def cvt_nano(**kwargs) -> CvT:
+    """CvT for 32 x 32 images with our own sizes; the last stage has a 4 x 4 grid."""
+    return CvT(**{**SIZES["cvt_nano"], **kwargs})

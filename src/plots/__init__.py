@@ -1,1 +1,1 @@
-"""What a person sees: progress and plots."""
+"""Plots of runs and results."""

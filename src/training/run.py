@@ -14,7 +14,6 @@ from typing import IO
 from src.arithmetic import check_arithmetic
 from src.build import (
     build_model,
-    build_preprocessing,
     check_values,
     open_checked,
     open_quietly,
@@ -107,7 +106,6 @@ def validate(config: Config, ranks: Ranks, finetune: str | None = None) -> Sourc
         UserError: invalid settings, data or weights.
     """
     check_values(config)
-    build_preprocessing(config)
     uses_compiled(config.runtime)
     source, held_out = open_split(config, "train"), open_quietly(config, "val")
     if not len(held_out):

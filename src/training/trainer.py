@@ -90,7 +90,7 @@ class Trainer:
         )
         self.stop_signal = StopSignal(ranks)
         self.skipped = 0  # consecutive steps
-        self.compiled = False
+        self.graph_compiled = False
 
     @property
     def evaluated_net(self):
@@ -155,7 +155,7 @@ class Trainer:
     def _train_epoch(self) -> float:
         """Train the rest of an epoch; return images per second, without compilation."""
         progress, accumulate = self.progress, self.loader.accumulate
-        if not self.compiled:  # a resumed run may evaluate before its first step
+        if not self.graph_compiled:  # a resumed run may evaluate before its first step
             if self.stop_signal.any_rank_stopped():
                 self._stop()
             self.stop_signal.use_default_handlers()
@@ -175,9 +175,9 @@ class Trainer:
             bar.update(size)
             timed += size
             done = progress.position + len(pending)
-            if not self.compiled:
+            if not self.graph_compiled:
                 result[0].asnumpy()  # waits for the first step, which compiles
-                self.compiled, timed = True, 0
+                self.graph_compiled, timed = True, 0
                 start = last_logged = time.perf_counter()
                 self.stop_signal.defer_signals()
             if self.stop_signal.should_stop():
@@ -240,7 +240,7 @@ class Trainer:
         number = self.progress.epoch + 1
         if number < self.config.training.epochs and number % self.config.evaluation.every:
             return {"loss": None, "top1": None, "top5": None}
-        if not self.evaluator.compiled:
+        if not self.evaluator.graph_compiled:
             self._save()
             self.stop_signal.use_default_handlers()
             self.evaluator.compile(self.evaluated_net)

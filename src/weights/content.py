@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from src.errors import join_names
+
 AGAIN = "download or save it again"
 RESAVE = "in PyTorch 1.6 or later: torch.save(torch.load(FILE, map_location='cpu'), FILE)"
 WIDENED = "bfloat16 widened to float32"
@@ -39,6 +41,6 @@ def short(text: object, limit: int = 80) -> str:
     return printable if len(printable) <= limit else f"{printable[: limit - 3]}..."
 
 
-def join_names(names: Sequence[str], limit: int) -> str:
-    """Return the first `limit` names for a one-line message, with "..." if there are more."""
-    return ", ".join(map(short, names[:limit])) + (", ..." if len(names) > limit else "")
+def short_names(names: Sequence[str], limit: int) -> str:
+    """Join at most `limit` names from an untrusted file for a message."""
+    return join_names([short(name) for name in names], limit)

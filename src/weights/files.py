@@ -12,7 +12,7 @@ import numpy as np
 
 from src.errors import UserError
 from src.weights.checkpoint import read_checkpoint, read_safetensors
-from src.weights.content import AGAIN, Content, KeyPath, join_names, short
+from src.weights.content import AGAIN, Content, KeyPath, short, short_names
 from src.weights.kinds import (
     CHECKPOINT,
     MAX_BYTES,
@@ -65,7 +65,7 @@ def read_content(
     missing = sorted(indexed - tensors.keys())
     if missing:
         raise UserError(
-            f"{path}: its index lists tensors in no shard: {join_names(missing, 3)}; {AGAIN}"
+            f"{path}: its index lists tensors in no shard: {short_names(missing, 3)}; {AGAIN}"
         )
     try:
         names = choose({(name,): tensor for name, tensor in tensors.items()})
@@ -122,7 +122,7 @@ def _in_folder(folder: Path) -> Path:
     weights = [file for file in files if file.name.endswith(_SUFFIXES)]
     candidates = indexes or [file for file in weights if file.name != "training_args.bin"]
     if len(candidates) != 1:
-        found = join_names([file.name for file in candidates], 4) or "none"
+        found = short_names([file.name for file in candidates], 4) or "none"
         raise UserError(f"{folder}: must contain one weight file, found {found}; give a file")
     return candidates[0]
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from src.errors import UserError
-from src.weights.content import join_names, short
+from src.weights.content import short, short_names
 
 Shape = tuple[int, ...]
 
@@ -64,7 +64,7 @@ class LoadReport:
             listed = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
             parts.append(f"training state skipped: {listed}")
         if self.new_head:
-            parts.append(f"the head keeps its initial values ({join_names(self.new_head, 3)})")
+            parts.append(f"the head keeps its initial values ({short_names(self.new_head, 3)})")
         misfits = self.describe_misfits()
         return "; ".join(parts) + (f"; NOT loaded: {misfits}" if misfits else "")
 
@@ -81,7 +81,7 @@ class LoadReport:
             (shapes, "of another shape"),
         )
         return "; ".join(
-            f"{len(names)} {kind}: {join_names(names, 3)}" for names, kind in kinds if names
+            f"{len(names)} {kind}: {short_names(names, 3)}" for names, kind in kinds if names
         )
 
     def table(self, everything: bool = True, limit: int | None = None) -> str:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection, Iterable
 
 from src.errors import UserError
-from src.weights.content import join_names, short
+from src.weights.content import short, short_names
 
 OURS, OFFICIAL, HUGGING_FACE = "MindSpore names", "official names", "Hugging Face names"
 
@@ -155,6 +155,6 @@ def to_ours(names: Iterable[str], known: Collection[str] = ()) -> tuple[str, dic
     if unknown:
         raise UserError(
             f"{len(unknown)} of its {len(names)} names belong to no CvT of MindSpore, Microsoft or "
-            f"Hugging Face: {join_names(unknown, 3)}; give the weights of a CvT"
+            f"Hugging Face: {short_names(unknown, 3)}; give the weights of a CvT"
         )
     return naming, renamed

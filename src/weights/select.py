@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from src.errors import UserError
-from src.weights.content import KeyPath, join_names, short
+from src.weights.content import KeyPath, short, short_names
 from src.weights.names import split_prefix, to_ours
 
 # Inserted anywhere into names by torch.compile, FSDP and activation checkpointing.
@@ -139,7 +139,7 @@ def select(
         if path[:-1] == chosen.entry and path not in names and ".".join(path) not in ignored
     ]
     if skipped:
-        notes.append(f"skipped {join_names(skipped, 4)}")
+        notes.append(f"skipped {short_names(skipped, 4)}")
     return Selection(names, renamed, naming, chosen.is_average, ignored, notes)
 
 
@@ -197,7 +197,7 @@ def _choose(
             if entry in group.label.split(".") or group.label.startswith(f"{entry}.")
         ]
         if not candidates:
-            labels = join_names([group.label for group in complete], 8)
+            labels = short_names([group.label for group in complete], 8)
             raise UserError(f"no weights under --entry {short(entry)}; choose one of: {labels}")
     first = candidates[0]
     for other in candidates[1:]:
@@ -208,7 +208,7 @@ def _choose(
             and tensors[first.paths[name]] == tensors[path]
             for name, path in other.paths.items()
         ):
-            labels = join_names([group.label for group in candidates], 8)
+            labels = short_names([group.label for group in candidates], 8)
             raise UserError(
                 f"it holds {len(candidates)} sets of weights: {labels}; choose one: "
                 f"python convert.py --src FILE --dst NEW.ckpt --entry {short(first.label)}"
@@ -234,7 +234,7 @@ def _fill_gaps(
             and group not in grouped.complete
         ):
             paths.update(group.paths)
-            notes.append(f"with {join_names(list(group.paths), 4)} from {group.label}")
+            notes.append(f"with {short_names(list(group.paths), 4)} from {group.label}")
     plain = [group for group in sets if group is not chosen and not group.is_average]
     copied = [group for group in plain if group.prefix_added_by(chosen)]
     base = (copied or plain)[0] if len(copied or plain) == 1 and chosen.is_average else None

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from src.errors import UserError
-from src.weights.content import AGAIN, RESAVE, WIDENED, Content, KeyPath, join_names, short, widen
+from src.weights.content import AGAIN, RESAVE, WIDENED, Content, KeyPath, short, short_names, widen
 from src.weights.kinds import MAX_TENSORS, TORCH_LEGACY, TORCH_ZIP, kind_of
 from src.weights.torch_pickle import (
     BFLOAT16,
@@ -89,10 +89,10 @@ def _notes(content: Any, names: dict, tensors: dict, pickles: Interpreter) -> li
     items = content.items() if isinstance(content, dict) else ()
     skipped = [k for k, v in items if k not in entries and type(v) is not StoredTensor]
     if skipped:
-        notes.append(f"skipped {join_names(skipped, 8)}")
+        notes.append(f"skipped {short_names(skipped, 8)}")
     foreign = [name for name in pickles.foreign if name not in _HELPERS]
     if foreign:
-        notes.append(f"objects skipped without running them: {join_names(foreign, 8)}")
+        notes.append(f"objects skipped without running them: {short_names(foreign, 8)}")
     if any(tensor.storage.dtype == BFLOAT16 for tensor in tensors.values()):
         notes.append(WIDENED)
     return notes
@@ -206,7 +206,7 @@ def _find_tensors(content: Any, pickles: Interpreter) -> dict[KeyPath, StoredTen
             raise UserError(f"it has more than {MAX_TENSORS} tensors; {REFUSED}")
         level = deeper
     if not found:
-        listed = join_names([key for key, _ in _entries(content)], 8)
+        listed = short_names([key for key, _ in _entries(content)], 8)
         only = f", only: {listed}" if listed else ""
         raise UserError(
             f"no tensors in the top level{only}{_objects(pickles)}; save model.state_dict() alone"
@@ -228,7 +228,7 @@ def _entries(container: dict | list | tuple) -> list[tuple[str, Any]]:
 
 
 def _objects(pickles: Interpreter) -> str:
-    names = join_names(list(pickles.foreign), 3)
+    names = short_names(list(pickles.foreign), 3)
     return f" (objects of {names}, which are not run)" if names else ""
 
 

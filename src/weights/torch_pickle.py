@@ -6,7 +6,7 @@ hash of a deeply nested tuple overflows C's stack. This module therefore interpr
 itself and keeps globals as names. It implements `collections.OrderedDict`, `torch.Size`, the
 storage types and the functions that rebuild tensors and parameters. Any other object (Namespace,
 NumPy scalars, a project's own classes) becomes a `Foreign`, an empty placeholder.
-`foreign.is_attack` decides which globals are rejected.
+`pickle_globals.is_attack` decides which globals are rejected.
 """
 
 from __future__ import annotations

@@ -172,7 +172,7 @@ def test_nothing_at_all_fits(tmp_path, net):
         create_model("cvt_nano", **{**TINY, "embed_dims": (16, 32, 64)}), tmp_path / "x.ckpt"
     )
     before = values(net)
-    with pytest.raises(WeightsMismatch, match="of another shape: .*, ...") as caught:
+    with pytest.raises(WeightsMismatch, match="of another shape: .* more") as caught:
         load_weights(net, path)
     assert same(values(net), before)
     rows = caught.value.report.table(everything=False, limit=5).splitlines()

@@ -203,7 +203,7 @@ def test_fewer_images_that_fill_the_shards_leave_a_set_that_opens(folder, tmp_pa
     convert(folder, tmp_path / "out", dataclasses.replace(options, force=True))
     convert(folder, tmp_path / "anew", options)
     assert contents(tmp_path / "out") == contents(tmp_path / "anew")
-    assert len(open_records(tmp_path / "out", "train", "t")) == len(images) - len(last[1:][-extra:])
+    assert len(open_records(tmp_path / "out/train", "t")) == len(images) - len(last[1:][-extra:])
 
 
 # broken images, odd folders
