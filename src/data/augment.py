@@ -60,8 +60,9 @@ def create_train_operations(
             "the image"
         )
     operations = _crop_operations(size, crop, scale, ratio, padding, filtering, encoded)
-    if hflip > 0:
-        operations.append(HorizontalFlip(hflip))
+    if hflip > 0:  # after a random resized crop, MindSpore's flip is independent (measured)
+        flip = HorizontalFlip if crop == "pad" else vision.RandomHorizontalFlip
+        operations.append(flip(hflip))
     if rand_augment is not None:
         if max(size) > 6 * min(size):
             raise UserError(
@@ -100,32 +101,39 @@ def _crop_operations(
         return [cropping(size, scale, ratio, filtering)]
     if crop == "pad":
         # Resizing an image to its own size costs nothing (measured).
-        resized = [vision.Resize(size, filtering), *[PadCrop(padding)] * (padding > 0)]
-        return [vision.Decode(), *resized] if encoded else resized
+        decoding = [vision.Decode(), vision.Resize(size, filtering)] if encoded else []
+        return [*decoding, PadCrop(size, padding, filtering)]
     raise UserError(f"crop {crop!r} is unknown; choose random_resized or pad")
 
 
 class PadCrop(PerSampleOp):
-    """Shift an image at random by up to `padding` pixels in each direction; the rest is black.
+    """Resize an image and shift it at random in each direction; what is uncovered is black.
 
     `vision.RandomHorizontalFlip` after `vision.RandomCrop` would flip exactly the images that are
     shifted up (measured with MindSpore 2.8): both read the same sequence of random numbers.
 
     Args:
-        padding: the number of pixels.
+        size: (H, W) after resizing.
+        padding: the largest shift in pixels.
+        interpolation: of the resizing.
     """
 
     stream = 4
+    in_reader = True
 
-    def __init__(self, padding: int):
+    def __init__(self, size: Sequence[int], padding: int, interpolation: vision.Inter):
+        self._size = tuple(size)
         self._padding = padding
+        self._resize = vision.Resize(list(size), interpolation)
 
     def apply(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Return the shifted image, [H, W, C]."""
+        if image.shape[:2] != self._size:
+            image = self._resize(image)
         (height, width, channels), padding = image.shape, self._padding
         padded = np.zeros((height + 2 * padding, width + 2 * padding, channels), image.dtype)
         padded[padding : padding + height, padding : padding + width] = image
-        top, left = rng.integers(2 * padding, size=2, endpoint=True)
+        top, left = (rng.integers(2 * padding + 1) for _ in range(2))
         return np.ascontiguousarray(padded[top : top + height, left : left + width])
 
 
@@ -137,6 +145,7 @@ class HorizontalFlip(PerSampleOp):
     """
 
     stream = 3
+    in_reader = True
 
     def __init__(self, probability: float):
         self._probability = probability

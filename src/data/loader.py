@@ -202,8 +202,12 @@ class DataLoader:
         # img/s, not 17,000; flower photos: 520, not 850). With storage that takes 5 ms per file,
         # one thread reads at most 190 img/s.
         images = self.source.image_dataset(self._workers)
+        operations, first = self._operations, []
+        if images is None:
+            first = list(itertools.takewhile(_is_in_reader, operations))
+            operations = operations[len(first) :]
         dataset = ds.GeneratorDataset(
-            _Rows(self.source, self._seed if keyed else None, images is None),
+            _Rows(self.source, self._seed if keyed else None, images is None, first),
             [*["image"] * (images is None), "label", *["key"] * keyed],
             shuffle=False,
             num_parallel_workers=1,
@@ -213,7 +217,7 @@ class DataLoader:
             dataset = ds.zip((images, dataset))
         outputs = []
         for takes_key, group in itertools.groupby(
-            self._operations, lambda operation: isinstance(operation, PerSampleOp)
+            operations, lambda operation: isinstance(operation, PerSampleOp)
         ):
             group = list(group)
             inputs = ["image", "key"] if takes_key else ["image"]
@@ -266,23 +270,39 @@ class _Rows:
         seed: adds the key of `PerSampleOp` operations, uint64 [2]: seed and position; None omits
             the key.
         with_images: whether a row has the image; False if MindSpore reads it itself.
+        operations: applied to the image.
     """
 
-    def __init__(self, source: Source, seed: int | None, with_images: bool):
+    def __init__(
+        self,
+        source: Source,
+        seed: int | None,
+        with_images: bool,
+        operations: Sequence[PerSampleOp] = (),
+    ):
         self._source = source
         self._seed = seed
         self._with_images = with_images
+        self._operations = operations
 
     def __len__(self) -> int:
         return len(self._source)
 
     def __getitem__(self, position: int) -> tuple:
         row = (self._source.labels[position],)
-        if self._with_images:
-            row = (self._source.read_decodable(position), *row)
         if self._seed is not None:
-            row = (*row, np.array([self._seed, position], np.uint64))
+            key = np.array([self._seed, position], np.uint64)
+            row = (*row, key)
+        if self._with_images:
+            image = self._source.read_decodable(position)
+            for operation in self._operations:
+                image, _ = operation(image, key)
+            row = (image, *row)
         return row
+
+
+def _is_in_reader(operation: Callable) -> bool:
+    return isinstance(operation, PerSampleOp) and operation.in_reader
 
 
 @contextlib.contextmanager

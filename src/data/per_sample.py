@@ -13,7 +13,9 @@ import threading
 
 import numpy as np
 
-_of_thread = threading.local()
+# By the system's number of the thread. MindSpore's threads are new to Python at each call, so they
+# would find an empty `threading.local`.
+_of_thread: dict[int, np.random.Generator] = {}
 
 
 class PerSampleOp(abc.ABC):
@@ -23,6 +25,7 @@ class PerSampleOp(abc.ABC):
     """
 
     stream: int  # unique to each class; classes with the same stream draw the same numbers
+    in_reader = False  # whether so cheap that handing it to a worker would cost more
     output = "key"  # the second output column; a subclass that sets another one replaces the key
 
     def __call__(self, image: np.ndarray, key: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -42,14 +45,16 @@ def _generator(key: np.ndarray, stream: int) -> np.random.Generator:
 
     Creating it would take 0.02 ms, because NumPy also draws a seed from the system.
     """
-    if not hasattr(_of_thread, "generator"):
-        _of_thread.generator = np.random.Generator(np.random.Philox(0))
-    _of_thread.generator.bit_generator.state = {
+    generator = _of_thread.get(threading.get_ident())
+    if generator is None:
+        generator = np.random.Generator(np.random.Philox(0))
+        _of_thread[threading.get_ident()] = generator
+    generator.bit_generator.state = {
         "bit_generator": "Philox",
-        "state": {"counter": np.array([0, 0, 0, stream], np.uint64), "key": key},
-        "buffer": np.zeros(4, np.uint64),
+        "state": {"counter": (0, 0, 0, stream), "key": key},
+        "buffer": (0, 0, 0, 0),
         "buffer_pos": 4,  # nothing is left in the buffer
         "has_uint32": 0,
         "uinteger": 0,
     }
-    return _of_thread.generator
+    return generator

@@ -24,7 +24,8 @@ def grid(height, width):
 
 def run(operations, image):
     for operation in operations:
-        image = operation(image)
+        keyed = isinstance(operation, PerSampleOp)
+        image = operation(image, keys(1)[0])[0] if keyed else operation(image)
     return image
 
 
@@ -120,7 +121,7 @@ def test_operations_stand_in_timms_order_and_only_where_asked_for():
         operations = create_train_operations((8, 8), MEAN, encoded=False, **arguments)
         return [type(operation).__name__ for operation in operations]
 
-    plain = ["RandomResizedCrop", "HorizontalFlip"]
+    plain = ["RandomResizedCrop", "RandomHorizontalFlip"]
     assert kinds() == plain
     every = {"rand_augment": "rand-m9-mstd0.5-inc1", "color_jitter": 0.4, "erasing_prob": 0.25}
     keyed = [*plain, "RandAugment", "RandomColorAdjust", "Erase"]
