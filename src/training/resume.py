@@ -186,9 +186,9 @@ def check_compatible(saved: Progress, current: Progress, output: Path, accept: b
             "uninterrupted run; set data.workers to %d to avoid this", saved.workers,
             current.workers, saved.workers,
         )  # fmt: skip
-    if saved.version != current.version:
+    if saved.version != current.version and new.get("augment.crop") == "pad":
         logger.warning(
-            "the state is of another version of this code, which drew crops and flips differently: "
+            "the state is of another version of this code, which drew shifts and flips differently: "
             "from here on results differ from those of an uninterrupted run"
         )
     if saved.compiled != current.compiled:
