@@ -37,14 +37,13 @@ print('numpy<2' if old else 'numpy')" 2>/dev/null | tail -n 1) || return
     PYTHON=$base
     return
   fi
-  if "$base" -c 'import importlib.metadata as m; m.version("mindspore")' 2>/dev/null &&
-    [ "$("$base" -c 'import sys; print(sys.prefix)')" != "$PWD/.venv" ]; then
-    echo "error: $base has MindSpore but cannot import it: $("$base" -c 'import mindspore' 2>&1 | tail -n 1)" >&2
-    return 2
-  fi
   if is_complete .venv; then
     [ -z "${PYTHON-}" ] || same_version "$base" .venv/bin/python || return 2
     base=.venv/bin/python
+  elif "$base" -c 'import importlib.metadata as m; m.version("mindspore")' 2>/dev/null; then
+    echo "error: $base has MindSpore but cannot import it ($("$base" -c 'import mindspore' 2>&1 |
+      tail -n 1)); repair it, or choose another interpreter with PYTHON" >&2
+    return 2
   fi
   "$base" -c 'import sys; sys.exit(not (3, 9) <= sys.version_info[:2] <= (3, 12))' || {
     echo "error: $base is not Python 3.9 to 3.12; choose one, for example PYTHON=python3.11 bash $0" >&2

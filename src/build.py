@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -176,8 +177,10 @@ def open_split(config: Config, split: str) -> Source:
     folders = {"train_folder": data.train_folder, "val_folder": data.val_folder}
     for key in ("classes", "class_names"):
         names = getattr(data, key)
-        if names is not None and (not names or len(set(names)) < len(names)):
-            raise UserError(f"data.{key} {names}: must name each class once")
+        twice = [name for name, count in Counter(names or ()).items() if count > 1]
+        if names is not None and (twice or not names):
+            what = f"names {join_names(twice)} more than once" if twice else "is empty"
+            raise UserError(f"data.{key}: {what}; name each class once")
     names = None if data.classes else data.class_names
     held_out = data.val_from_train is not None
     opened = "train" if held_out else split
@@ -234,7 +237,10 @@ def open_checked(
     Raises:
         UserError: more images are broken than may be skipped.
     """
-    check_values(config)
+    if split == "train":
+        check_values(config)
+    else:
+        build_preprocessing(config)
     data = config.data
     if source is None:
         source = open_split(config, split)

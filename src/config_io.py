@@ -51,6 +51,10 @@ class ConfigParser(ArgumentParser):
         Raises:
             UserError: an option or a value is invalid.
         """
+        for word in argv:
+            option = word.partition("=")[0]
+            if option.startswith("--") and option.endswith("+"):
+                raise UserError(f"{shorten(option)}: cannot append; give the whole list")
         try:
             return self.parse_args(list(argv))
         except RecursionError:
@@ -223,6 +227,17 @@ def _check_mapping(path: Path, schema: type) -> None:
         raise UserError(
             f"--config {path}: expected keys and values, found {type(content).__name__}"
         )
+    groups = [key.name for key in dataclasses.fields(schema)]
+    for key, value in content.items():
+        # The parser would take options here too, such as eval.py's --json: files to overwrite.
+        if key not in groups:
+            name = f"{key}.{next(iter(value))}" if isinstance(value, dict) and value else str(key)
+            near = nearest_key(name, _dotted_keys(schema))
+            hint = f"did you mean {near}? " if near else ""
+            raise UserError(
+                f"--config {path}: unknown key {shorten(name)}: {hint}a recipe has the groups "
+                f"{', '.join(groups)}"
+            )
     for group in dataclasses.fields(schema):
         if dataclasses.is_dataclass(group.type) and not isinstance(
             content.get(group.name, {}), dict
@@ -235,6 +250,16 @@ def _check_mapping(path: Path, schema: type) -> None:
                 f"--config {path}: {shorten(key)} has {len(value):,} values; give at most "
                 f"{_MAX_VALUES}"
             )
+
+
+def _dotted_keys(schema: type) -> list[str]:
+    """Return every key of a schema by its name within its group: "model.name"."""
+    return [
+        f"{group.name}.{key.name}"
+        for group in dataclasses.fields(schema)
+        if dataclasses.is_dataclass(group.type)
+        for key in dataclasses.fields(group.type)
+    ]
 
 
 _MAX_VALUES = 1000  # jsonargparse takes time in proportion to the square of a list's length

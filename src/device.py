@@ -89,10 +89,13 @@ def _bind_to_own_cores() -> None:
     Every thread of MindSpore inherits this. Otherwise each rank would start a thread per core and
     compete with the others. The launcher sets the two variables on CPU hosts.
     """
-    ranks, rank = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), os.environ.get("DEVICE_ID", "0")
+    numbers = os.environ.get("LOCAL_WORLD_SIZE", "1"), os.environ.get("DEVICE_ID", "0")
+    if "MS_WORKER_NUM" not in os.environ or not all(map(str.isdecimal, numbers)):
+        return  # not a rank, though an earlier job may have left a variable
+    ranks, rank = map(int, numbers)
     if ranks > 1 and hasattr(os, "sched_setaffinity"):
         cores = usable_cores()
-        own = cores[int(rank) * len(cores) // ranks : (int(rank) + 1) * len(cores) // ranks]
+        own = cores[rank * len(cores) // ranks : (rank + 1) * len(cores) // ranks]
         os.sched_setaffinity(0, own or cores)
 
 

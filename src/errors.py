@@ -82,6 +82,8 @@ def executable(main: Callable[[list[str]], None]) -> Callable[[], None]:
             main(sys.argv[1:])
         except UserError as error:
             _exit(error)
+        except KeyboardInterrupt:
+            sys.exit(128 + signal.SIGINT)
         except OSError as error:
             if isinstance(error, BrokenPipeError):  # the reader of a pipe has exited, as head does
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -268,14 +268,14 @@ WRONG_VALUES = {
     "augment.scale .0.5, 0.1.": {"augment": {"scale": (0.5, 0.1)}},
     "augment.rand_augment rand-m9-n99": {"augment": {"rand_augment": "rand-m9-n99-inc1"}},
     "model.image_size 1000000: at most 8192": {"model": {"image_size": 1000000}},
-    "data.class_names .'a', 'b', 'a'.: must name each class once": {
+    "data.class_names: names a more than once; name each class once": {
         "data": {"class_names": ["a", "b", "a"]}
     },
     "training.batch_size 1: mixup and cutmix mix the images of a batch": {
         "augment": {"cutmix": 1.0},
         "training": {"batch_size": 1},
     },
-    "data.classes ..: must name": {"data": {"classes": []}},
+    "data.classes: is empty; name each": {"data": {"classes": []}},
     "val/a: 2 images, such as 0.jpg, but no class folders": {"data": {"val_folder": "val/a"}},
     "no folder 'valid' for the val split": {"data": {"val_folder": "valid"}},
     "val2/z: 'z' is none of the 2 known classes": {"data": {"val_folder": "val2"}},

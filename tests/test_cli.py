@@ -98,6 +98,11 @@ def test_the_config_of_a_run_is_found_beside_its_checkpoint(tmp_path):
         parse(["--ckpt=nowhere.ckpt"], "eval.py", "", words, config_beside="ckpt")
 
 
+def test_a_value_is_not_appended():
+    with pytest.raises(UserError, match="--model.depths[+]: cannot append"):
+        read("--model.depths+=3")
+
+
 @pytest.mark.parametrize(
     "text, words",
     [
@@ -120,6 +125,11 @@ def test_the_config_of_a_run_is_found_beside_its_checkpoint(tmp_path):
         ("augment: {hflip: 1.5}", "augment.hflip: .*1.5"),
         ("runtime: {device: TPU}", "runtime.device: .*TPU"),
         ("\x00", "invalid YAML"),
+        # Options of the programs, which a file from elsewhere must not choose.
+        ("json: /victim", "unknown key json: .*a recipe has the groups runtime, model"),
+        ("{force: true}", "unknown key force"),
+        ("config: other.yaml", "unknown key config"),
+        ("model.name: cvt_13", "unknown key model.name: did you mean model.name"),
     ],
 )
 def test_recipes_that_are_refused(tmp_path, text, words):

@@ -13,6 +13,7 @@ import pytest
 
 from src import device
 from src.config import RuntimeConfig
+from src.cores import usable_cores
 from src.device import log_to, prepare_environment, setup
 from src.errors import UserError
 
@@ -65,6 +66,16 @@ def test_the_seed_decides_the_initial_weights():
     first, again, other = draw(1), draw(1), draw(2)
     assert np.array_equal(first[0], again[0]) and first[1] == again[1]
     assert not np.array_equal(first[0], other[0]) and first[1] != other[1]
+
+
+@pytest.mark.parametrize("left", ["8", "", "abc"])
+def test_a_variable_that_a_job_left_binds_no_process(monkeypatch, left):
+    cores = usable_cores()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", left)
+    monkeypatch.delenv("MS_WORKER_NUM", raising=False)
+    monkeypatch.setattr(os, "sched_setaffinity", lambda *_: pytest.fail("was bound"))
+    prepare_environment()
+    assert usable_cores() == cores
 
 
 def test_the_environment_of_the_user_stays(monkeypatch):

@@ -8,6 +8,7 @@ compare the activations with those that a compiled graph keeps.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -182,3 +183,10 @@ def all_reduce_seconds(size: int, cards: int, cluster: Cluster) -> float:
     within = 2 * (local - 1) / local * size / cluster.within
     between = 2 * (nodes - 1) / nodes * size / local / cluster.between
     return within + between
+
+
+if __name__ == "__main__":  # python -m tools.estimate: the same as tools.benchmark --mode scaling
+    from tools.benchmark.__main__ import main
+
+    sys.argv[1:1] = ["--mode", "scaling"]
+    main()

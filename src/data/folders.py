@@ -8,6 +8,7 @@ import os
 import stat
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from src.data.base import normalize_name
 from src.errors import UserError, join_names
@@ -40,7 +41,7 @@ class Walk:
         for folder in self._folders:
             for path in (Path(folder), Path(folder).resolve()):
                 visited.update(map(_identity, path.parents))
-            for place, folders, _ in os.walk(folder):
+            for place, folders, _ in os.walk(folder, onerror=_refuse):
                 folders[:] = filter(is_visible, folders)
                 visited.add(_identity(place))
         return visited
@@ -48,7 +49,7 @@ class Walk:
     def list_images(self, folder: str | Path) -> tuple[list[str], list[str]]:
         """Return images and other files at any depth, sorted, without hidden ones."""
         images, others, refused, through_links = [], [], [], set()
-        for place, folders, names in os.walk(folder, followlinks=True):
+        for place, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
             entered = []
             for name in sorted(filter(is_visible, folders)):
                 path = os.path.join(place, name)
@@ -70,6 +71,10 @@ class Walk:
                 folder, len(refused), refused[0],
             )  # fmt: skip
         return images, others
+
+
+def _refuse(error: OSError) -> NoReturn:
+    raise UserError(f"{error.filename}: {error.strerror}; make the folder readable") from None
 
 
 def list_images(folder: str | Path) -> tuple[list[str], list[str]]:

@@ -66,12 +66,27 @@ class RecordSource(Source):
             )
         )
 
+        self._names = functools.cache(self._read_names)
+
+    def _read_names(self) -> list[str]:
+        records = ds.MindDataset(self._files, ["file"], num_parallel_workers=1, shuffle=False)
+        rows = records.create_tuple_iterator(num_epochs=1, output_numpy=True)
+        return [str(row[0]).removeprefix(f"{self._folder.name}/") for row in rows]
+
     def read(self, item: int) -> np.ndarray:
         try:
             image = self._open_single()[item][0]
         except RuntimeError as error:
             raise OSError(f"{self._folder}: record {item} cannot be read") from error
         return np.frombuffer(image.tobytes(), np.uint8)
+
+    def read_decodable(self, index: int) -> np.ndarray:
+        """Read an image as `vision.Decode` takes it."""
+        return make_decodable(self[index][0])
+
+    def name(self, index: int) -> str:
+        """Return the path of a record's original file within the split."""
+        return self._names()[self.items[index]]
 
     def describe(self, index: int) -> str:
         """Return the original file of a record, and its shard."""

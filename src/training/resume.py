@@ -186,10 +186,10 @@ def check_compatible(saved: Progress, current: Progress, output: Path, accept: b
             "uninterrupted run; set data.workers to %d to avoid this", saved.workers,
             current.workers, saved.workers,
         )  # fmt: skip
-    if saved.version != current.version and new.get("augment.crop") == "pad":
+    if saved.version != current.version:
         logger.warning(
-            "the state is of another version of this code, which drew shifts and flips differently: "
-            "from here on results differ from those of an uninterrupted run"
+            "the state is of another version of this code: from here on results may differ from "
+            "those of an uninterrupted run"
         )
     if saved.compiled != current.compiled:
         logger.warning(

@@ -43,6 +43,7 @@ from src.training.train_loader import TrainLoader
 logger = logging.getLogger("cvt")
 LOG_SECONDS = 60.0  # between two log lines within an epoch
 MAX_SKIPPED = 20  # consecutive overflows; enough to halve the first dynamic scale down to 1
+RESUMED = "resumed at epoch"
 LOGGED = {"train_loss": 4, "loss": 4, "top1": 2, "top5": 2}  # metrics of an epoch, decimals
 
 
@@ -132,7 +133,7 @@ class Trainer:
                            "it", metrics)  # fmt: skip
             self._write_metrics()
         logger.info(
-            "resumed at epoch %d, step %d", self.progress.epoch + 1, self.progress.position,
+            f"{RESUMED} %d, step %d", self.progress.epoch + 1, self.progress.position,
         )  # fmt: skip
 
     def fit(self) -> None:

@@ -1,5 +1,6 @@
 """Image folders as they are found: links, names, levels, leftovers of systems."""
 
+import errno
 import logging
 import os
 import unicodedata
@@ -195,6 +196,22 @@ def test_a_known_class_without_validation_images_is_told(flowers, caplog):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_a_folder_that_cannot_be_read_is_named(flowers, monkeypatch):
+    """Root may read any folder, so `os.scandir` fails in its place."""
+    inner = flowers / "train/daisy/more"
+    inner.mkdir()
+    real = os.scandir
+
+    def scandir(path):
+        if str(path) == str(inner):
+            raise PermissionError(errno.EACCES, "Permission denied", str(inner))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(UserError, match="daisy/more: Permission denied; make the folder readable"):
+        open_source("imagefolder", str(flowers), "train")
+
+
 def test_a_pipe_is_no_image(flowers):
     os.mkfifo(flowers / "train" / "daisy" / "pipe.jpg")
     images, others = list_images(flowers / "train")

@@ -316,6 +316,9 @@ def test_photographs_of_phones_scans_and_prints_are_packed_as_they_are(tmp_path)
             assert records[k][0].tobytes() == files[k][0].tobytes()
         chain = operations((8, 8), MEAN, encoded=True) if operations else EVAL.operations(True)
         assert equal(collect(make(records, chain, 5)), collect(make(files, chain, 5)))
+        again = [source.subset(np.tile(np.arange(10), 2)) for source in (records, files)]
+        assert equal(*(collect(make(source, chain, 5)) for source in again))
+        assert [records.name(k) for k in range(10)] == [files.name(k) for k in range(10)]
     verify(tmp_path / "out")
 
 

@@ -130,6 +130,8 @@ def test_mnist(tmp_path, mnist, dot, packed):
     source = open_source("mnist", str(tmp_path), "val")
     same(source, padded, mnist[1])
     assert source.class_names == tuple("0123456789")
+    named = open_source("mnist", str(tmp_path), "val", list("abcdefghij"))
+    assert named.class_names == tuple("abcdefghij") and np.array_equal(named.labels, source.labels)
     refused("mnist", tmp_path, "train", match="train-images-idx3-ubyte")
 
 

@@ -195,9 +195,12 @@ def test_a_file_whose_logits_differ_is_not_kept(run, tmp_path, monkeypatch, file
 def test_without_the_data_noise_is_compared(run, tmp_path, caplog):
     config, checkpoint = run
     config.data.source, config.data.path = "imagefolder", str(tmp_path / "gone")
+    names = config.data.class_names
+    config.model.num_classes = config.data.class_names = None  # as in a recipe: those of the run
     with caplog.at_level("INFO", logger="cvt"):
         room.export(config, checkpoint, tmp_path / "m.mindir", ExportOptions(), "CPU")
     assert "compared on noise" in caplog.text and "checked in mindspore on 16 images" in caplog.text
+    assert json.loads((tmp_path / "m.mindir.json").read_text())["class_names"] == names
 
 
 def test_float16_weights_halve_the_file(run, exported, tmp_path, caplog):

@@ -69,7 +69,7 @@ def add_arguments(parser) -> None:
     parser.add_argument(
         "--mode",
         choices=[*COUNTED, "infer", "train", "data", "compile"],
-        required=True,
+        default="infer",
         help="complexity: parameters and multiply-accumulates (MACs) per image, by stage; "
         "scaling: estimated memory and all-reduce time of a training step; infer, train: "
         "speed and memory of the network and of the training step; data: speed of the training "

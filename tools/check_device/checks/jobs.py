@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 
+from src.training.trainer import RESUMED
 from tools.check_device.checks.ranks import free_port, number_of_ranks
 from tools.check_device.checks.training import last_line
 from tools.check_device.registry import Finding, Setting
@@ -90,7 +91,7 @@ def killed_rank(setting: Setting) -> Finding:
     if alive:
         faults.append(f"{len(alive)} processes of the killed job still run")
     again = _Job(setting, world, port, "--resume")
-    again.wait_for("^resumed after epoch")
+    again.wait_for(f"^{RESUMED}")
     again.wait_for(begun)
     again.process.send_signal(signal.SIGTERM)
     stopped, seconds_to_stop = again.wait()
