@@ -235,7 +235,7 @@ def _check_mapping(path: Path, schema: type) -> None:
             near = nearest_key(name, _dotted_keys(schema))
             hint = f"did you mean {near}? " if near else ""
             raise UserError(
-                f"--config {path}: unknown key {shorten(name)}: {hint}a recipe has the groups "
+                f"{path}: unknown key {shorten(name)}: {hint}a recipe has the groups "
                 f"{', '.join(groups)}"
             )
     for group in dataclasses.fields(schema):
