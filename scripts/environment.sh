@@ -38,6 +38,12 @@ print('numpy<2' if old else 'numpy')" 2>/dev/null | tail -n 1) || return
     return
   fi
   if is_complete .venv; then
+    # Hosts with different processors may share the folder.
+    [ ! -e .venv/machine ] || [ "$(cat .venv/machine)" = "$(uname -m)" ] || {
+      echo "error: .venv is for $(cat .venv/machine), this host is $(uname -m); remove .venv, or use a" \
+        "copy of the project for each" >&2
+      return 2
+    }
     [ -z "${PYTHON-}" ] || same_version "$base" .venv/bin/python || return 2
     base=.venv/bin/python
   elif "$base" -c 'import importlib.metadata as m; m.version("mindspore")' 2>/dev/null; then
@@ -60,12 +66,9 @@ print('numpy<2' if old else 'numpy')" 2>/dev/null | tail -n 1) || return
   PYTHON=.venv/bin/python
 }
 
-# is_complete VENV: it has Python and pip (without Debian's python3-venv, only Python is made), and is
-# for this kind of processor, which may differ between hosts that share the folder.
+# is_complete VENV: it has Python and pip. Without Debian's python3-venv, only Python is made.
 is_complete() {
-  [ -x "$1/bin/python" ] && [ -x "$1/bin/pip" ] && {
-    [ ! -e "$1/machine" ] || [ "$(cat "$1/machine")" = "$(uname -m)" ]
-  }
+  [ -x "$1/bin/python" ] && [ -x "$1/bin/pip" ]
 }
 
 # same_version PYTHON PYTHON: refuse to use the second for the first if their versions differ.

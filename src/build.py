@@ -355,15 +355,5 @@ def build_augmentation(config: Config, encoded: bool) -> list:
 
 
 def build_mixing(config: Config) -> Mixing:
-    """Build mixup and cutmix of training batches.
-
-    Raises:
-        UserError: a value is out of range, or batches have no second image to mix with.
-    """
-    mixing = Mixing(*(getattr(config.augment, key) for key in MIXING_KEYS))
-    if mixing and config.training.batch_size == 1:
-        raise UserError(
-            "training.batch_size 1: mixup and cutmix mix the images of a batch; take 2 or more, or "
-            "set augment.mixup and augment.cutmix to 0"
-        )
-    return mixing
+    """Build mixup and cutmix of training batches."""
+    return Mixing(*(getattr(config.augment, key) for key in MIXING_KEYS))

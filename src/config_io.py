@@ -227,12 +227,15 @@ def _check_mapping(path: Path, schema: type) -> None:
         raise UserError(
             f"--config {path}: expected keys and values, found {type(content).__name__}"
         )
-    groups = [key.name for key in dataclasses.fields(schema)]
+    groups, dotted = [key.name for key in dataclasses.fields(schema)], _dotted_keys(schema)
     for key, value in content.items():
         # The parser would take options here too, such as eval.py's --json: files to overwrite.
-        if key not in groups:
+        group, _, within = str(key).partition(".")
+        if key in dotted and within in (content.get(group) or {}):
+            raise UserError(f"--config {path}: {key} is given twice; keep one")
+        if key not in groups and key not in dotted:
             name = f"{key}.{next(iter(value))}" if isinstance(value, dict) and value else str(key)
-            near = nearest_key(name, _dotted_keys(schema))
+            near = nearest_key(name, dotted)
             hint = f"did you mean {near}? " if near else ""
             raise UserError(
                 f"{path}: unknown key {shorten(name)}: {hint}a recipe has the groups "
@@ -245,7 +248,8 @@ def _check_mapping(path: Path, schema: type) -> None:
             raise UserError(f"--config {path}: {group.name} is a group of keys, not a value")
     groups = [content, *(group for group in content.values() if isinstance(group, dict))]
     for key, value in (item for group in groups for item in group.items()):
-        if isinstance(value, list) and len(value) > _MAX_VALUES and key not in _LONG_LISTS:
+        is_long = str(key).rpartition(".")[2] in _LONG_LISTS
+        if isinstance(value, list) and len(value) > _MAX_VALUES and not is_long:
             raise UserError(
                 f"--config {path}: {shorten(key)} has {len(value):,} values; give at most "
                 f"{_MAX_VALUES}"

@@ -271,10 +271,6 @@ WRONG_VALUES = {
     "data.class_names: names a more than once; name each class once": {
         "data": {"class_names": ["a", "b", "a"]}
     },
-    "training.batch_size 1: mixup and cutmix mix the images of a batch": {
-        "augment": {"cutmix": 1.0},
-        "training": {"batch_size": 1},
-    },
     "data.classes: is empty; name each": {"data": {"classes": []}},
     "val/a: 2 images, such as 0.jpg, but no class folders": {"data": {"val_folder": "val/a"}},
     "no folder 'valid' for the val split": {"data": {"val_folder": "valid"}},

@@ -129,7 +129,7 @@ def test_a_value_is_not_appended():
         ("json: /victim", "unknown key json: .*a recipe has the groups runtime, model"),
         ("{force: true}", "unknown key force"),
         ("config: other.yaml", "unknown key config"),
-        ("model.name: cvt_13", "unknown key model.name: did you mean model.name"),
+        ("{model.name: cvt_13, model: {name: cvt_21}}", "model.name is given twice"),
     ],
 )
 def test_recipes_that_are_refused(tmp_path, text, words):

@@ -37,7 +37,10 @@ class PerSampleOp(abc.ABC):
     def apply(
         self, image: np.ndarray, rng: np.random.Generator
     ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
-        """Return the new image, with its value for `output` if that is set; keep the input."""
+        """Return the new image, with its value for `output` if that is set; keep the input.
+
+        `rng` is the thread's own and is set anew for the next operation: do not keep it.
+        """
 
 
 def _generator(key: np.ndarray, stream: int) -> np.random.Generator:

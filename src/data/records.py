@@ -67,11 +67,18 @@ class RecordSource(Source):
         )
 
         self._names = functools.cache(self._read_names)
+        self._first_class = index["class_names"][index["shards"][0]["labels"][0][0]]
 
     def _read_names(self) -> list[str]:
         records = ds.MindDataset(self._files, ["file"], num_parallel_workers=1, shuffle=False)
         rows = records.create_tuple_iterator(num_epochs=1, output_numpy=True)
-        return [str(row[0]).removeprefix(f"{self._folder.name}/") for row in rows]
+        try:
+            files = [str(row[0]).split("/") for row in rows]
+        except RuntimeError as error:
+            raise UserError(f"{self._folder}: a record cannot be read; pack it again") from error
+        # Within the split: from the class's folder on, whatever the split's folder was called.
+        start = files[0].index(self._first_class) if self._first_class in files[0] else 0
+        return ["/".join(parts[start:]) for parts in files]
 
     def read(self, item: int) -> np.ndarray:
         try:

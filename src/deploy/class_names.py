@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 
 from src.data.imagenet_labels import CLASSES, imagenet_names
+from src.deploy.description import MAX_BYTES, check_class_names
 
 _log = logging.getLogger("cvt")
 
@@ -34,9 +35,11 @@ def known_class_names(weights: Path, outputs: int) -> list[str] | None:
 
 def _hugging_face_names(file: Path, outputs: int) -> list[str] | None:
     try:
+        if not file.is_file() or file.stat().st_size > MAX_BYTES:
+            return None
         labels = json.loads(file.read_text(encoding="utf-8"))["id2label"]
-        names = [labels[str(label)] for label in range(outputs)]
-    except (OSError, ValueError, KeyError, TypeError):  # none, or another program's file
+        names = check_class_names([labels[str(label)] for label in range(outputs)])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # another program's file
         return None
-    unnamed = names == [f"LABEL_{label}" for label in range(outputs)]
-    return None if unnamed or not all(isinstance(name, str) for name in names) else names
+    names = [name.encode("utf-8", "backslashreplace").decode() for name in names]
+    return None if names == [f"LABEL_{label}" for label in range(outputs)] else names

@@ -13,7 +13,7 @@ from typing import Any
 from src.data import Preprocessing
 from src.errors import UserError
 
-_MAX_BYTES = 16 << 20  # of the .json
+MAX_BYTES = 16 << 20  # of the .json
 _MAX_EDGE = 4096  # pixels
 _MAX_FLOATS = 1 << 26  # in a batch: 256 MiB, 445 images of 224 px
 _MAX_CLASSES, _MAX_NAME = 100_000, 1_000
@@ -34,7 +34,7 @@ def read_description(path: str | Path) -> dict[str, Any]:
     """
     beside = Path(f"{path}.json")
     try:
-        if beside.stat().st_size > _MAX_BYTES or not beside.is_file():
+        if beside.stat().st_size > MAX_BYTES or not beside.is_file():
             raise ValueError("too large, or not a file")
         description = json.loads(beside.read_text(encoding="utf-8"))
         if not isinstance(description, dict):
@@ -59,7 +59,7 @@ def check_readable(shape: list, preprocessing: Preprocessing, class_names: list 
         UserError: the model, its images or a batch of them are beyond the limits.
     """
     limit = _MAX_FLOATS // math.prod(shape[1:])
-    if (shape[0] or 1) > limit:
+    if limit and shape[0] is not None and shape[0] > limit:
         raise UserError(
             f"--batch_size {shape[0]}: at most {limit} images of this size; lower it or use dynamic"
         )
@@ -77,7 +77,7 @@ def _validate(description: dict[str, Any]) -> dict[str, Any]:
     preprocessing = _preprocessing(description["preprocessing"])
     return {
         "preprocessing": preprocessing,
-        "class_names": _class_names(description["class_names"]),
+        "class_names": check_class_names(description["class_names"]),
         "input_shape": _input_shape(description["input_shape"], preprocessing),
     }
 
@@ -103,7 +103,8 @@ def _preprocessing(values: Any) -> Preprocessing:
     return Preprocessing.from_dict(values)
 
 
-def _class_names(names: Any) -> list[str]:
+def check_class_names(names: Any) -> list[str]:
+    """Return the names, [] for None. Raises ValueError: too many, too long, or not strings."""
     if names is None:
         return []
     if not isinstance(names, list) or len(names) > _MAX_CLASSES:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 from collections.abc import Sequence
@@ -81,7 +82,8 @@ def export(
         check_quantizer()
     run = run_config_of(checkpoint)
     if config.model.num_classes is None and run is not None:
-        config = _with_classes_of(config, load_config(run))
+        with contextlib.suppress(UserError):  # another program's config.yaml
+            config = _with_classes_of(config, load_config(run))
     if config.model.num_classes is None:
         config = resolve_classes(config, open_split(config, "val"))
     preprocessing = build_preprocessing(config)
@@ -117,7 +119,14 @@ def export(
 
 
 def _with_classes_of(config: Config, run: Config) -> Config:
-    """Return a recipe with the number and names of the classes that a run was trained for."""
+    """Return a recipe with the number and names of the classes that a run was trained for.
+
+    Raises:
+        UserError: the recipe names another number of classes.
+    """
+    given = config.data.class_names
+    if given and len(given) != run.model.num_classes:
+        raise UserError(f"data.class_names has {len(given)} names, not {run.model.num_classes}")
     model = dataclasses.replace(config.model, num_classes=run.model.num_classes)
     names = config.data.class_names or run.data.class_names
     data = dataclasses.replace(config.data, class_names=names)

@@ -13,6 +13,7 @@ from typing import IO
 
 from src.arithmetic import check_arithmetic
 from src.build import (
+    build_mixing,
     build_model,
     check_values,
     open_checked,
@@ -106,6 +107,11 @@ def validate(config: Config, ranks: Ranks, finetune: str | None = None) -> Sourc
         UserError: invalid settings, data or weights.
     """
     check_values(config)
+    if build_mixing(config) and config.training.batch_size == 1:
+        raise UserError(
+            "training.batch_size 1: mixup and cutmix mix the images of a batch; take 2 or more, or "
+            "set augment.mixup and augment.cutmix to 0"
+        )
     uses_compiled(config.runtime)
     source, held_out = open_split(config, "train"), open_quietly(config, "val")
     if not len(held_out):
@@ -210,7 +216,7 @@ def _locked(output: Path) -> IO:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP):
                     raise
                 logger.warning(
                     "%s: this file system has no locks; let no other run use the folder", output

@@ -127,7 +127,7 @@ def _learning_rates(config: Config, loader: TrainLoader, notes: list[str]) -> np
             f"optimizer.warmup_epochs {keys.warmup_epochs}: not below training.epochs "
             f"{config.training.epochs}, so the learning rate never reaches {peak:.3e}"
         )
-    if peak < keys.min_lr:
+    if peak < keys.min_lr and keys.decay_epochs != 0:
         notes.append(
             f"optimizer.min_lr {keys.min_lr:.3e} is above the learning rate {peak:.3e}, which "
             "therefore rises; lower it"

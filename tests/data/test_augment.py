@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from src.data.augment import Erase, HorizontalFlip, PadCrop, create_train_operations
-from src.data.base import ArraySource
+from src.data.base import ArraySource, FileSource
 from src.data.loader import DataLoader
 from src.data.per_sample import PerSampleOp
 from src.data.rand_augment import RandAugment
@@ -30,21 +30,15 @@ def run(operations, image):
 
 
 def test_pad_crop_and_flip_are_independent():
-    """As the loader runs them: every offset occurs, and half of its images are flipped. The number
-    of workers changes nothing.
-    """
+    """As the loader runs them: every offset occurs, and half of its images are flipped."""
     operations = create_train_operations(
         (12, 10), MEAN, encoded=False, crop="pad", padding=2, hflip=0.5
     )
     times = 2000
     source = ArraySource(np.stack([grid(12, 10)] * times), np.zeros(times, np.int32), ["a"], "grid")
     flips = {(y, x): [] for y in range(-2, 3) for x in range(-2, 3)}
-    seen = []
-    for workers in (1, 2):
-        loader = DataLoader(source, operations, 500, seed=3, workers=workers)
-        seen.append(np.concatenate([images.asnumpy() for images, _ in loader]))
-    assert np.array_equal(*seen)
-    for image in seen[0]:
+    batches = DataLoader(source, operations, 500, seed=3, workers=1)
+    for image in np.concatenate([images.asnumpy() for images, _ in batches]):
         rows, columns, _ = image.transpose(2, 0, 1).astype(int)
         flipped = columns[6, 4] > columns[6, 5]
         columns = columns[:, ::-1] if flipped else columns
@@ -52,6 +46,21 @@ def test_pad_crop_and_flip_are_independent():
     for offset, each in flips.items():
         bound = 5 * 0.5 / np.sqrt(len(each))  # five standard deviations
         assert len(each) > 40 and abs(np.mean(each) - 0.5) < bound, offset
+
+
+def test_shifts_and_flips_of_files_depend_on_no_worker(tmp_path):
+    """Workers run them there, after decoding; on arrays, the reading thread does."""
+    files = []
+    for k in range(60):
+        files.append(str(tmp_path / f"{k}.png"))
+        Image.fromarray(photo(20, 30, seed=k)).save(files[-1])
+    source = FileSource(files, np.zeros(60, np.int32), ["a"], "files")
+    operations = create_train_operations((12, 10), MEAN, encoded=True, crop="pad")
+    seen = []
+    for workers in (1, 2):
+        loader = DataLoader(source, operations, 20, seed=3, workers=workers)
+        seen.append(np.concatenate([images.asnumpy() for images, _ in loader]))
+    assert np.array_equal(*seen) and len(np.unique(seen[0], axis=0)) > 50
 
 
 def test_no_flip_when_it_is_zero():

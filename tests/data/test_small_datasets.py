@@ -7,6 +7,7 @@ import pytest
 
 from src.data.small_datasets import CIFAR10_NAMES
 from src.data.sources import open_source
+from src.errors import UserError
 from tests.data.test_sources import refused
 
 # cifar
@@ -130,8 +131,9 @@ def test_mnist(tmp_path, mnist, dot, packed):
     source = open_source("mnist", str(tmp_path), "val")
     same(source, padded, mnist[1])
     assert source.class_names == tuple("0123456789")
-    named = open_source("mnist", str(tmp_path), "val", list("abcdefghij"))
-    assert named.class_names == tuple("abcdefghij") and np.array_equal(named.labels, source.labels)
+    for others in ("9876543210", CIFAR10_NAMES):  # as many names as classes
+        with pytest.raises(UserError, match="has the classes 0, 1, 2"):
+            open_source("mnist", str(tmp_path), "val", list(others))
     refused("mnist", tmp_path, "train", match="train-images-idx3-ubyte")
 
 

@@ -59,7 +59,9 @@ def test_names_of_hugging_face_come_first(published, tmp_path):
 
 @pytest.mark.parametrize(
     "text", ["", "[]", "{}", '{"id2label": ["a", "b"]}', '{"id2label": {"0": "a", "1": 2}}',
-             '{"id2label": {"0": "LABEL_0", "1": "LABEL_1"}}', "\xff"],
+             '{"id2label": {"0": "LABEL_0", "1": "LABEL_1"}}', "\xff",
+             '{"id2label":' + "[" * 100_000,
+             '{"id2label": {"0": "a", "1": "' + "b" * 10_000 + '"}}'],
 )  # fmt: skip
 def test_a_file_without_names_names_nothing(tmp_path, text):
     (tmp_path / "config.json").write_bytes(text.encode("latin-1"))

@@ -283,6 +283,7 @@ def test_resuming_nothing_leaves_no_folder(trained, tmp_path):
         ({"training__batch_size": 5000}, "not one batch of 5000"),
         ({"model__image_size": 4}, "image_size|pixels"),
         ({"data__crop_ratio": 2.0}, "data.crop_ratio"),
+        ({"augment__cutmix": 1.0, "training__batch_size": 1}, "mix the images of a batch"),
         ({"finetune": "nowhere.ckpt"}, "nowhere.ckpt: there is no such file"),
         ({"finetune": __file__}, "test_run.py: "),
         ({"data__val_folder": "vall"}, "vall"),
