@@ -14,10 +14,13 @@ from typing import NoReturn
 
 _JOINERS = "\u200c\u200d"  # invisible, but part of words in Persian and Indic scripts, and of emoji
 
-# Failures of the disk, its permissions or the system's limits, reported like users' errors.
+# Failures of the disk or its server, of permissions or the system's limits, reported like users'
+# errors.
 _SYSTEM_ERRORS = {
-    errno.EACCES, errno.EDQUOT, errno.EIO, errno.ELOOP, errno.EMFILE, errno.ENAMETOOLONG,
-    errno.ENFILE, errno.ENOSPC, errno.EPERM, errno.EROFS,
+    errno.EACCES, errno.EBUSY, errno.EDQUOT, errno.EFBIG, errno.EHOSTDOWN, errno.EHOSTUNREACH,
+    errno.EIO, errno.ELOOP, errno.EMFILE, errno.ENAMETOOLONG, errno.ENETUNREACH, errno.ENFILE,
+    errno.ENOLCK, errno.ENOSPC, errno.ENOTCONN, errno.EPERM, errno.EREMOTEIO, errno.EROFS,
+    errno.ESTALE, errno.ETIMEDOUT, errno.ETXTBSY,
 }  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """How an executable reports what the user can put right."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -33,11 +34,17 @@ def test_a_lack_of_memory_is_one_line(capsys, monkeypatch):
     assert capsys.readouterr().err.startswith(words)
 
 
+def stale(argv):
+    """As a network file system whose server has restarted."""
+    raise OSError(errno.ESTALE, "Stale file handle", "run")
+
+
 def test_what_the_system_refuses_is_one_line(capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["/somewhere/train.py"])
     for fault, words in (
         (lambda argv: os.stat("a" * 5000), f"{'a' * 119}…: File name too long"),
         (lambda argv: os.write(os.open("/dev/full", os.O_WRONLY), b"x"), "No space left on device"),
+        (stale, "run: Stale file handle"),
     ):
         with pytest.raises(SystemExit) as caught:
             executable(fault)()

@@ -18,23 +18,25 @@ from src.training.state import (
     Progress,
     link_last,
     list_states,
-    load_newest,
-    load_progress,
+    read_newest,
+    read_state,
     save_best,
     save_state,
     step_of,
 )
 from src.training.train_step import TrainStep
+from src.weights import WeightsMismatch
 
 logger = logging.getLogger("cvt")
 _ABANDONED = re.compile(r"abandoned-(\d+)-.+")
 
-# Keys that may differ on resume: they do not change what is computed, or (data.workers) what they
-# resolve to is compared.
+# Keys that change rounding only; the log says so.
+ROUNDING = ("runtime.depthwise", "runtime.jit_level", "runtime.deterministic")
+# Keys that may differ on resume: they do not change what is computed, or what they resolve to is
+# compared (device, compiled operators, workers).
 FREE_TO_CHANGE = (
-    "runtime.device", "runtime.device_id", "runtime.compiled_ops", "runtime.depthwise",
-    "runtime.jit_level", "runtime.deterministic", "data.path", "data.index", "data.workers",
-    "evaluation.batch_size", "training.save_every", "training.keep",
+    *ROUNDING, "runtime.device", "runtime.device_id", "runtime.compiled_ops", "data.path",
+    "data.index", "data.workers", "evaluation.batch_size", "training.save_every", "training.keep",
 )  # fmt: skip
 
 
@@ -44,18 +46,21 @@ def restore(
     output: Path,
     state: Path | None,
     *,
+    steps_per_epoch: int,
     keep: int,
     accept_changes: bool,
 ) -> Progress:
     """Load a saved state into the step.
 
-    Newer states, which the resumed run will not reach again as they are, are set aside.
+    Newer states, which the resumed run will not reach again as they are, are set aside. Nothing is
+    changed before the settings have been compared.
 
     Args:
         step: receives weights, moments, moving average, step number and loss scale.
         current: the settings and data of this process.
         output: the run's folder.
         state: the state to resume from; None for the newest intact one in the folder.
+        steps_per_epoch: of this process.
         keep: number of states to keep.
         accept_changes: continue although settings or images differ, with a warning.
 
@@ -66,33 +71,38 @@ def restore(
         UserError: no usable state, or settings or images that differ.
     """
     checkpoints = output / "checkpoints"
-    if state is None:
-        saved, state = load_newest(step, checkpoints)
-    else:
-        saved = load_progress(step, state)
-    check_compatible(saved, current, output, accept_changes)
+    found = read_newest(checkpoints) if state is None else read_state(state)
+    state, saved = found.path, found.progress
+    changes = check_compatible(saved, current, output, accept_changes)
+    if saved.position > steps_per_epoch:
+        raise UserError(
+            f"{state}: is from step {saved.position} of an epoch, which now has {steps_per_epoch}; "
+            "finish the epoch with the settings in its config.yaml, then change them"
+        )
+    try:
+        found.load(step)
+    except WeightsMismatch:
+        if not changes:
+            raise
+        raise UserError(
+            f"{state}: does not fit what it is to continue with ({'; '.join(changes)}); start a "
+            f"new run from its weights with --finetune {state}"
+        ) from None
     scale = "training.loss_scale"
     if scale in saved.settings and saved.settings[scale] != current.settings[scale]:
         step.reset_loss_scale()
-    progress = dataclasses.replace(
-        saved,
-        settings=current.settings,
-        data=current.data,
-        workers=current.workers,
-        compiled=current.compiled,
-        version=current.version,
-    )
-    best = progress.best_top1
-    last_row = progress.rows[-1:] if not progress.position else []
-    abandoned = set_aside_newer(step, progress, state, checkpoints, keep)
-    if progress.best_top1 < 0 and last_row and last_row[0]["top1"] == best:
-        save_best(step, progress, checkpoints, best)  # the state holds the best weights itself
+    best = saved.best_top1
+    last_row = saved.rows[-1:] if not saved.position else []
+    abandoned = set_aside_newer(step, saved, state, checkpoints, keep)
+    if saved.best_top1 < 0 and last_row and last_row[0]["top1"] == best:
+        save_best(step, saved, checkpoints, best)  # the state holds the best weights itself
     if abandoned:
         logger.warning(
             "%s is not the newest state; the files trained after it are renamed in %s: %s",
             state.name, checkpoints, ", ".join(path.name for path in abandoned),
         )  # fmt: skip
-    return progress
+    kept = ("epoch", "position", "losses", "rows", "best_top1", "best_sha256")
+    return dataclasses.replace(current, **{name: getattr(saved, name) for name in kept})
 
 
 def set_aside_newer(
@@ -151,8 +161,11 @@ def flatten(config: Config) -> dict:
     }
 
 
-def check_compatible(saved: Progress, current: Progress, output: Path, accept: bool) -> None:
+def check_compatible(saved: Progress, current: Progress, output: Path, accept: bool) -> list[str]:
     """Compare a state's settings and images with those of this process.
+
+    Returns:
+        The differences that change what is computed, each as "key old, not new".
 
     Raises:
         UserError: a difference that changes what is computed, unless `accept`.
@@ -172,6 +185,8 @@ def check_compatible(saved: Progress, current: Progress, output: Path, accept: b
         changed.append(
             f"other training images or labels than those of {new['data.path'] or 'this data set'}"
         )
+    if saved.held_out not in (0, current.held_out):
+        changed.append("other evaluation images or labels")
     if changed and not accept:
         raise UserError(
             f"{output}: was trained with {'; '.join(changed)}. Resume with the settings in its "
@@ -191,9 +206,22 @@ def check_compatible(saved: Progress, current: Progress, output: Path, accept: b
             "the state is of another version of this code: from here on results may differ from "
             "those of an uninterrupted run"
         )
+    rounding = [
+        f"{key} {old.get(key)}, now {new.get(key)}"
+        for key in ROUNDING
+        if old.get(key) != new.get(key)
+    ]
+    if saved.device not in ("", current.device):
+        rounding.append(f"device {saved.device}, now {current.device}")
+    if rounding:
+        logger.warning(
+            "%s: from here on results equal those of an uninterrupted run except for rounding",
+            "; ".join(rounding),
+        )
     if saved.compiled != current.compiled:
         logger.warning(
             "the run was %s compiled operators and continues %s them (runtime.compiled_ops): "
             "results equal an uninterrupted run except for rounding",
             *("with" if compiled else "without" for compiled in (saved.compiled, current.compiled)),
         )
+    return changed

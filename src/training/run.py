@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import json
 import logging
 import os
 from collections.abc import Iterator
@@ -75,12 +76,12 @@ def train(
         seed_generators(config.runtime.seed)  # validation has drawn from them
         source = open_checked(config, "train", ranks, output, source=source)
         config = resolve_classes(config, source)
-        ranks.require_agreement("settings", flatten(config))
+        _require_equal_settings(config, ranks)
         trainer = Trainer(config, source, output, finetune, ranks)
         if resume:
             trainer.resume(resume if isinstance(resume, Path) else None, accept_changes)
         if ranks.is_first:
-            _write_config(config, output)
+            _start_files(config, output, resume)
         logger.info("device %s, %s mode", device, config.runtime.mode)
         if device == "CPU" and config.runtime.precision != "float32":
             logger.warning(
@@ -90,6 +91,20 @@ def train(
         if ranks.world > 1:
             logger.info("rank %d of %d", ranks.rank, ranks.world)
         trainer.fit()
+
+
+def _require_equal_settings(config: Config, ranks: Ranks) -> None:
+    """Check that the ranks train alike; each host may keep the images at a path of its own.
+
+    Raises:
+        UserError: a rank has another value of a key.
+    """
+    own = ("data.path", "data.index")
+    mine = {key: value for key, value in flatten(config).items() if key not in own}
+    first = json.loads(ranks.broadcast_text(json.dumps(mine)))
+    differing = [key for key in first if first[key] != mine[key]]
+    words = f"settings ({', '.join(differing)})" if differing else "settings"
+    ranks.require_agreement(words, mine)
 
 
 def validate(config: Config, ranks: Ranks, finetune: str | None = None) -> Source:
@@ -112,7 +127,11 @@ def validate(config: Config, ranks: Ranks, finetune: str | None = None) -> Sourc
             "training.batch_size 1: mixup and cutmix mix the images of a batch; take 2 or more, or "
             "set augment.mixup and augment.cutmix to 0"
         )
-    uses_compiled(config.runtime)
+    ranks.require_agreement(
+        "operators (compiled or not)",
+        uses_compiled(config.runtime),
+        "install a C++ compiler on every host, or set runtime.compiled_ops to never",
+    )
     source, held_out = open_split(config, "train"), open_quietly(config, "val")
     if not len(held_out):
         raise UserError(f"{held_out.title}: no image to evaluate on; add images")
@@ -232,9 +251,11 @@ def _locked(output: Path) -> IO:
         lock.close()
 
 
-def _write_config(config: Config, output: Path) -> None:
+def _start_files(config: Config, output: Path, resume: Path | bool) -> None:
+    """Start the log and write config.yaml; a resumed run keeps its own until it saves a state."""
     try:
-        save_config(config, output / CONFIG)
+        if not (resume and (output / CONFIG).exists()):
+            save_config(config, output / CONFIG)
         log_to(output / "log.txt")
     except OSError as error:
         raise UserError(f"{output}: {error.strerror}; give another --output") from None

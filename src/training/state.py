@@ -22,7 +22,7 @@ import numpy as np
 from src.errors import UserError
 from src.files import remove_unfinished, replacing, sha256_of
 from src.training.train_step import TrainStep
-from src.weights import load_state, save_checkpoint
+from src.weights import load_state, read_checkpoint, save_checkpoint
 
 logger = logging.getLogger("cvt")
 LAST, BEST = "last.ckpt", "best.ckpt"
@@ -43,7 +43,9 @@ class Progress:
         best_sha256: checksum of best.ckpt with these weights; "" if there is none.
         settings: every key of the configuration.
         data: checksum of the training images' names and labels.
+        held_out: the same of the evaluation images; 0 if unknown.
         world: number of devices.
+        device: "CPU", "GPU" or "Ascend"; "" if unknown.
         workers: threads that prepare images.
         compiled: whether the network uses compiled operators.
         version: `VERSION` of the code that computed it.
@@ -57,7 +59,9 @@ class Progress:
     best_sha256: str = ""
     settings: dict = field(default_factory=dict)
     data: int = 0
+    held_out: int = 0
     world: int = 1
+    device: str = ""
     workers: int = 1
     compiled: bool = False
     version: int = 1
@@ -81,7 +85,10 @@ def save_state(step: TrainStep, progress: Progress, checkpoints: Path, keep: int
     link_last(path)
     named = [state for state in list_states(checkpoints) if state.name != LAST]
     for old in named[keep:]:
-        old.unlink(missing_ok=True)
+        try:
+            old.unlink(missing_ok=True)
+        except OSError as error:  # the new state is safe
+            logger.warning("%s: cannot be deleted: %s", old, error.strerror)
     remove_unfinished(checkpoints)
 
 
@@ -121,11 +128,31 @@ def link_last(path: Path) -> None:
         raise UserError(f"{path.with_name(LAST)}: {error.strerror}") from None
 
 
-def load_newest(step: TrainStep, checkpoints: Path) -> tuple[Progress, Path]:
-    """Load the newest intact state; damaged ones are logged and skipped.
+@dataclass(frozen=True)
+class State:
+    """What a state's file holds.
 
-    Returns:
-        The state's progress, and its file.
+    Args:
+        path: the file.
+        progress: the position of the run.
+        tensors: the training step's parameters by name.
+    """
+
+    path: Path
+    progress: Progress
+    tensors: dict[str, np.ndarray]
+
+    def load(self, step: TrainStep) -> None:
+        """Set the parameters of a training step.
+
+        Raises:
+            WeightsMismatch: the state is of another network or recipe; nothing is set.
+        """
+        load_state(step, self.tensors, self.path)
+
+
+def read_newest(checkpoints: Path) -> State:
+    """Read the newest intact state; damaged ones are logged and skipped.
 
     Raises:
         UserError: no state, or none of them intact.
@@ -133,31 +160,37 @@ def load_newest(step: TrainStep, checkpoints: Path) -> tuple[Progress, Path]:
     damaged = []
     for path in list_states(checkpoints):
         try:
-            progress = load_progress(step, path)
+            state = read_state(path)
         except UserError as error:
             logger.warning("%s", error)
             damaged.append(path.name)
             continue
         if damaged:
             logger.warning("resuming from %s, the newest intact state", path.name)
-        return progress, path
+        return state
     raise UserError(
         f"{checkpoints}: no state to resume from"
         + (f", {', '.join(damaged)} can't be used" if damaged else "; leave out --resume")
     )
 
 
-def load_progress(step: TrainStep, path: Path) -> Progress:
-    """Load one state into the step.
+def read_state(path: Path) -> State:
+    """Read one state.
 
     Raises:
-        UserError: the file is damaged, or not a state of this configuration.
+        UserError: the file is damaged, or not a state.
     """
-    extra = load_state(step, path)
+    tensors = read_checkpoint(path).tensors
+    if "progress" not in tensors:
+        raise UserError(
+            f"{path}: holds weights only, no training state; give --resume without a file to "
+            "use the run's newest state, or start a new run with --finetune and this file"
+        )
     try:
-        saved = json.loads(extra["progress"])
+        saved = json.loads(tensors.pop("progress").item())
         known = {each.name for each in dataclasses.fields(Progress)}
-        return Progress(**{key: value for key, value in saved.items() if key in known})
+        progress = Progress(**{key: value for key, value in saved.items() if key in known})
+        return State(path, progress, tensors)
     except (AttributeError, TypeError, ValueError):
         raise UserError(
             f"{path}: not a state that this version can resume; to start from its weights, give "

@@ -20,8 +20,10 @@ from mindspore import Tensor
 
 from src.build import build_preprocessing, open_checked, uses_compiled
 from src.config import Config
+from src.config_io import CONFIG, save_config
 from src.data import Source
 from src.data.loader import resolve_num_workers
+from src.device import current_device
 from src.distributed import SINGLE_PROCESS, Ranks
 from src.errors import UserError
 from src.evaluation.evaluator import Evaluator
@@ -71,8 +73,9 @@ class Trainer:
         self.output = output
         self.ranks = ranks
         self.loader = TrainLoader(config, source, ranks)
+        held_out = open_checked(config, "val", ranks, output)
         self.evaluator = Evaluator(
-            open_checked(config, "val", ranks, output),
+            held_out,
             build_preprocessing(config),
             config.evaluation.batch_size,
             config.data.workers,
@@ -84,13 +87,16 @@ class Trainer:
         self.progress = Progress(
             settings=flatten(config),
             data=source.digest(),
+            held_out=held_out.digest(),
             world=ranks.world,
+            device=current_device(),
             workers=resolve_num_workers(config.data.workers),
             compiled=uses_compiled(config.runtime),
             version=VERSION,
         )
         self.stop_signal = StopSignal(ranks)
         self.skipped = 0  # consecutive steps
+        self.config_changed = False  # since config.yaml was written
         self.graph_compiled = False
 
     @property
@@ -119,9 +125,11 @@ class Trainer:
                 self.progress,
                 self.output,
                 state,
+                steps_per_epoch=self.steps_per_epoch,
                 keep=self.config.training.keep,
                 accept_changes=accept_changes,
             )
+            self.config_changed = True
         self.ranks.broadcast(self.step.get_parameters())
         text = json.dumps(dataclasses.asdict(self.progress))
         self.progress = Progress(**json.loads(self.ranks.broadcast_text(text)))
@@ -290,6 +298,9 @@ class Trainer:
         self._require_equal_ranks()
         if self.ranks.is_first:
             save_state(self.step, self.progress, self.checkpoints, self.config.training.keep)
+            if self.config_changed:
+                save_config(self.config, self.output / CONFIG)
+                self.config_changed = False
 
     def _require_equal_ranks(self) -> None:
         """Detect ranks whose weights differ, before anything is saved."""

@@ -1,6 +1,6 @@
 """Read and write weight files."""
 
-from src.weights.checkpoint import save_checkpoint, save_weights
+from src.weights.checkpoint import read_checkpoint, save_checkpoint, save_weights
 from src.weights.files import weight_files
 from src.weights.load import load_state, load_weights
 from src.weights.load_report import LoadReport, WeightsMismatch
@@ -14,6 +14,7 @@ __all__ = [
     "load_state",
     "load_weights",
     "pretrained_folder",
+    "read_checkpoint",
     "save_checkpoint",
     "save_weights",
     "weight_files",

@@ -12,8 +12,6 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from PIL import Image
 
-from src.errors import UserError
-from src.weights.checkpoint import read_checkpoint
 from src.weights.content import KeyPath
 from src.weights.files import read_content
 from src.weights.load_report import LoadReport, WeightsMismatch
@@ -114,26 +112,17 @@ def load_tensors(
     _assign(parameters, tensors, report)
 
 
-def load_state(cell: nn.Cell, path: str | Path) -> dict[str, float]:
-    """Load every parameter of a training step and return the numbers saved with them.
+def load_state(cell: nn.Cell, tensors: dict[str, np.ndarray], path: str | Path) -> None:
+    """Set every parameter of a training step from the tensors of a file.
 
     Raises:
-        UserError: the file cannot be read, holds weights only, or is of another network or recipe.
+        WeightsMismatch: they are of another network or recipe; nothing is set.
     """
-    tensors = read_checkpoint(path).tensors
     parameters = {parameter.name: parameter for parameter in cell.get_parameters()}
-    extra = {n: t.item() for n, t in tensors.items() if n not in parameters and t.ndim == 0}
-    if not extra:
-        raise UserError(
-            f"{path}: holds weights only, no training state; give --resume without a file to "
-            "use the run's newest state, or start a new run with --finetune and this file"
-        )
-    tensors = {name: tensor for name, tensor in tensors.items() if name not in extra}
     report = LoadReport(str(path))
     _compare(parameters, tensors, report)
     _require_fit(report)
     _assign(parameters, tensors, report)
-    return extra
 
 
 def _compare(

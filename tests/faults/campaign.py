@@ -235,17 +235,17 @@ def noticed(hit: Path, whole: Path) -> bool:
     hit: the damaged file; whole: the same run, undamaged.
     """
     from src.errors import UserError
-    from src.training.state import load_progress, metrics_match
+    from src.training.state import metrics_match, read_state
     from src.weights import load_weights
 
     step = trainer_of(whole).step
     if hit.name == "metrics.jsonl":
-        return not metrics_match(hit, load_progress(step, whole / "checkpoints" / "last.ckpt"))
+        return not metrics_match(hit, read_state(whole / "checkpoints" / "last.ckpt").progress)
     try:
         if hit.name == "best.ckpt":
             load_weights(step.net, hit)
         else:
-            load_progress(step, hit)
+            read_state(hit).load(step)
     except UserError as error:
         return hit.name in str(error)
     return False

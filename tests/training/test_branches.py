@@ -12,7 +12,7 @@ import pytest
 from src.errors import UserError
 from src.training.resume import set_aside_newer
 from src.training.run import train
-from src.training.state import Progress, has_state, load_newest, load_progress, save_state
+from src.training.state import Progress, has_state, read_newest, read_state, save_state
 from tests.training.runs import Step, assert_equal_runs, small
 
 
@@ -38,11 +38,10 @@ def folder(tmp_path):
 
 def resume(folder, state, keep):
     step = Step()
-    progress, path = load_newest(step, folder)
-    if state is not None:
-        path = folder / state
-        progress = load_progress(step, path)
-    aside = set_aside_newer(step, progress, path, folder, keep)
+    found = read_newest(folder) if state is None else read_state(folder / state)
+    found.load(step)
+    progress = found.progress
+    aside = set_aside_newer(step, progress, found.path, folder, keep)
     return step, progress, [each.name for each in aside]
 
 
@@ -58,7 +57,9 @@ def test_the_next_resume_takes_the_new_branch(folder, keep, older):
         save_state(step.at(number, -number), progress, folder, keep)
         assert f"step-{number:08}.ckpt" in names(folder), "a new state stays"
     fresh = Step()
-    assert load_newest(fresh, folder)[1].name == f"step-{older + 30:08}.ckpt"
+    newest = read_newest(folder)
+    newest.load(fresh)
+    assert newest.path.name == f"step-{older + 30:08}.ckpt"
     assert float(fresh.weight.asnumpy()[0]) == -(older + 30)
     assert weight(folder / "abandoned-1-step-00000500.ckpt") == 500
     assert (folder / "abandoned-1-best.ckpt").read_bytes() == b"of step 500"

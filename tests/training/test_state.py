@@ -103,6 +103,48 @@ def test_changes_are_accepted_where_told_so(trained, few_digits, tmp_path, capsy
     assert load_config(tmp_path / "run/config.yaml").training.epochs == 2
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"optimizer__name": "sgd"}, "optimizer.name adamw, not sgd"),
+        ({"training__ema_decay": 0.5}, "training.ema_decay 0.0, not 0.5"),
+        ({"model__depths": [2]}, r"model.depths \[1\], not \[2\]"),
+    ],
+)
+def test_a_change_that_a_state_cannot_follow_is_named(trained, few_digits, tmp_path, change, words):
+    """The tensors of a state depend on these keys; tables of their names would help nobody."""
+    before = small(trained, training__epochs=1, training__ema_decay=0.0)
+    train(before, tmp_path / "run")
+    kept = [path for path in (tmp_path / "run").rglob("*.[!t]*") if path.is_file()]  # not log.txt
+    files = {path: path.read_bytes() for path in kept}
+    after = small(trained, **{"training__epochs": 1, "training__ema_decay": 0.0, **change})
+    with pytest.raises(UserError, match=f"was trained with {words}.*--accept_changes"):
+        train(after, tmp_path / "run", resume=True)
+    with pytest.raises(UserError, match=f"does not fit.*{words}.*--finetune"):
+        train(after, tmp_path / "run", resume=True, accept_changes=True)
+    assert all(path.read_bytes() == content for path, content in files.items())
+
+
+def test_a_resume_that_saves_nothing_keeps_the_settings(trained, few_digits, tmp_path, monkeypatch):
+    """Stopped before its first save, or refused because its epochs are shorter than the state's."""
+    run = tmp_path / "run"
+    config = small(trained, training__epochs=2, training__batch_size=25, training__save_every=1)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        dying(patch, calls=4)  # four steps an epoch
+        train(config, run)
+    before = (run / "config.yaml").read_bytes()
+    longer = small(trained, training__epochs=2, training__batch_size=50)
+    with pytest.raises(UserError, match="is from step 3 of an epoch, which now has 2; finish"):
+        train(longer, run, resume=True, accept_changes=True)
+    faster = small(trained, training__epochs=2, training__batch_size=25, optimizer__lr=0.1)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        dying(patch, calls=1)
+        train(faster, run, resume=True, accept_changes=True)
+    assert (run / "config.yaml").read_bytes() == before
+    train(faster, run, resume=True, accept_changes=True)
+    assert load_config(run / "config.yaml").optimizer.lr == 0.1
+
+
 def test_a_run_goes_on_with_its_images_moved(trained, tmp_path, monkeypatch):
     """Started with a relative path, while config.yaml has the absolute one."""
     rng = np.random.default_rng(0)
@@ -175,10 +217,24 @@ def test_last_stays_where_the_file_system_has_no_links(tmp_path, monkeypatch):
     ]  # fmt: skip
 
 
+def test_an_old_state_that_cannot_be_deleted_stops_nothing(tmp_path, monkeypatch, caplog):
+    """As on a file server, where another host holds it open."""
+
+    def refuse(*_, **__):
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    save_state(Step().at(1), Progress(), tmp_path, 1)
+    monkeypatch.setattr(type(tmp_path), "unlink", refuse)
+    save_state(Step().at(2), Progress(), tmp_path, 1)
+    assert "step-00000001.ckpt: cannot be deleted: Device or resource busy" in caplog.text
+    assert (tmp_path / "step-00000002.ckpt").exists()
+
+
 def test_other_data_under_the_same_path_is_noticed(trained, few_digits, tmp_path, monkeypatch):
     train(small(trained, training__epochs=1), tmp_path / "run")
-    monkeypatch.setattr(ArraySource, "digest", lambda self, **_: 5)
-    with pytest.raises(UserError, match="other training images or labels"):
+    digests = iter((0, 5, 6, 6, 7, 7))
+    monkeypatch.setattr(ArraySource, "digest", lambda self, **_: next(digests))
+    with pytest.raises(UserError, match="other training images or labels.*evaluation images"):
         train(small(trained, training__epochs=1), tmp_path / "run", resume=True)
 
 
@@ -348,6 +404,13 @@ def test_a_signal_ends_a_resumed_run_at_once_while_its_first_step_compiles(
         (Progress(compiled=True), Progress(), "was with compiled operators and continues without"),
         (Progress(), Progress(compiled=True), "was without compiled operators and continues with"),
         (Progress(compiled=True), Progress(compiled=True), ""),
+        (
+            Progress(settings={"runtime.jit_level": None}),
+            Progress(settings={"runtime.jit_level": "O1"}),
+            "runtime.jit_level None, now O1: from here on results equal",
+        ),
+        (Progress(device="Ascend"), Progress(device="CPU"), "device Ascend, now CPU"),
+        (Progress(), Progress(device="CPU"), ""),
         (Progress(version=1), Progress(version=2), "another version of this code"),
     ],
 )

@@ -11,7 +11,7 @@ from mindspore import Tensor
 from src.build import accelerate
 from src.config import RuntimeConfig
 from src.models import create_model
-from src.training.state import Progress, load_newest, save_state
+from src.training.state import Progress, read_newest, save_state
 from src.training.train_step import TrainStep
 from src.weights import load_weights
 from tools.check_device.checks import training
@@ -79,7 +79,7 @@ def resume(setting: Setting) -> Finding:
     save_state(step, Progress(epoch=1), checkpoints, keep=1)
     _train(step, STEPS // 2, STEPS)
     right = training.copy_state(step)
-    load_newest(step, checkpoints)
+    read_newest(checkpoints).load(step)
     _train(step, STEPS // 2, STEPS)
     return _differing(training.copy_state(step), right)
 
