@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
             "--verify", action="store_true", help="compare the tensors of both files"
         )
         parser.add_argument(
-            "--force", action="store_true", help="overwrite a file other than an earlier result"
+            "--force", action="store_true", help="replace an existing file that holds anything else"
         )
 
     description = "Convert weights; --config is needed if the model is not a named variant."

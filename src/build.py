@@ -187,11 +187,8 @@ def open_split(config: Config, split: str) -> Source:
     source = open_source(data.source, data.path, opened, class_names=names, **folders)
     if data.classes:
         source = select_classes(source, data.classes, data.class_names)
-    if split == "train" and len(source.class_names) < 2:
-        raise UserError(
-            f"{source.title}: only one class ({source.class_names[0]!r}); training needs two or "
-            "more: add class folders, or name more in data.classes"
-        )
+    if split == "train":
+        _check_train_classes(source, given=bool(data.class_names))
     if held_out:  # the same images for any runtime.seed, so that trials are comparable
         source = hold_out(source, data.val_from_train, seed=0)[split == "val"]
     if data.train_images and split == "train":
@@ -203,6 +200,38 @@ def open_split(config: Config, split: str) -> Source:
             )
         source = balanced_subset(source, data.train_images, config.runtime.seed)
     return source
+
+
+def _check_train_classes(source: Source, given: bool) -> None:
+    """Check which classes have images to train on.
+
+    Args:
+        source: the images for training.
+        given: whether `data.class_names` may name more classes than the data have, such as those
+            of pretrained weights.
+
+    Raises:
+        UserError: fewer than two classes have images, or one of the data's own has none.
+    """
+    counts = np.bincount(source.labels, minlength=len(source.class_names))
+    present, absent = (
+        [name for name, count in zip(source.class_names, counts) if bool(count) is wanted]
+        for wanted in (True, False)
+    )
+    if len(present) < 2:
+        found = f"only one class ({present[0]!r}) has images" if present else "no images"
+        raise UserError(
+            f"{source.title}: {found}; training needs two or more: add class folders, or name more "
+            "in data.classes"
+        )
+    if not absent:
+        return
+    what = f"{source.title}: no images of {len(absent)} of {len(counts)} classes"
+    if not given:
+        raise UserError(
+            f"{what}: {join_names(absent)}; add some, or name the others in data.classes"
+        )
+    logger.warning("%s: %s", what, join_names(absent))
 
 
 def open_quietly(config: Config, split: str) -> Source:
@@ -222,6 +251,7 @@ def open_checked(
     *,
     keep: bool = True,
     source: Source | None = None,
+    sample: bool = False,
 ) -> Source:
     """Open a split as `open_split` does, without broken images; the ranks share the check.
 
@@ -233,6 +263,7 @@ def open_checked(
         keep: whether to write the index; False for a configuration that came with a checkpoint,
             which must not decide where files are written.
         source: the result of `open_split` if it was called before.
+        sample: `source` has only some images, so a class may lose all of them.
 
     Raises:
         UserError: more images are broken than may be skipped.
@@ -270,7 +301,7 @@ def open_checked(
     raise_limit = f"or raise data.broken_share (now {data.broken_share:g})"
     remedy = raise_limit if skips else "or skip them with --data.broken skip"
     kept = drop_broken(source, faults, data.broken_share if skips else 0.0, remedy)
-    lost = missing_classes(source, kept)
+    lost = [] if sample else missing_classes(source, kept)
     if lost:
         message = f"{source.title}: no image of {join_names(lost)} can be read"
         if split == "train":

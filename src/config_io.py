@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+from argparse import SUPPRESS
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -43,7 +44,12 @@ class ConfigParser(ArgumentParser):
     """jsonargparse's parser with one-line error messages."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise UserError(_one_line(message, [action.dest for action in self._actions]))
+        groups, names = self.key_groups(), [action.dest for action in self._actions]
+        raise UserError(_one_line(message, [name for name in names if name not in groups]))
+
+    def key_groups(self) -> set[str]:
+        """Return the groups of dotted keys; jsonargparse makes each an option that reads a file."""
+        return {action.dest.partition(".")[0] for action in self._actions if "." in action.dest}
 
     def read(self, argv: Sequence[str]) -> Namespace:
         """Parse a command line.
@@ -51,10 +57,13 @@ class ConfigParser(ArgumentParser):
         Raises:
             UserError: an option or a value is invalid.
         """
+        groups = self.key_groups()
         for word in argv:
             option = word.partition("=")[0]
             if option.startswith("--") and option.endswith("+"):
                 raise UserError(f"{shorten(option)}: cannot append; give the whole list")
+            if option.startswith("--") and option[2:] in groups:
+                self.error(f"unrecognized arguments: {option}")
         try:
             return self.parse_args(list(argv))
         except RecursionError:
@@ -145,6 +154,9 @@ def add_keys(parser: ConfigParser, schema: type) -> None:
     """Add --config and a dotted option for each key of the schema to a parser."""
     parser.add_argument("--config", action="config", help="YAML recipe; options override its keys")
     parser.add_class_arguments(schema, as_group=False)
+    for action in parser._actions:
+        if action.dest in parser.key_groups():
+            action.help = SUPPRESS  # `read` refuses it
 
 
 def read_settings(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import time
 import zlib
@@ -152,9 +153,16 @@ def join() -> Ranks:
     """
     if not is_distributed():
         return SINGLE_PROCESS
-    if os.environ["MS_ROLE"] == "MS_WORKER":
+    is_rank = os.environ["MS_ROLE"] == "MS_WORKER"
+    if is_rank:
         _wait_for_scheduler(os.environ["MS_SCHED_HOST"], int(os.environ["MS_SCHED_PORT"]))
+    # `init` may wait for minutes, in which Python runs no handlers. In the scheduler it lasts as
+    # long as the job: after a stop signal, the ranks need the scheduler while they save.
+    action = signal.SIG_DFL if is_rank else signal.SIG_IGN
+    handlers = {n: signal.signal(n, action) for n in (signal.SIGINT, signal.SIGTERM)}
     communication.init()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     return Ranks(communication.get_rank(), communication.get_group_size())
 
 

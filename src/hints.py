@@ -18,7 +18,7 @@ _ALIASES = {
     "smoothing": "training.label_smoothing", "label_smoothing": "training.label_smoothing",
     "model_ema_decay": "training.ema_decay", "ema_decay": "training.ema_decay",
     "loss_scale": "training.loss_scale", "freeze": "training.freeze",
-    "device": "runtime.device", "device_target": "runtime.device",
+    "runtime": "runtime.device", "device": "runtime.device", "device_target": "runtime.device",
     "device_id": "runtime.device_id", "gpu": "runtime.device_id", "mode": "runtime.mode",
     "seed": "runtime.seed", "amp": "runtime.precision", "amp_level": "runtime.precision",
     "precision": "runtime.precision", "fp16": "runtime.precision",

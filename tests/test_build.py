@@ -25,7 +25,9 @@ from src.data import open_source
 from src.errors import UserError
 from src.models.compiled import has_plain_convolutions
 from tests.conftest import TINY
+from tests.data.test_records import write_folder
 from tests.processes import together
+from tools.records.writer import Options, convert
 
 
 def config(**groups):
@@ -246,6 +248,37 @@ def test_a_class_without_a_readable_image_and_a_lone_class_are_refused(photos, c
     shutil.rmtree(photos / "val" / "a")
     with pytest.raises(UserError, match=r"only one class \('b'\)"):
         open_checked(photo_config(photos), "train")
+
+
+def test_a_class_without_training_images_is_told(tmp_path, caplog):
+    for split, names in (("train", "ab"), ("val", "abc")):
+        for name in names:
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.new("RGB", (20, 20)).save(tmp_path / split / name / "1.jpg")
+    given = DataConfig(path=str(tmp_path), class_names=["a", "b", "c"])
+    open_split(Config(data=given), "train")
+    assert "(train): no images of 1 of 3 classes: c" in caplog.text
+    given.classes = ["a", "b"]
+    given.class_names = ["b", "c", "a"]
+    assert open_split(Config(data=given), "train").labels.tolist() == [2, 0]
+    shutil.rmtree(tmp_path / "train" / "b")
+    with pytest.raises(UserError, match=r"train\): only one class \('a'\) has images; training"):
+        open_split(
+            Config(data=DataConfig(path=str(tmp_path), class_names=["a", "b", "c"])), "train"
+        )
+
+
+def test_a_class_without_training_records_is_refused(tmp_path):
+    """As an empty class folder is; all its files were skipped when they were packed."""
+    source = write_folder(tmp_path / "photos")
+    for path in (source / "train" / "33").iterdir():
+        path.write_bytes(b"")
+    convert(source, tmp_path / "records", Options(skip_broken=True))
+    data = DataConfig(source="mindrecord", path=str(tmp_path / "records"))
+    with pytest.raises(UserError, match="no images of 1 of 3 classes: 33; add some, or name the"):
+        open_split(Config(data=data), "train")
+    data.classes = ["2", "10"]
+    assert len(open_split(Config(data=data), "train")) == 14
 
 
 WRONG_VALUES = {

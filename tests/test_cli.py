@@ -230,6 +230,10 @@ def test_help_names_every_key_with_type_and_default(capsys):
         ("--num_classes", "model.num_classes"), ("--workers", "data.workers"),
         ("--img_size", "model.image_size"), ("--amp_level", "runtime.precision"),
         ("--output_dir", "output"),
+        # Groups, for which jsonargparse has options of its own.
+        ("--data", "data.path"), ("--data=/x", "data.path"), ("--model", "model.name"),
+        ("--optimizer", "optimizer.name"), ("--runtime=CPU", "runtime.device"),
+        ('--training={"epochs": 3}', "training.keep"),
     ],
 )  # fmt: skip
 def test_names_of_other_programs_are_answered_with_ours(option, meant):

@@ -171,12 +171,20 @@ def check_python(code: str) -> None:
                 assert node.module == "__future__" or hasattr(module, alias.name), alias.name
 
 
-def run_code(code: str, folder: Path) -> str:
-    """Run a page's code as a program of its own, so that what it registers stays there."""
-    (folder / "example.py").write_text(code)
+RUN_EACH = "import runpy, sys\nfor file in sys.argv[1:]: runpy.run_path(file)"
+
+
+def run_code(codes: list[str], folder: Path) -> str:
+    """Run pieces of code one after the other in a process, so that what they register stays there.
+
+    Each has names of its own.
+    """
+    names = [f"{number}.py" for number in range(len(codes))]
+    for name, code in zip(names, codes):
+        (folder / name).write_text(code)
     # Launched one by one, as operators of PyNative are in the tests' own process.
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "MS_DEV_LAUNCH_BLOCKING": "1"}
-    command = [sys.executable, "example.py"]
+    command = [sys.executable, "-c", RUN_EACH, *names]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -247,20 +255,17 @@ def test_yaml_is_a_recipe(page, tmp_path):
             assert load_config(file).model.name in list_models()
 
 
-def test_the_additions_of_contributing_work(tmp_path):
-    """A variant, a source and an operation, as printed there."""
-    code = "\n".join(fences(ROOT / "docs/contributing.md", "python"))
-    assert run_code(code, tmp_path).splitlines() == [
+def test_the_network_of_the_readme_and_the_additions_of_contributing_run(tmp_path):
+    """The latter are a variant, a source and an operation, with what is printed there."""
+    (network,) = [c for c in fences(ROOT / "README.md", "python") if "forward_pyramid" in c]
+    network += "\nprint([m.shape for m in net.forward_pyramid(images)])"
+    additions = "\n".join(fences(ROOT / "docs/contributing.md", "python"))
+    assert run_code([network, additions], tmp_path).splitlines() == [
+        "[(1, 64, 56, 56), (1, 192, 28, 28), (1, 384, 14, 14)]",
         "(2, 10)",
         "6 ('0', '1', '2') (32, 32, 3)",
         "[30]",
     ]
-
-
-def test_the_network_of_the_readme_runs(tmp_path):
-    (code,) = [c for c in fences(ROOT / "README.md", "python") if "forward_pyramid" in c]
-    shapes = run_code(f"{code}\nprint([m.shape for m in net.forward_pyramid(images)])", tmp_path)
-    assert shapes.strip() == "[(1, 64, 56, 56), (1, 192, 28, 28), (1, 384, 14, 14)]"
 
 
 def test_the_predictor_examples_predict(trained, tmp_path, monkeypatch):

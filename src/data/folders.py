@@ -16,8 +16,12 @@ from src.errors import UserError, join_names
 _log = logging.getLogger("cvt")
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp")
-# Created by NAS devices, desktops and archivers: thumbnails, waste baskets, resource forks.
-_SYSTEM_FOLDERS = ("@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "__MACOSX")
+# Created by NAS devices, file systems, desktops and archivers, in any case: thumbnails, waste
+# baskets, snapshots, resource forks.
+_SYSTEM_FOLDERS = {
+    "@eadir", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "~snapshot", "lost+found",
+    "$recycle.bin", "system volume information", "__macosx",
+}  # fmt: skip
 
 
 class Walk:
@@ -84,7 +88,7 @@ def list_images(folder: str | Path) -> tuple[list[str], list[str]]:
 
 def is_visible(name: str) -> bool:
     """Return whether a file or folder is neither hidden nor created by a system."""
-    return name[0] != "." and name not in _SYSTEM_FOLDERS
+    return name[0] != "." and name.lower() not in _SYSTEM_FOLDERS
 
 
 def list_class_folders(folder: Path) -> list[str]:
@@ -125,6 +129,7 @@ def find_classes(folder: Path, split: str) -> list[str]:
         UserError: there are none, or the classes are one level deeper.
     """
     found = list_class_folders(folder)
+    _log_system_folders(folder)
     if not found:
         images = [entry.name for entry in os.scandir(folder) if _is_image(entry)]
         if images:
@@ -133,16 +138,33 @@ def find_classes(folder: Path, split: str) -> list[str]:
                 f"each image into the folder of its class, {folder.name}/<class>/{images[0]}"
             )
         raise UserError(f"{folder}: no class folders in it; it should hold <class>/*.jpg")
-    if len(found) == 1:
-        inner = [entry.name for entry in os.scandir(folder / found[0]) if _is_class(entry)]
-        images = any(map(_is_image, os.scandir(folder / found[0])))
-        if len(inner) > 1 and not images:
-            raise UserError(
-                f'{folder}: only one class ("{found[0]}"). It contains sub-folders '
-                f"({join_names(sorted(inner), 3)}); did you mean {folder / found[0]}? Give "
-                f"--data.{split}_folder {folder.name}/{found[0]}"
-            )
+    place, inner, with_images, seen = folder, found, False, set()
+    while len(inner) == 1 and _identity(place / inner[0]) not in seen:
+        place /= inner[0]
+        seen.add(_identity(place))  # a link may lead back
+        entries = list(os.scandir(place))
+        inner = sorted(entry.name for entry in entries if _is_class(entry))
+        with_images = with_images or any(map(_is_image, entries))
+    # One class is enough for validation, but not for training.
+    if place != folder and len(inner) > 1 and (split == "train" or not with_images):
+        raise UserError(
+            f'{folder}: only one class ("{found[0]}"). It contains sub-folders '
+            f"({join_names(inner, 3)}); did you mean {place}? Give --data.{split}_folder "
+            f"{place.relative_to(folder.parent)}"
+        )
     return found
+
+
+def _log_system_folders(folder: Path) -> None:
+    """Log the folders that are ignored as a system's, if they hold images: one may be a class."""
+    for entry in os.scandir(folder):
+        if entry.name.lower() in _SYSTEM_FOLDERS and entry.is_dir():
+            files = (name for _, _, names in os.walk(entry.path) for name in names)
+            if any(name.lower().endswith(IMAGE_EXTENSIONS) for name in files):
+                _log.info(
+                    "%s: left out with its images, because a system gives folders this name; "
+                    "rename it if it is a class", entry.path,
+                )  # fmt: skip
 
 
 def list_loose_files(folder: Path) -> list[str]:

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 import struct
 import zlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from src.errors import UserError
 
 READ = "JPEG, PNG, BMP, TIFF and WEBP are read"
 MAX_PIXELS = 89_478_485  # beyond it Pillow warns
-SERVED_PIXELS = 50_000_000  # for untrusted images: decoding one took 367 MB, 7 bytes per pixel
+SERVED_PIXELS = 50_000_000  # for untrusted images: decoding one takes at most 350 MB
+BYTES_PER_PIXEL = 7  # to decode: Pillow's four and the result's three
 MAX_ASPECT = 100  # a narrower image would be resized to more pixels than MAX_PIXELS
 # Each scan of a progressive JPEG is a pass over all pixels, even if its data are a few bytes.
 _MAX_SCANNED = 12 * MAX_PIXELS
 _USUAL_SCANS = 12
+_SEGMENT = re.compile(rb"\xff[^\0\1\xd0-\xd8\xff]")  # a marker of a JPEG with a length, or its end
+_SCAN, _END = 0xDA, 0xD9
+_SEQUENTIAL = (0xC0, 0xC1)
+_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 _WEBP_COPIES = 3  # pictures of 4 bytes per pixel that its decoder holds
-_MAX_CHUNKS = 100_000  # of a PNG; Pillow needs 5 us for each
+_MAX_CHUNKS = 100_000  # of a PNG, or segments of a JPEG; Pillow needs 5 us for each
 _MAX_METADATA = 1 << 20  # bytes in one of a PNG's chunks
 _PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 _ORIENTING_TEXTS = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")
@@ -107,11 +115,25 @@ def check_scans(content: bytes, width: int, height: int) -> None:
     Raises:
         UserError: names the number of scans.
     """
-    start = _data_start(content)
-    end = content.find(b"\xff\xd9", start)
-    scans = 1 + content.count(b"\xff\xda", start, end)
-    if scans > _USUAL_SCANS and scans * width * height > _MAX_SCANNED:
+    parts = itertools.islice(_segments(content, _find_scan(content)[2]), _MAX_CHUNKS)
+    markers = [marker for _, marker, _ in parts]
+    scans = 1 + markers.count(_SCAN)
+    many = scans > _USUAL_SCANS and scans * width * height > _MAX_SCANNED
+    if many or len(markers) == _MAX_CHUNKS:
         raise UserError(f"a JPEG of {width} x {height} pixels in {scans} scans; save it anew")
+
+
+def count_kept_bytes(content: bytes, width: int, height: int) -> int:
+    """Return the bytes of a JPEG's coefficients, which libjpeg keeps if there are several scans."""
+    frame, scan, _ = _find_scan(content)
+    colours = content[frame + 9 : frame + 10]
+    if content[frame + 1] in _SEQUENTIAL and content[scan + 4 : scan + 5] >= colours:
+        return 0
+    factors = [
+        (each >> 4, each & 15) for each in content[frame + 11 : frame + 11 + 3 * colours[0] : 3]
+    ]
+    most = max(x for x, _ in factors) * max(y for _, y in factors)
+    return 2 * width * height * sum(x * y for x, y in factors) // max(most, 1)
 
 
 def is_truncated_jpeg(data: bytes) -> bool:
@@ -120,27 +142,46 @@ def is_truncated_jpeg(data: bytes) -> bool:
     MindSpore 2.8 hangs or dies of SIGFPE on a JPEG that is truncated in its header or between the
     scans of a progressive one; elsewhere it may decode the missing part as grey without an error.
     The check takes 10 us for 50 kB. Other formats need none.
+
+    Raises:
+        UserError: its header has too many parts.
     """
     if not data.startswith(b"\xff\xd8"):
         return False
-    start = _data_start(data)  # in the compressed data the end marker cannot occur
+    start = _find_scan(data)[2]  # in the compressed data the end marker cannot occur
     return start < 0 or data.rfind(b"\xff\xd9", start) < 0
 
 
-def _data_start(data: bytes) -> int:
-    """Return the offset of a JPEG's first compressed data; -1 if its header does not end."""
-    position = 2
-    while position + 4 <= len(data):
-        marker = data[position + 1]
-        if data[position] != 0xFF or marker == 0xFF:  # stray or fill bytes: libjpeg skips them too
-            position += 1
-        elif marker in (0x00, 0x01) or 0xD0 <= marker <= 0xD8:  # has no length
-            position += 2
-        else:
-            position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
-            if marker == 0xDA:
-                return position
-    return -1
+def _find_scan(data: bytes) -> tuple[int, int, int]:
+    """Return the offsets of a JPEG's frame, first scan and compressed data; -1 if missing.
+
+    Raises:
+        UserError: Pillow, whose Python takes a turn for each segment and stray byte, would be slow.
+    """
+    frame, position, turns = -1, 2, 0
+    for start, marker, end in _segments(data, position):
+        turns += 1 + start - position
+        if turns > _MAX_CHUNKS:
+            raise UserError(f"damaged: over {_MAX_CHUNKS} segments or stray bytes before its data")
+        if marker in _FRAMES:
+            frame = start
+        elif marker == _SCAN:
+            return frame, start, end
+        position = end
+    return -1, -1, -1
+
+
+def _segments(data: bytes, position: int) -> Iterator[tuple[int, int, int]]:
+    """Yield the start, marker and end of a JPEG's segments up to the end of the image.
+
+    Compressed data, stray bytes and markers without a length are skipped, as by libjpeg.
+    """
+    while (found := _SEGMENT.search(data, position)) and found.end() + 2 <= len(data):
+        start, marker = found.start(), data[found.end() - 1]
+        if marker == _END:
+            return
+        position = start + 2 + int.from_bytes(data[start + 2 : start + 4], "big")
+        yield start, marker, position
 
 
 def describe_unreadable(content: bytes) -> str:

@@ -29,6 +29,7 @@ from src.data.images import find_fault
 from src.distributed import SINGLE_PROCESS, Ranks
 from src.errors import UserError
 from src.files import require_writable, write_text
+from src.json_reader import read_json
 
 _log = logging.getLogger("cvt")
 
@@ -36,6 +37,7 @@ _VERSION = 2  # of the file format and of `find_fault`
 # A killed process loses at most this much work. ImageNet's index takes 6 s to write.
 _SAVE_SECONDS = 120.0
 _HEAD = re.compile(rb'\{"sha256": "[0-9a-f]{64}", "content": \{')
+_MAX_BYTES = 1 << 30  # ImageNet's index takes about 120 MB
 _MAX_THREADS = 32
 _ROUND_SECONDS = 20.0
 _BATCH = 128  # files between two checks of the time
@@ -197,7 +199,7 @@ def _stat(file: str | Path) -> tuple[int, int]:
 def _read(index: Path, root: str | Path) -> dict[str, IndexEntry]:
     """Read the entries by file name; log why and return none if the index is not valid."""
     try:
-        stored = json.loads(index.read_text(encoding="utf-8"))
+        stored = read_json(index, _MAX_BYTES)
         content = stored["content"]
         if stored["sha256"] != _checksum(content):
             raise ValueError("wrong checksum")
@@ -208,7 +210,7 @@ def _read(index: Path, root: str | Path) -> dict[str, IndexEntry]:
         return {name: IndexEntry(*entry) for name, entry in content["files"].items()}
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         _log.warning("%s: image index ignored, all images are read (%s)", index, error)
         return {}
 

@@ -7,7 +7,6 @@ Classifiers Generalize to ImageNet?" (Recht et al., 2019, arXiv 1902.10811).
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import re
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ import numpy as np
 
 from src.data.base import Source
 from src.errors import UserError
+from src.json_reader import read_json
 
 _log = logging.getLogger("cvt")
 
@@ -117,10 +117,10 @@ def load_real(path: str | None) -> list[list[int]]:
         raise UserError("data.labels real: needs ReaL's real.json; give --data.labels_file FILE")
     remedy = "give real.json of github.com/google-research/reassessed-imagenet"
     try:
-        content = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        content = read_json(Path(path).expanduser())
     except OSError as error:
         raise UserError(f"data.labels_file {path}: {error.strerror}; {remedy}") from None
-    except (ValueError, RecursionError):
+    except ValueError:
         raise UserError(f"data.labels_file {path}: not valid JSON; {remedy}") from None
     if not isinstance(content, list) or len(content) != REAL_IMAGES:
         found = f"{len(content)} entries" if isinstance(content, list) else type(content).__name__

@@ -14,10 +14,12 @@ import numpy as np
 from PIL import Image, ImageOps, features
 
 from src.data.headers import (
+    BYTES_PER_PIXEL,
     MAX_PIXELS,
     check_header,
     check_scans,
     check_size,
+    count_kept_bytes,
     describe_unreadable,
     one_line,
 )
@@ -36,6 +38,9 @@ _UPRIGHT = {  # views of [H, W, 3]
     7: lambda pixels: pixels[::-1, ::-1].swapaxes(0, 1),
     8: lambda pixels: pixels[:, ::-1].swapaxes(0, 1),
 }
+# TIFF's tags, and a value of one.
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _ROWS_PER_STRIP, _TILE_WIDTH, _TILE_LENGTH = 258, 262, 278, 322, 323
+_YCBCR = 6
 _STRIP = 1 << 22  # pixels converted at a time
 
 
@@ -47,8 +52,8 @@ def decode(content: np.ndarray | bytes, max_pixels: int = MAX_PIXELS) -> np.ndar
 
     Args:
         content: the whole file, bytes or uint8 [bytes].
-        max_pixels: larger images are refused. Decoding takes at most 7 bytes per pixel, 626 MB at
-            the default.
+        max_pixels: larger images are refused. Decoding may take 7 bytes for each of these pixels,
+            626 MB at the default; images that need more for theirs are refused, too.
 
     Raises:
         UserError: the file can't be read; the message says why.
@@ -112,7 +117,11 @@ def to_rgb(image: Image.Image) -> np.ndarray:
     orientation = _orientation(image)  # after loading, by which Pillow turns TIFFs itself
     _check_range(image)
     width, height = image.size
-    pixels = np.empty((height, width, 3), np.uint8)
+    upright = np.empty(
+        (width, height, 3) if orientation in (5, 6, 7, 8) else (height, width, 3), np.uint8
+    )
+    # As stored: a view, to avoid a copy. Every turn is its own inverse but for a quarter's.
+    pixels = _UPRIGHT.get({6: 8, 8: 6}.get(orientation, orientation), np.asarray)(upright)
     rows = max(_STRIP // width, 1)
     for top in range(0, height, rows):  # in strips, to avoid a second copy of the whole image
         bottom = min(top + rows, height)
@@ -121,9 +130,7 @@ def to_rgb(image: Image.Image) -> np.ndarray:
             pixels[top:bottom] = (np.asarray(strip).astype(np.uint16) >> 8)[..., None]
         else:
             pixels[top:bottom] = np.asarray(strip.convert("RGB"))
-    if orientation in _UPRIGHT:
-        return np.ascontiguousarray(_UPRIGHT[orientation](pixels))
-    return pixels
+    return upright
 
 
 def load_thumbnail(content: bytes, edge: int) -> Image.Image:
@@ -161,9 +168,48 @@ def _open(content: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     check_size(*image.size, max_pixels)
     if header.kind == "JPEG":
         check_scans(content, *image.size)
+    _check_memory(image, content, BYTES_PER_PIXEL * max_pixels)
     if header.upright:  # else Pillow would decode a PNG to look for EXIF behind its pixels
         image.info.setdefault("exif", b"")
     return image
+
+
+def _check_memory(image: Image.Image, content: bytes, limit: int) -> None:
+    """Refuse an image that takes more than `limit` bytes to decode.
+
+    Raises:
+        UserError: names the size and the limit.
+    """
+    pixels = image.width * image.height
+    picture = pixels * {"1": 1, "L": 1, "P": 1}.get(image.mode, 4)
+    working = 0
+    if image.format in ("JPEG", "MPO"):
+        working = count_kept_bytes(content, *image.size)
+    elif image.format == "TIFF":
+        try:
+            working = _tiff_bytes(image)
+        except (TypeError, ValueError, IndexError) as error:  # a tag of another type, or no data
+            raise UserError(f"damaged: {one_line(error)}") from None
+    needed = picture + max(working, 3 * pixels)
+    if needed > limit:
+        raise UserError(
+            f"{image.width} x {image.height} pixels that take {needed >> 20} MiB to decode, more "
+            f"than {limit >> 20}; save it smaller, or as PNG"
+        )
+
+
+def _tiff_bytes(image: Image.Image) -> int:
+    """Return the bytes of the strip or tile that libtiff holds, or of Pillow's turned copy."""
+    tags = image.tag_v2
+    turned = 4 * image.width * image.height if tags.get(_ORIENTATION, 1) != 1 else 0
+    if image.tile[0][0] != "libtiff":
+        return turned
+    rows = min(tags.get(_ROWS_PER_STRIP, image.height), image.height)
+    width, height = tags.get(_TILE_WIDTH, image.width), tags.get(_TILE_LENGTH, rows)
+    bits = sum(tags.get(_BITS_PER_SAMPLE, (8,)))
+    if tags.get(_PHOTOMETRIC) == _YCBCR:  # libtiff converts it to 32 bits
+        bits += 32
+    return max(turned, width * height * bits // 8)
 
 
 def _load(image: Image.Image) -> None:

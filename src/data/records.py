@@ -8,7 +8,6 @@ its path below the source folder and its label; any MindRecord reader can use th
 from __future__ import annotations
 
 import functools
-import json
 import os
 import zlib
 from collections.abc import Sequence
@@ -20,8 +19,9 @@ import numpy as np
 
 from src.data.base import Source, normalize_name
 from src.data.images import make_decodable
-from src.data.shards import check_shard, verify_shard
+from src.data.shards import check_shard, require_utf8, verify_shard
 from src.errors import UserError, join_names
+from src.json_reader import read_json
 from src.progress import progress_bar
 
 INDEX = "index.json"
@@ -142,6 +142,7 @@ def open_records(
         UserError: a shard is missing, of another size or from another set; an image's class is not
             in `class_names`; the system allows too few open files.
     """
+    require_utf8(folder)
     index = read_index(folder)
     for shard in index["shards"]:
         check_shard(folder, shard)
@@ -211,7 +212,7 @@ def load_index(path: Path) -> dict[str, Any]:
         UserError: it is damaged or of another version.
     """
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        index = read_json(path)
         version, classes, images = index["format"], len(index["class_names"]), 0
         for shard in index["shards"]:
             counts = [count for label, count in shard["labels"] if 0 <= label < classes]

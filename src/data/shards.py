@@ -16,6 +16,20 @@ _REMEDY = "convert it again with tools.records, or copy it again"
 _SCHEMA = {"image": {"type": "bytes"}, "file": {"type": "string"}, "label": {"type": "int32"}}
 
 
+def require_utf8(folder: Path) -> None:
+    """Check that a folder's name is UTF-8: MindSpore takes no other path.
+
+    Raises:
+        UserError: it is not.
+    """
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{folder}: MindRecord takes only paths in UTF-8; give a folder of another name"
+        ) from None
+
+
 def open_writer(path: Path, sizes: list[int], description: str) -> FileWriter:
     """Create the writer of one shard whose pages hold the largest image.
 

@@ -46,7 +46,7 @@ def convert(
 
     Args:
         source: a file or folder that `load_weights` reads.
-        target: .ckpt or .safetensors; an earlier result with the same parameters is replaced.
+        target: .ckpt or .safetensors; an existing file may only hold the same tensors.
         model: the model's name; None recognises the variant by its sizes.
         config: a recipe of the model, instead of `model`.
         verify: read the written file again and compare its tensors bitwise with the source's.
@@ -57,7 +57,7 @@ def convert(
         UserError: the source can't be read or doesn't fit, the model isn't recognised, the target
             is another file, or tensors differ. `target` is unchanged then.
     """
-    require_replaceable(target, "--dst", lambda path: bool(_read_names(path)), force)
+    require_replaceable(target, "--dst", lambda path: bool(_read_tensors(path)), force)
     known = _parameter_names(config) if config else ()
     tensors, report = read_weights(source, known, entry)
     if config is None:
@@ -66,9 +66,18 @@ def convert(
         classes = len(tensors["head.bias"]) if "head.bias" in tensors else 0
         config = _with_classes(config, classes)
     net = build_model(without_flash_attention(config)).set_train(False)
-    names = {parameter.name for parameter in net.get_parameters()}
-    require_replaceable(target, "--dst", lambda path: _read_names(path) == names, force)
     load_tensors(net, tensors, report)
+    found = {} if force else _read_tensors(target)
+    weights = {parameter.name: parameter.asnumpy() for parameter in net.get_parameters()}
+    # Even a file with the same names may be another's only copy, such as a run's best.ckpt.
+    if found and (
+        found.keys() != weights.keys()
+        or any(found[name].tobytes() != weights[name].tobytes() for name in found)
+    ):
+        raise UserError(
+            f"--dst {target}: exists and holds other weights; give another name, or add --force to "
+            "replace it"
+        )
     try:
         with replacing(target) as unfinished:
             save_weights(net, unfinished)
@@ -78,13 +87,13 @@ def convert(
     return Conversion(config.model.name, report, verified)
 
 
-def _read_names(path: Path) -> set[str]:
-    """Return the tensor names of a .ckpt or .safetensors; none for any other file."""
+def _read_tensors(path: Path) -> dict[str, np.ndarray]:
+    """Return the tensors of a .ckpt or .safetensors; none for any other file."""
     read = read_safetensors if path.suffix == ".safetensors" else read_checkpoint
     try:
-        return {*read(path).tensors}
+        return read(path).tensors
     except UserError:
-        return set()
+        return {}
 
 
 def _with_classes(config: Config, classes: int) -> Config:

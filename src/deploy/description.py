@@ -12,11 +12,10 @@ from typing import Any
 
 from src.data import Preprocessing
 from src.errors import UserError
+from src.weights.origin import MAX_BYTES, check_class_names
 
-MAX_BYTES = 16 << 20  # of the .json
 _MAX_EDGE = 4096  # pixels
 _MAX_FLOATS = 1 << 26  # in a batch: 256 MiB, 445 images of 224 px
-_MAX_CLASSES, _MAX_NAME = 100_000, 1_000
 
 
 def read_description(path: str | Path) -> dict[str, Any]:
@@ -101,17 +100,6 @@ def _preprocessing(values: Any) -> Preprocessing:
     if not isinstance(values.get("interpolation"), str):
         raise ValueError("preprocessing.interpolation must be a name")
     return Preprocessing.from_dict(values)
-
-
-def check_class_names(names: Any) -> list[str]:
-    """Return the names, [] for None. Raises ValueError: too many, too long, or not strings."""
-    if names is None:
-        return []
-    if not isinstance(names, list) or len(names) > _MAX_CLASSES:
-        raise ValueError(f"class_names must be a list of at most {_MAX_CLASSES} names")
-    if not all(isinstance(name, str) and len(name) <= _MAX_NAME for name in names):
-        raise ValueError(f"class_names must be strings of at most {_MAX_NAME} characters")
-    return names
 
 
 def _input_shape(shape: Any, preprocessing: Preprocessing) -> tuple[int | None, int, int, int]:

@@ -13,30 +13,13 @@ import numpy as np
 
 from src.deploy.file_checks import check_mindir, check_onnx
 from src.errors import UserError
+from src.forks import KERNEL_THREADS, refuse_forks, thread_names
 from src.kernels.library import set_threads
 
 ENGINES = ("auto", "openvino", "onnxruntime", "mindspore")
 Run = Callable[[np.ndarray], np.ndarray]  # float32 [B, 3, H, W] -> logits [B, num_classes]
-# MindSpore 2.8 crashes if two threads run graphs at once, even of different networks.
-_MINDSPORE_LOCK = threading.RLock()
-_KERNEL_THREADS = ("ActorThread", "KernelThread")  # names of MindSpore's computing threads
-_mindspore_process: int | None = None  # the process id in which MindSpore has run
-
-
-def claim_mindspore() -> None:
-    """Record that MindSpore runs in this process, and refuse to run it in a fork, where it hangs.
-
-    Raises:
-        UserError: this process was forked from one in which MindSpore had run.
-    """
-    global _mindspore_process
-    if _mindspore_process not in (None, os.getpid()):
-        raise UserError(
-            f"MindSpore ran in process {_mindspore_process} and hangs in a fork of it, process "
-            f"{os.getpid()}: open no model before the fork (gunicorn: without --preload; "
-            'multiprocessing: the start method "spawn")'
-        )
-    _mindspore_process = os.getpid()
+# MindSpore 2.8 crashes if two threads run operators or graphs at once, even of different networks.
+MINDSPORE_LOCK = threading.RLock()
 
 
 class Session:
@@ -136,11 +119,11 @@ def mindspore_session(
     """
     import mindspore as ms
 
-    claim_mindspore()
+    refuse_forks()
     _set_mindspore_threads(threads)
     run = ms.jit(network) if compiled else network
     bound = _limit_cores(lambda images: run(ms.Tensor(images)).asnumpy(), threads)
-    return Session(bound, "mindspore", lock=_MINDSPORE_LOCK)
+    return Session(bound, "mindspore", lock=MINDSPORE_LOCK)
 
 
 def _set_mindspore_threads(threads: int | None) -> None:
@@ -168,7 +151,7 @@ def _limit_cores(run: Run, threads: int | None) -> Run:
         if len(few) == len(cores):
             return run(images)
         before = {
-            task: name for task, name in _thread_names().items() if name.startswith(_KERNEL_THREADS)
+            task: name for task, name in thread_names().items() if name.startswith(KERNEL_THREADS)
         }
         own = threading.get_native_id()
         try:
@@ -177,20 +160,11 @@ def _limit_cores(run: Run, threads: int | None) -> Run:
             return run(images)
         finally:
             # Threads started during the call have inherited its cores.
-            for task, name in _thread_names().items():
-                if task == own or name.startswith(_KERNEL_THREADS):
+            for task, name in thread_names().items():
+                if task == own or name.startswith(KERNEL_THREADS):
                     _set_cores(task, cores)
 
     return bound
-
-
-def _thread_names() -> dict[int, str]:
-    """Return the names of this process's threads by their ids."""
-    found = {}
-    for task in os.listdir("/proc/self/task"):
-        with contextlib.suppress(OSError):  # the thread has ended
-            found[int(task)] = Path(f"/proc/self/task/{task}/comm").read_text()
-    return found
 
 
 def _set_cores(task: int, cores: Iterable[int]) -> None:
@@ -201,15 +175,15 @@ def _set_cores(task: int, cores: Iterable[int]) -> None:
 def _open_mindspore(path: Path, threads: int | None) -> Session:
     import mindspore as ms
 
-    claim_mindspore()
+    refuse_forks()
     _set_mindspore_threads(threads)
     try:
-        with _MINDSPORE_LOCK:
+        with MINDSPORE_LOCK:
             graph = ms.nn.GraphCell(ms.load(str(path)))
     except (RuntimeError, ValueError, TypeError) as error:
         raise UserError(f"{path}: damaged, or not a MINDIR file ({_reason(error)})") from error
     bound = _limit_cores(lambda images: graph(ms.Tensor(images)).asnumpy(), threads)
-    return Session(bound, "mindspore", path, _MINDSPORE_LOCK)
+    return Session(bound, "mindspore", path, MINDSPORE_LOCK)
 
 
 def _open_onnxruntime(path: Path, threads: int | None) -> Session:

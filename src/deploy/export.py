@@ -24,6 +24,7 @@ from src.deploy.engines import Run, open_model
 from src.deploy.quantize import check_quantizer, quantize
 from src.deploy.writers import check_format, installed_engines, write_model
 from src.errors import UserError
+from src.evaluation.labels import with_class_names
 from src.files import replacing, sha256_of, write_json
 from src.weights import load_weights, weight_files
 
@@ -85,6 +86,7 @@ def export(
         with contextlib.suppress(UserError):  # another program's config.yaml
             config = _with_classes_of(config, load_config(run))
     if config.model.num_classes is None:
+        config = with_class_names(config, checkpoint)
         config = resolve_classes(config, open_split(config, "val"))
     preprocessing = build_preprocessing(config)
     shape = (options.batch_size, 3, *preprocessing.image_size)
@@ -107,7 +109,12 @@ def export(
                 floating = partial.rename(partial.with_name("float32.onnx"))
                 size = options.batch_size or CHECKED_IMAGES
                 quantization = quantize(
-                    floating, partial, config, preprocessing, size, run and run.parent
+                    floating,
+                    partial,
+                    with_class_names(config, checkpoint),
+                    preprocessing,
+                    size,
+                    run and run.parent,
                 )
             _write_description(
                 config, checkpoint, output, options, preprocessing, names, quantization

@@ -27,14 +27,15 @@ from src.data.transforms import pad_batch
 from src.deploy.class_names import known_class_names
 from src.deploy.description import read_description
 from src.deploy.engines import (
+    MINDSPORE_LOCK,
     Session,
     check_engine,
-    claim_mindspore,
     mindspore_session,
     open_model,
 )
 from src.device import current_device, inference_runtime, require_precision
 from src.errors import UserError
+from src.forks import refuse_forks
 from src.weights import load_weights, weight_files
 
 EXPORTED_SUFFIXES = (".mindir", ".onnx")
@@ -313,12 +314,13 @@ def _open_weights(
     if not runtime.get("flash_attention"):
         settings = without_flash_attention(settings)
     settings.runtime = dataclasses.replace(settings.runtime, **runtime)
-    claim_mindspore()
+    refuse_forks()
     settings.runtime = inference_runtime(settings.runtime, current_device(), runtime)
     require_precision(settings.runtime.precision, current_device())
-    net = build_model(settings)
-    load_weights(net, path)
-    accelerate(net, settings.runtime).set_train(False)
+    with MINDSPORE_LOCK:
+        net = build_model(settings)
+        load_weights(net, path)
+        accelerate(net, settings.runtime).set_train(False)
     compiled = runtime.get("mode") != "pynative"
     session = mindspore_session(net, threads, compiled=compiled)
     names = settings.data.class_names or known_class_names(path, settings.model.num_classes) or []

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from src.build import open_checked, open_split
+from src.build import open_checked, open_split, resolve_classes
 from src.config import Config
 from src.data import Preprocessing, Source, create_eval_loader
+from src.data.imagenet_labels import check_class_order
 from src.data.transforms import pad_batch
 from src.deploy.engines import open_model
 from src.errors import UserError
@@ -56,7 +57,7 @@ def quantize(
         per cent.
 
     Raises:
-        UserError: the images are not available.
+        UserError: the images are not available, or their classes are not the network's.
     """
     from onnxruntime import quantization as ort
 
@@ -67,7 +68,13 @@ def quantize(
     for split, count in (("train", CALIBRATION_IMAGES), ("val", EVALUATION_IMAGES)):
         try:
             sample = _sample_evenly(open_split(config, split), count)
-            splits[split] = open_checked(config, split, run=run, keep=False, source=sample)
+            splits[split] = open_checked(
+                config, split, run=run, keep=False, source=sample, sample=True
+            )
+            if split == "val":  # labels must mean the network's outputs, as in an evaluation
+                given = bool(config.data.class_names or config.data.classes)
+                check_class_order(sample, given, outputs=config.model.num_classes)
+                resolve_classes(config, sample)
         except UserError as error:
             raise UserError(
                 f"--quantize int8: needs the training images for calibration and the held-out "

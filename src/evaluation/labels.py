@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from pathlib import Path
 from typing import NamedTuple
 
 from src.build import open_checked
@@ -20,6 +21,7 @@ from src.data.imagenet_labels import (
 )
 from src.distributed import SINGLE_PROCESS, Ranks
 from src.errors import UserError
+from src.weights.origin import are_imagenet, class_names_of
 
 logger = logging.getLogger("cvt")
 
@@ -29,6 +31,20 @@ class LabeledSplit(NamedTuple):
 
     source: Source
     label_lists: list[list[int]] | None = None
+
+
+def with_class_names(config: Config, checkpoint: str | Path) -> Config:
+    """Return the configuration with the class names of its weights, where it has none itself.
+
+    Opening the images then sorts them by these names, or raises if they have other classes.
+    ImageNet's are left to `check_class_order`, because its folders have the names of synsets.
+    """
+    names = None
+    if config.data.labels == "val" and not config.data.class_names:
+        names = class_names_of(checkpoint, config.model.num_classes)
+    if names is None or are_imagenet(names) or len({*names}) < len(names):
+        return config
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, class_names=names))
 
 
 def open_labeled_split(

@@ -14,7 +14,7 @@ from src.cli import find_resumed_run, parse, take_option
 from src.config_io import default_output
 from src.errors import UserError, executable
 from src.launch.job import describe, run
-from src.launch.plan import Plan, build_plan, check_port_free
+from src.launch.plan import Plan, build_plan, check_master_address, check_port_free
 
 ROOT = Path(__file__).resolve().parents[2]
 TARGETS = ("Ascend", "GPU", "CPU")
@@ -34,7 +34,7 @@ environment variables:
   DEVICE_TARGET     Ascend (default), GPU or CPU
   NODE_NUM          number of hosts (default 1); start this script on each host
   NODE_RANK         index of this host, from 0 (default 0)
-  MASTER_ADDR       address of host 0
+  MASTER_ADDR       address of host 0; ignored with one host
   MASTER_PORT       port of the scheduler on host 0 (default 8118)
   PYTHON            Python interpreter
 HCCL timeouts in seconds, unless already set: HCCL_CONNECT_TIMEOUT=1800, HCCL_EXEC_TIMEOUT=7140
@@ -86,6 +86,8 @@ def read_plan(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[Plan, bo
         plan.bind_core = arguments.bind_core
         # src.device would divide a rank's cores by it, but msrun has divided them already.
         plan.environment.pop("LOCAL_WORLD_SIZE", None)
+    if plan.node_num > 1 and (plan.node_rank == 0 or not arguments.dry_run):
+        check_master_address(plan.master_addr, plan.node_rank, arguments.dry_run)
     if not arguments.dry_run and plan.node_rank == 0:
         check_port_free(plan.master_port)
     return plan, arguments.dry_run

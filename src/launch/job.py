@@ -23,9 +23,11 @@ import psutil
 
 from src.errors import UserError
 from src.launch.plan import Plan
+from src.training.stop_signal import SAME_REQUEST_SECONDS, SIGNALS
 
 POLL_SECONDS = 0.5
 MSRUN = str(Path(__file__).with_name("msrun.py"))
+STOP_CODES = tuple(128 + number for number in SIGNALS)
 SET_BY_MSRUN = ("MS_WORKER_NUM", "MS_SCHED_HOST", "MS_SCHED_PORT", "MS_ROLE", "RANK_SIZE")
 ERROR_LINE = re.compile(r"([\w.]+: )?[\w.]*(error|Error|Interrupt)\b.*: .")
 # MindSpore's messages when a rank of another host has exited or is unreachable.
@@ -64,10 +66,7 @@ def run(plan: Plan) -> int:
     except OSError as error:
         raise UserError(f"{plan.logs}: {error.strerror}; give another --output") from None
     job = _Job(plan)
-    handlers = {
-        number: signal.signal(number, job.forward_signal)
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
+    handlers = {number: signal.signal(number, job.forward_signal) for number in SIGNALS}
     log = _LogFollower(_log(plan, min(plan.ranks)))
     try:
         while job.is_running():
@@ -78,6 +77,8 @@ def run(plan: Plan) -> int:
         log.print_new()
         for number, handler in handlers.items():
             signal.signal(number, handler)
+    if job.stop_signal and job.exit_code in STOP_CODES:
+        job.exit_code = 128 + job.stop_signal  # MindSpore's graphs turn SIGINT into SIGTERM
     if job.exit_code:
         _report_failure(plan, job)
     return job.exit_code
@@ -110,7 +111,8 @@ class _Job:
         self.exit_code = 0
         self.failure: str | None = None  # the first rank that failed, and how
         self.has_ended = False  # a rank crashed after it had announced its end
-        self.stop_requests = 0
+        self.stop_signal, self.stop_time = 0, 0.0  # the first that this process received
+        self.is_stopped = False  # the ranks have saved and ended after a signal to any of them
         with open(plan.logs / "msrun.log", "wb") as log:
             command = shlex.join(["msrun", *_msrun_options(plan)])
             log.write(os.fsencode(f"{command}\n"))
@@ -126,17 +128,24 @@ class _Job:
         self.reader.start()
 
     def forward_signal(self, number: int, frame: object) -> None:
-        """Send SIGTERM to every rank; on the second request, SIGKILL.
+        """Forward a signal to every rank; send SIGKILL at the second request.
 
-        Before msrun has started any, there is nothing to save, and msrun is killed.
+        Signals within `SAME_REQUEST_SECONDS` are one request. Before msrun has started any rank,
+        there is nothing to save, and msrun is killed.
         """
-        self.stop_requests += 1
-        if not self.ranks:
-            self.exit_code = 128 + number
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
-        for pid in self.ranks:
-            _send(pid, signal.SIGTERM if self.stop_requests == 1 else signal.SIGKILL)
+        self._find_processes()
+        if not self.stop_signal:
+            self.stop_signal, self.stop_time = number, time.monotonic()
+            if not self.ranks:
+                self.exit_code = 128 + number
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(self.process.pid, signal.SIGKILL)
+        elif time.monotonic() - self.stop_time > SAME_REQUEST_SECONDS:
+            number = signal.SIGKILL
+        else:
+            return
+        for pid in list(self.ranks):
+            _send(pid, number)
 
     def is_running(self) -> bool:
         """Return whether msrun is running."""
@@ -182,6 +191,7 @@ class _Job:
             rank = self.ranks.get(pid)
             log = _read_log(self.plan, rank) if rank is not None else ""
             end = RANK_ENDS.search(log)
+            self.is_stopped = end is not None and int(end[1]) in STOP_CODES
             if code < 0 and end:
                 self.has_ended, code = True, int(end[1])
                 if code == 0:
@@ -207,8 +217,8 @@ class _Job:
                 self.scheduler = child.pid
             elif environ.get("MS_ROLE") == "MS_WORKER" and child.pid not in self.ranks:
                 self.ranks[child.pid] = int(environ["RANK_ID"])
-                if self.stop_requests:  # it started after the request
-                    _send(child.pid, signal.SIGTERM)
+                if self.stop_signal:  # it started after the request
+                    _send(child.pid, self.stop_signal)
 
 
 def _environment(plan: Plan) -> dict[str, str]:
@@ -223,7 +233,7 @@ def _environment(plan: Plan) -> dict[str, str]:
 
 def _report_failure(plan: Plan, job: _Job) -> None:
     """Print which rank failed, the last error in each rank's log, and where the logs are."""
-    if job.stop_requests and job.exit_code in (128 + signal.SIGTERM, 128 + signal.SIGINT):
+    if job.exit_code in STOP_CODES and (job.stop_signal or job.is_stopped):
         states = plan.logs.parent.parent / "checkpoints"
         saved = plan.node_rank > 0 or any(states.glob("step-*.ckpt"))  # host 0 has the run
         advice = "continue with --resume" if saved else "nothing was saved yet"

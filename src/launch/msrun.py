@@ -1,5 +1,8 @@
 """Run msrun, and kill it and its ranks when the launcher exits for any reason, even SIGKILL.
 
+Stop signals to this process do nothing, because a cluster's scheduler signals every process of a
+job: the ranks save and end, and msrun after them.
+
 The launcher runs this file by path: `python -m` and msrun's console script would search the
 user's working folder for modules.
 """
@@ -7,6 +10,7 @@ user's working folder for modules.
 from __future__ import annotations
 
 import os
+import signal
 import threading
 
 import psutil
@@ -25,4 +29,7 @@ def _exit_with_launcher() -> None:
 
 if __name__ == "__main__":
     threading.Thread(target=_exit_with_launcher, daemon=True).start()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)  # the ranks would inherit SIG_IGN
+    signal.signal = lambda *_: None  # msrun's own handler of SIGINT kills the ranks
     main()

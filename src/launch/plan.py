@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import glob
+import ipaddress
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import psutil
 
 from src.cores import usable_cores
 from src.errors import UserError
@@ -64,7 +67,7 @@ def build_plan(
     node_rank = _integer(environ, "NODE_RANK", 0, 0)
     if node_rank >= node_num:
         raise UserError(f"NODE_RANK={node_rank}: must be from 0 to NODE_NUM-1={node_num - 1}")
-    if node_num > 1 and "MASTER_ADDR" not in environ:
+    if node_num > 1 and not environ.get("MASTER_ADDR"):
         raise UserError(f"NODE_NUM={node_num}: set MASTER_ADDR to the first host's address")
     port = _integer(environ, "MASTER_PORT", 8118, FIRST_PORT)
     if port > LAST_PORT:
@@ -82,7 +85,8 @@ def build_plan(
         first + i: {"RANK_ID": str(first + i), "DEVICE_ID": str(i), "MS_NODE_ID": str(first + i)}
         for i in range(local)
     }
-    address = environ.get("MASTER_ADDR", "127.0.0.1")
+    # On one host, a MASTER_ADDR may be left from Kubernetes or torchrun.
+    address = environ["MASTER_ADDR"] if node_num > 1 else "127.0.0.1"
     world = local * node_num
     environment = {
         "MS_WORKER_NUM": str(world),
@@ -133,3 +137,40 @@ def check_port_free(port: int) -> None:
             raise UserError(
                 f"MASTER_PORT={port}: {error.strerror}; another job may be using it: set another"
             ) from None
+
+
+def check_master_address(address: str, node_rank: int, dry_run: bool) -> None:
+    """Check MASTER_ADDR of a job on several hosts.
+
+    msrun starts the scheduler where the address, resolved, is that of a network interface. Unless
+    that is the first host alone, ranks wait for a scheduler for ten minutes.
+
+    Args:
+        address: host name or address.
+        node_rank: index of this host.
+        dry_run: only check what holds on any host, because the plan may be for another.
+
+    Raises:
+        UserError: the address does not resolve, or cannot be the first host's.
+    """
+    try:
+        found = socket.gethostbyname(address)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or "not a host name"
+        raise UserError(
+            f"MASTER_ADDR={address}: {reason}; give the first host's IPv4 address"
+        ) from None
+    name = address if found == address else f"{address} ({found})"
+    if ipaddress.ip_address(found).is_loopback:
+        raise UserError(
+            f"MASTER_ADDR={name}: other hosts cannot reach it; give the first host's IPv4 address"
+        )
+    if dry_run:
+        return
+    interfaces = psutil.net_if_addrs().values()
+    is_here = any(found == each.address for addresses in interfaces for each in addresses)
+    if is_here != (node_rank == 0):
+        raise UserError(
+            f"MASTER_ADDR={name}: is {'' if is_here else 'not '}an address of this host, which has "
+            f"NODE_RANK={node_rank}; give the first host's IPv4 address, and NODE_RANK=0 only there"
+        )

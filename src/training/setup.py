@@ -9,9 +9,8 @@ from mindspore import nn, ops
 
 from src.build import accelerate, build_model, compiled_library, image_size
 from src.config import Config
-from src.config_io import load_config, run_config_of
 from src.distributed import Ranks
-from src.errors import UserError, join_names
+from src.errors import join_names
 from src.models.sync_batchnorm import synchronise_batchnorm
 from src.training.freeze import freeze
 from src.training.loss import LabelSmoothingCrossEntropy
@@ -21,6 +20,7 @@ from src.training.schedule import learning_rates
 from src.training.train_loader import TrainLoader
 from src.training.train_step import TrainStep
 from src.weights import load_weights
+from src.weights.origin import are_same_classes, class_names_of
 
 
 @dataclass
@@ -152,14 +152,8 @@ def load_pretrained(net: nn.Cell, file: str, config: Config) -> list[str]:
     """
     fresh = {p.name: p.value().copy() for p in net.get_parameters() if p.name[:5] == "head."}
     notes = [str(load_weights(net, file, new_head=True))]
-    run = run_config_of(file)
-    names = None
-    if run is not None:
-        try:
-            names = load_config(run).data.class_names
-        except UserError as error:  # the weights may lie in another program's folder
-            notes.append(f"class names not compared: {error}")
-    if names is not None and names != config.data.class_names:
+    names = class_names_of(file, log=notes.append)
+    if names is not None and not are_same_classes(names, config.data.class_names):
         for parameter in net.get_parameters():
             if parameter.name in fresh:
                 ops.assign(parameter, fresh[parameter.name])

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import time
+from typing import TYPE_CHECKING
 
-from src.distributed import Ranks
+if TYPE_CHECKING:  # the launcher imports this file; importing MindSpore takes seconds
+    from src.distributed import Ranks
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 EXCHANGE_SECONDS = 2.0  # between two exchanges among the ranks
+# A cluster's scheduler signals each process of a job, and the launcher forwards its own signal.
+SAME_REQUEST_SECONDS = 2.0
 
 
 class StopSignal:
     """Record a stop signal; a second one ends the process at once.
+
+    Signals within `SAME_REQUEST_SECONDS` count as one, and another rank's does not count.
 
     A context manager that replaces the process's own handlers. It starts with the default
     handlers: while MindSpore compiles, which can take a minute, Python runs no handlers, and there
@@ -26,7 +33,8 @@ class StopSignal:
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
-        self.signal = 0
+        self.signal = 0  # received by any rank
+        self._received = math.inf  # when this process received its first
         self._steps, self._next, self._last_exchange = 0, 1, time.perf_counter()
 
     def __enter__(self) -> StopSignal:
@@ -49,9 +57,11 @@ class StopSignal:
             signal.signal(number, self._record)
 
     def _record(self, number: int, frame: object) -> None:
-        if self.signal:
+        now = time.monotonic()
+        if now - self._received > SAME_REQUEST_SECONDS:
             os._exit(128 + number)
-        self.signal = number
+        self._received = min(self._received, now)
+        self.signal = self.signal or number
 
     def should_stop(self) -> bool:
         """Return whether to stop after this step; every rank must call it after every step."""
@@ -73,5 +83,8 @@ class StopSignal:
     def _exchange(self, next_exchange: int) -> tuple[bool, int]:
         """Exchange signals; also agree on rank 0's number of steps until the next exchange."""
         answers = self.ranks.gather([self.signal, next_exchange])
-        self.signal = self.signal or int(answers[:, 0].max())
-        return bool(self.signal), int(answers[0, 1])
+        # A signal that arrives during the exchange waits for the next: the others do not know it.
+        stop = int(answers[:, 0].max())
+        if stop:
+            self.signal = stop
+        return bool(stop), int(answers[0, 1])

@@ -12,15 +12,22 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from PIL import Image
 
+from src.errors import UserError
 from src.weights.content import KeyPath
 from src.weights.files import read_content
 from src.weights.load_report import LoadReport, WeightsMismatch
+from src.weights.names import HUGGING_FACE
+from src.weights.origin import run_settings
 from src.weights.select import select
 
 logger = logging.getLogger("cvt")
 
 _HEAD, _NORM = "head.", "norm."
 _TABLE_ROWS = 20
+_GELU_NOTE = (
+    "computed with QuickGELU, as Microsoft's published weights were trained; weights trained with "
+    "transformers were trained with GELU, so their results differ a little"
+)
 
 
 def read_weights(
@@ -53,6 +60,8 @@ def read_weights(
 
     content = read_content(Path(path), choose)
     report.notes = [*report.notes, *content.notes]
+    if report.naming == HUGGING_FACE:
+        report.notes.append(_GELU_NOTE)
     return content.tensors, report
 
 
@@ -201,35 +210,61 @@ def _fit_pos_embeds(
 ) -> dict[str, np.ndarray]:
     """Return the tensors with position embeddings interpolated to the network's grids."""
     tensors = dict(tensors)
+    saved: dict[str, tuple[int, int]] | None = None
+    assumed: list[str] = []
     for prefix, cell in net.cells_and_names():
         name = f"{prefix}.pos_embed"
         grid = getattr(cell, "pos_embed_grid", None)
         if grid is None or name not in parameters or name not in tensors:
             continue
         embedding, wanted = tensors[name], tuple(parameters[name].shape)
-        if embedding.shape == wanted or embedding.ndim != 3 or embedding.shape[2] != wanted[2]:
+        if embedding.ndim != 3 or embedding.shape[2] != wanted[2]:
             continue
-        old_grid = _grid_of(embedding.shape[1], grid)
-        if old_grid is not None:
+        saved = _saved_grids(net, report.path) if saved is None else saved
+        tokens, old_grid = embedding.shape[1], saved.get(prefix)
+        if old_grid is None or math.prod(old_grid) != tokens:
+            old_grid = _assume_grid(tokens, grid)
+            unsure = old_grid != grid or (_is_square(tokens) and grid[0] != grid[1])
+            if old_grid is not None and unsure:
+                assumed.append(f"{old_grid[0]} x {old_grid[1]}")
+        if old_grid not in (None, grid):
             tensors[name] = interpolate_pos_embed(embedding, old_grid, grid)
             report.interpolated.append((name, old_grid, tuple(grid)))
+    if assumed:
+        report.notes.append(
+            f"position embeddings: assumed to be of {', '.join(assumed)} tokens, because no "
+            "config.yaml beside the weights has their image size"
+        )
     return tensors
 
 
-def _grid_of(tokens: int, like: tuple[int, int]) -> tuple[int, int] | None:
-    """Return the grid of `tokens` positions: of `like`'s aspect ratio, or square, or None.
+def _saved_grids(net: nn.Cell, path: str) -> dict[str, tuple[int, int]]:
+    """Return the token grid of each stage at the image size of the weights' run, if it is known."""
+    try:
+        settings = run_settings(path)
+        known = settings is not None and hasattr(net, "grids")
+        grids = net.grids(settings.model.image_size) if known else []
+    except UserError:  # another program's config.yaml
+        grids = []
+    return {f"stage{stage}": grid for stage, grid in enumerate(grids)}
 
-    Several grids may have as many positions. The same aspect ratio, where it is exact, comes first:
-    fine-tuning at another resolution keeps it.
+
+def _is_square(tokens: int) -> bool:
+    return math.isqrt(tokens) ** 2 == tokens
+
+
+def _assume_grid(tokens: int, like: tuple[int, int]) -> tuple[int, int] | None:
+    """Return the likely grid of `tokens` positions, or None.
+
+    A network's own weights must load unchanged, so as many positions as in its grid `like` have
+    that grid. Otherwise a square number has a square grid, and others `like`'s aspect ratio.
     """
+    if tokens == math.prod(like):
+        return like
+    if _is_square(tokens):
+        return math.isqrt(tokens), math.isqrt(tokens)
     height = max(1, round(math.sqrt(tokens * like[0] / like[1])))
-    width = tokens // height
-    if height * width == tokens and height * like[1] == width * like[0]:
-        return height, width
-    edge = math.isqrt(tokens)
-    if edge * edge == tokens:
-        return edge, edge
-    return (height, width) if height * width == tokens else None
+    return (height, tokens // height) if tokens % height == 0 else None
 
 
 def interpolate_pos_embed(

@@ -9,10 +9,15 @@ accepted, because projects store their own classes, except those that load, run 
 
 from __future__ import annotations
 
+import builtins
 import re
 import sys
 import sysconfig
 from pathlib import Path
+
+
+def _is_exception(value: object) -> bool:
+    return isinstance(value, type) and issubclass(value, BaseException)
 
 
 def _standard_library() -> frozenset[str]:
@@ -29,6 +34,7 @@ def _standard_library() -> frozenset[str]:
 _STANDARD_LIBRARY = _standard_library()
 _DATA_MODULES = {"collections", "datetime", "decimal", "fractions", "pathlib", "uuid", "zoneinfo"}
 _DATA_MODULES |= {"typing", "enum", "ipaddress", "_decimal", "_datetime", "_collections"}
+_DATA_MODULES |= {"collections.abc", "_collections_abc", "itertools"}
 _DATA_NAMES = {
     "argparse.Namespace", "optparse.Values", "types.SimpleNamespace", "time.struct_time",
     "_codecs.encode", "re._compile", "random.Random", "array.array",
@@ -37,12 +43,20 @@ _DATA_NAMES = {
     "copyreg.__newobj_ex__", "copy_reg._reconstructor", "configparser.ConfigParser",
     "string.Template", "dataclasses._MISSING_TYPE", "pathlib._local.PosixPath",
     "pathlib._local.WindowsPath", "pathlib._local.Path", "pathlib._local.PurePosixPath",
+    "zoneinfo.ZoneInfo._unpickle", "platform.uname_result", "posix.uname_result",
+    "nt.uname_result", "os.stat_result", "os.terminal_size", "subprocess.CompletedProcess",
+    "commands.CompletedProcess", "types.GenericAlias", "types.UnionType", "types.NoneType",
+    "_operator.getitem", "operator.getitem", "operator.itemgetter", "_io.BytesIO", "_io.StringIO",
+    "signal.Signals", "http.HTTPStatus", "inspect.Parameter", "inspect._ParameterKind",
+    "inspect.Signature",
 }  # fmt: skip
 _BUILTINS = {
     "bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset", "int", "list", "long",
     "object", "range", "set", "slice", "str", "tuple", "unicode", "xrange", "NoneType",
-    "Ellipsis", "NotImplemented",
+    "Ellipsis", "NotImplemented", "type", "abs", "all", "any", "len", "max", "min", "round",
+    "sorted", "sum",
 }  # fmt: skip
+_BUILTINS |= {name for name, kind in vars(builtins).items() if _is_exception(kind)}
 _BUILTIN_MODULES = ("builtins", "__builtin__")
 _RUNNING_MODULES = re.compile(
     r"(pip|setuptools|pkg_resources|dill|cloudpickle|joblib|IPython|cffi|requests|urllib3|"

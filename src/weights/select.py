@@ -5,7 +5,8 @@ Training scripts (PyTorch Lightning, timm, MMPretrain, DDP) nest weights in dict
 and further sets of weights. The parameter names of a network are known, so whatever precedes a
 known name is the entry and prefix of a set of weights. MindSpore's optimizers name their state
 `moments.NAME`, so a set that repeats another one's names under a longer prefix is optimizer state,
-unless its prefix names an average or it has BatchNorm statistics, which no optimizer keeps.
+unless its prefix names an average or it has BatchNorm statistics, which no optimizer keeps. A name
+such as "teacher" does not make an average: a distilled network's teacher is another network.
 """
 
 from __future__ import annotations
@@ -27,6 +28,10 @@ _COUNTERS = ("num_batches_tracked", "global_step", "learning_rate")
 _STATISTICS = ("running_mean", "running_var", "moving_mean", "moving_variance")
 _MINDSPORE = (".gamma", ".beta", ".moving_mean", ".moving_variance")
 _AVERAGES = {"ema", "teacher", "swa", "averaged", "average", "shadow", "polyak", "avg"}
+# PyTorch's and mindspore.experimental's optimizers: exp_avg, max_exp_avg_sq, square_avg, grad_avg.
+_OPTIMIZER_WORDS = {"exp", "sq", "square", "squared", "grad", "grads", "gradient", "moment"}
+_HEADS = ("head.", "classifier.")
+_NUMBER = re.compile(r"\.(\d{1,4})(?=\.)")
 _MAX_GROUPS, _MAX_SETS = 200, 32  # ordinary files have fewer than ten
 _TOP = "top"  # the --entry name of a set without entry and prefix
 
@@ -58,6 +63,7 @@ class _Group:
     entry: KeyPath
     prefix: str
     paths: dict[str, KeyPath] = field(default_factory=dict)  # by the name after the prefix
+    swapped: bool = False  # the entry's name says the opposite of what it holds
 
     @property
     def label(self) -> str:
@@ -66,7 +72,8 @@ class _Group:
     @property
     def is_average(self) -> bool:
         words = [re.split(r"[_\-\s]", part.lower()) for part in self.label.split(".")]
-        return any(_AVERAGES & {*each} and each[0] != "exp" for each in words)
+        named = any(_AVERAGES & {*each} and not _OPTIMIZER_WORDS & {*each} for each in words)
+        return named != self.swapped
 
     @property
     def is_in_optimizer(self) -> bool:
@@ -88,7 +95,8 @@ class _Group:
 class _Grouped:
     """A file's tensors: groups with known names, training counters, and all others.
 
-    `complete` are the groups that are not just a few layers.
+    `complete` are the groups that are not just a few layers: they have half of the largest group's
+    tensors, or blocks in all of its stages, such as a small student of a large teacher.
     """
 
     groups: list[_Group]
@@ -115,6 +123,7 @@ def select(
     """
     grouped = _group(tensors, known)
     complete = grouped.complete
+    notes = _undo_swap(grouped.groups, tensors)
     sets = [group for group in complete if not _is_optimizer_state(group, complete)] or complete
     if not sets:
         names = grouped.unknown
@@ -123,8 +132,16 @@ def select(
         naming, ours = to_ours(names.values(), known)
         ignored = _flatten(grouped.counters)
         return Selection({p: ours[n] for p, n in names.items()}, {}, naming, False, ignored, [])
-    chosen = _choose(sets, complete, entry, tensors)
-    paths, base, notes = _fill_gaps(chosen, grouped, sets)
+    plain = [group for group in sets if not group.is_average]
+    averages = {
+        group: [other for other in plain if _is_average_of(group, other, tensors)]
+        for group in sets
+        if group.is_average
+    }
+    averages = {group: others for group, others in averages.items() if others or not plain}
+    chosen = _choose([*averages] or sets, complete, entry, tensors)
+    paths, base, more = _fill_gaps(chosen, grouped, averages.get(chosen, []))
+    notes += more
     ignored, unknown = _classify_others(chosen, base, grouped, {*paths.values()})
     naming, ours = to_ours([*paths, *unknown], known)
     names = {path: ours[name] for name, path in {**paths, **unknown}.items()}
@@ -140,7 +157,7 @@ def select(
     ]
     if skipped:
         notes.append(f"skipped {short_names(skipped, 4)}")
-    return Selection(names, renamed, naming, chosen.is_average, ignored, notes)
+    return Selection(names, renamed, naming, chosen in averages, ignored, notes)
 
 
 def _group(tensors: Mapping[KeyPath, Any], known: Collection[str]) -> _Grouped:
@@ -163,8 +180,14 @@ def _group(tensors: Mapping[KeyPath, Any], known: Collection[str]) -> _Grouped:
         else:
             grouped.unknown[path] = name
     grouped.groups = list(groups.values())
-    largest = max((len(group.paths) for group in grouped.groups), default=0)
-    grouped.complete = [group for group in grouped.groups if 2 * len(group.paths) >= largest]
+    largest = max(grouped.groups, key=lambda group: len(group.paths), default=_Group((), ""))
+    stages = _depths(largest.paths).keys()
+    grouped.complete = [
+        group
+        for group in grouped.groups
+        if 2 * len(group.paths) >= len(largest.paths)
+        or (stages and _depths(group.paths).keys() == stages)
+    ]
     if len(grouped.groups) > _MAX_GROUPS or len(grouped.complete) > _MAX_SETS:
         raise UserError(
             f"its tensors have {len(groups)} different prefixes; save the weights of one CvT alone"
@@ -172,24 +195,82 @@ def _group(tensors: Mapping[KeyPath, Any], known: Collection[str]) -> _Grouped:
     return grouped
 
 
+def _undo_swap(groups: list[_Group], tensors: Mapping[KeyPath, Any]) -> list[str]:
+    """Mark what MMEngine's EMAHook swaps before it saves; return a note if it did.
+
+    `state_dict` has the average then, and `ema_state_dict`, which counts the steps, the weights.
+    """
+    raw = ("ema_state_dict",)
+    swapped = [group for group in groups if group.entry in (raw, ("state_dict",))]
+    if (*raw, "steps") not in tensors or len({group.entry for group in swapped}) < 2:
+        return []
+    for group in swapped:
+        group.swapped = True
+    return ["saved by MMEngine's EMAHook, which puts the average into state_dict"]
+
+
+def _depths(names: Collection[str]) -> dict[str, int]:
+    """Return the largest number in each numbered list of modules: {"stage2.blocks": 9}."""
+    depths: dict[str, int] = {}
+    for name in names:
+        for found in _NUMBER.finditer(name):
+            parent, number = name[: found.start()], int(found[1])
+            depths[parent] = max(number, depths.get(parent, 0))
+    return depths
+
+
+def _equally_deep(one: _Group, other: _Group) -> bool:
+    """Return whether the stages that both have are equally deep."""
+    depths, others = _depths(one.paths), _depths(other.paths)
+    return all(depths[parent] == others[parent] for parent in depths.keys() & others.keys())
+
+
+def _is_average_of(average: _Group, plain: _Group, tensors: Mapping[KeyPath, Any]) -> bool:
+    """Return whether two sets belong to one network, so that either may fill the other's gaps.
+
+    Their tensors have equal shapes and as many blocks. An average may lack BatchNorm's statistics
+    and whole frozen modules, but no part of a module and no head.
+    """
+    shared = average.paths.keys() & plain.paths.keys()
+    if not shared or any(
+        tuple(tensors[average.paths[name]].shape) != tuple(tensors[plain.paths[name]].shape)
+        for name in shared
+    ):
+        return False
+    if not _equally_deep(average, plain):
+        return False
+    modules = {""}
+    for name in shared:
+        modules.update(name[:at] for at, letter in enumerate(name) if letter == ".")
+    gaps = average.paths.keys() ^ plain.paths.keys()
+    gaps = [name for name in gaps if not name.endswith(_STATISTICS)]
+    return not any(
+        name.rpartition(".")[0] in modules or (name.startswith(_HEADS) and name in plain.paths)
+        for name in gaps
+    )
+
+
 def _is_optimizer_state(group: _Group, complete: list[_Group]) -> bool:
     if group.is_in_optimizer or group.is_average:
         return group.is_in_optimizer
     others = [other for other in complete if other is not group]
     return not group.has_statistics and any(
-        other.has_statistics or other.prefix_added_by(group) for other in others
+        other.has_statistics and _equally_deep(group, other) or other.prefix_added_by(group)
+        for other in others
     )
 
 
 def _choose(
-    sets: list[_Group], complete: list[_Group], entry: str | None, tensors: Mapping[KeyPath, Any]
+    candidates: list[_Group],
+    complete: list[_Group],
+    entry: str | None,
+    tensors: Mapping[KeyPath, Any],
 ) -> _Group:
-    """Return the set that `entry` names; without `entry`, the average or the only set.
+    """Return the set that `entry` names; without `entry`, the only one of the candidates.
 
     Raises:
         UserError: no set has this entry, or several sets differ.
     """
-    candidates = [group for group in sets if group.is_average] or sets
     if entry is not None:
         candidates = [group for group in complete if group.label == entry] or [
             group
@@ -217,9 +298,14 @@ def _choose(
 
 
 def _fill_gaps(
-    chosen: _Group, grouped: _Grouped, sets: list[_Group]
+    chosen: _Group, grouped: _Grouped, plain: list[_Group]
 ) -> tuple[dict[str, KeyPath], _Group | None, list[str]]:
     """Add a head outside the chosen prefix, and to an average the tensors that it lacks.
+
+    Args:
+        chosen: the chosen set.
+        grouped: all groups of the file.
+        plain: the sets that the chosen one is an average of.
 
     Returns:
         Key paths by name; the plain weights that an average belongs to, if any; notes.
@@ -235,12 +321,11 @@ def _fill_gaps(
         ):
             paths.update(group.paths)
             notes.append(f"with {short_names(list(group.paths), 4)} from {group.label}")
-    plain = [group for group in sets if group is not chosen and not group.is_average]
     copied = [group for group in plain if group.prefix_added_by(chosen)]
-    base = (copied or plain)[0] if len(copied or plain) == 1 and chosen.is_average else None
+    base = (copied or plain)[0] if len(copied or plain) == 1 else None
     if base is not None:
         rest = {name: path for name, path in base.paths.items() if name not in paths}
-        if rest and paths.keys() & base.paths.keys():
+        if rest:
             paths.update(rest)
             notes.append(f"{len(rest)} tensors without an average read from {base.label}")
     return paths, base, notes

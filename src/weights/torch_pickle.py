@@ -28,14 +28,21 @@ _KINDS = ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char",
 _DTYPES = ("<f8", "<f4", "<f2", "<u2", "<i8", "<i4", "<i2", "i1", "u1", "?")
 _STORAGES = {f"torch.{kind}Storage": dtype for kind, dtype in zip(_KINDS, _DTYPES)}
 BFLOAT16 = "<u2"
-_TENSORS = ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor")
+_TENSORS = (
+    "torch._utils._rebuild_tensor_v2",
+    "torch._utils._rebuild_tensor",
+    "torch_npu.utils.storage._rebuild_npu_tensor",  # Ascend's; the last argument is a format
+)
+# Their first argument is the tensor; the third is for XLA and other devices without storages.
 _PARAMETERS = (
     "torch._utils._rebuild_parameter",
     "torch._utils._rebuild_parameter_with_state",
+    "torch._utils._rebuild_device_tensor_from_cpu_tensor",
 )
 _SUBCLASS = "torch._tensor._rebuild_from_type_v2"
 _ORDERED_DICT, _SIZE = "collections.OrderedDict", "torch.Size"
-_FUNCTIONS = {*_TENSORS, *_PARAMETERS, _SUBCLASS, _SIZE}
+_GETATTR = ("builtins.getattr", "__builtin__.getattr")
+_FUNCTIONS = {*_TENSORS, *_PARAMETERS, _SUBCLASS, _SIZE, *_GETATTR}
 _MEANINGFUL = {*_STORAGES, *_FUNCTIONS, _ORDERED_DICT}
 
 # Limits on the work that a malicious pickle can cause. CvT-W24's weights with their average and
@@ -71,12 +78,21 @@ class StoredTensor(NamedTuple):
         return len(self.shape)
 
 
-class Foreign(dict):
-    """Placeholder for an object of an unknown class; keeps only the items of a mapping."""
-
-
 class _Global(str):
     """The name of a global in the pickle; the global itself is never imported."""
+
+    module: str
+
+
+class Foreign(dict):
+    """Placeholder for an object of an unknown class; keeps only the items of a mapping.
+
+    Attributes:
+        kind: the class or function that made it, if known.
+    """
+
+    def __init__(self, kind: _Global | None = None) -> None:
+        self.kind = kind
 
 
 class Stream(io.BytesIO):
@@ -100,6 +116,7 @@ class Interpreter:
         self._stack: list[Any] = []
         self._marks: list[list[Any]] = []
         self._memo: dict[str, Any] = {}
+        self._cost = 0
 
     def unpickle(self, stream: Stream) -> Any:
         """Interpret the stream's next pickle and return its value.
@@ -107,18 +124,23 @@ class Interpreter:
         Raises:
             UserError: it is damaged, an attack, or of another format.
         """
-        self._stack, self._marks, self._memo = [], [], {}
-        for count, (opcode, arg, _) in enumerate(pickletools.genops(stream)):
+        self._stack, self._marks, self._memo, self._cost = [], [], {}, 0
+        for opcode, arg, _ in pickletools.genops(stream):
             if opcode.name == "STOP":
                 return self._stack[-1]
-            if count > _MAX_OPCODES:
-                raise UserError(f"its pickle has more than {_MAX_OPCODES} opcodes; {REFUSED}")
+            self._charge(1)
             handle = _HANDLERS.get(opcode.name)
             if handle is None:
                 text = f"{opcode.name} {short(arg)}" if isinstance(arg, str) else opcode.name
                 raise UserError(f"the pickle uses the opcode {text}; {REFUSED}")
             handle(self, arg)
         raise UserError(f"its pickle does not end; {AGAIN}")
+
+    def _charge(self, cost: int) -> None:
+        """Count work in opcodes, among them what an opcode copies."""
+        self._cost += cost
+        if self._cost > _MAX_OPCODES:
+            raise UserError(f"its pickle takes the work of {_MAX_OPCODES} opcodes; {REFUSED}")
 
     def push(self, value: Any) -> None:
         self._stack.append(value)
@@ -203,7 +225,26 @@ class Interpreter:
         self._stack.append(_storage(self._stack.pop(), self.storages))
 
     def call(self, arg: Any) -> None:
-        self._stack[-2:] = [_call(self._stack[-2], self._stack[-1])]
+        target, arguments = self._stack[-2:]
+        if type(target) is _Global and target in _GETATTR:
+            self._stack[-2:] = [self._attribute(target, arguments)]
+            return
+        if target == _ORDERED_DICT and type(arguments) is tuple and arguments:
+            self._charge(len(arguments[0]) if type(arguments[0]) is list else 0)  # it is copied
+        self._stack[-2:] = [_call(target, arguments)]
+
+    def _attribute(self, target: _Global, arguments: Any) -> _Global:
+        """Handle getattr, by which protocols before 4 name nested classes, and all of them methods.
+
+        Returns:
+            The attribute, judged as a global of that dotted name.
+        """
+        owner, name = arguments if type(arguments) is tuple and len(arguments) == 2 else (None, "")
+        owner = owner.kind if type(owner) is Foreign else owner
+        if type(owner) is not _Global or type(name) is not str or len(name) > _MAX_LINE:
+            raise UserError(f"the pickle requests {target}; {REFUSED}")
+        self._charge((len(owner) + len(name)) // 16)  # a few bytes of the pickle may repeat it
+        return self._admit(owner.module, f"{owner[len(owner.module) + 1 :]}.{name}")
 
     def build(self, arg: Any) -> None:
         # Discards a state_dict's `_metadata` and the state of skipped objects: neither has weights.
@@ -217,7 +258,9 @@ class Interpreter:
             if len(full) > _MAX_LINE or is_attack(module, name):
                 raise UserError(f"the pickle requests {short(full)}; {REFUSED}")
             self.foreign[full] = None
-        return _Global(full)
+        known = _Global(full)
+        known.module = module
+        return known
 
 
 _Handler = Callable[[Interpreter, Any], None]
@@ -306,7 +349,7 @@ def _instance(kind: Any) -> Any:
     """Return an instance of a class that the pickle names."""
     if type(kind) is not _Global or kind in _FUNCTIONS or kind in _STORAGES:
         raise UserError(f"the pickle instantiates something other than a class; {REFUSED}")
-    return OrderedDict() if kind == _ORDERED_DICT else Foreign()
+    return OrderedDict() if kind == _ORDERED_DICT else Foreign(kind)
 
 
 def _call(target: Any, arguments: Any) -> Any:
@@ -331,7 +374,7 @@ def _call(target: Any, arguments: Any) -> Any:
         if len(tensor.shape) == len(tensor.strides):
             return tensor
     if type(target) is _Global and name not in _MEANINGFUL:
-        return Foreign()
+        return Foreign(target)
     raise UserError(f"the pickle calls {name} in an unusual way; {REFUSED}")
 
 

@@ -1,12 +1,11 @@
 """The graphs of training and evaluation as MindSpore's front end leaves them for a device.
 
-A process of its own compiles each, because what MindSpore dumps is settled when it is imported:
-`python -m tests.ascend.graphs training-adamw`. To audit a further set-up, add a line to GRAPHS.
+Processes of their own compile them, because what MindSpore dumps is settled when it is imported.
+To audit a further set-up, add a line to GRAPHS and its name to GROUPS.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import re
@@ -14,7 +13,8 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -55,20 +55,18 @@ def _training(optimizer: str, flash_attention: bool = False, part: str = "", **o
     step = TrainStep(net, LabelSmoothingCrossEntropy(0.1), update, rates, **options)
     step.set_train(True)
     ema_net.set_train(False)
-    missing = contextlib.suppress(RuntimeError) if flash_attention else contextlib.nullcontext()
-    with missing:  # the CPU has no such kernel, which shows only behind the graph that is read
-        images, labels = _inputs()
-        mix = boxes = None
-        if step.mixing:  # the whole ImageNet recipe: bytes, erased boxes, mixing
-            mix, boxes = ms.Tensor(np.ones(6, np.float32)), ms.Tensor(np.ones((BATCH, 4), np.int32))
-            images = images.transpose((0, 2, 3, 1)).astype(ms.uint8)
-            step.preprocess = Preprocess((IMAGE, IMAGE), (0.5,) * 3, (0.5,) * 3, erasing=True)
-        if part == "add":
-            step.parts.add.compile(images, labels, mix, ms.Tensor(0, ms.int32), boxes)
-        elif part == "update":
-            step.parts.update.compile()
-        else:
-            step.compile(images, labels, mix, boxes)
+    images, labels = _inputs()
+    mix = boxes = None
+    if step.mixing:  # the whole ImageNet recipe: bytes, erased boxes, mixing
+        mix, boxes = ms.Tensor(np.ones(6, np.float32)), ms.Tensor(np.ones((BATCH, 4), np.int32))
+        images = images.transpose((0, 2, 3, 1)).astype(ms.uint8)
+        step.preprocess = Preprocess((IMAGE, IMAGE), (0.5,) * 3, (0.5,) * 3, erasing=True)
+    if part == "add":
+        step.parts.add.compile(images, labels, mix, ms.Tensor(0, ms.int32), boxes)
+    elif part == "update":
+        step.parts.update.compile()
+    else:
+        step.compile(images, labels, mix, boxes)
 
 
 def _evaluation() -> None:
@@ -94,13 +92,20 @@ def _faulty() -> None:
 
 GRAPHS: dict[str, Callable[[], None]] = {
     "training-adamw": lambda: _training("AdamW"),
-    "training-mixed-dynamic-scale": lambda: _training("AdamW", loss_scale=None, mixing=True),
+    "training-mixed-two-ranks": lambda: _training(
+        "AdamW", loss_scale=None, mixing=True, rank=1, world=2
+    ),
     "training-parts": lambda: _training("SGD", accumulate=2, part="add"),
     "training-parts-update": lambda: _training("SGD", accumulate=2, part="update"),
     "training-sgd-float16-flash": lambda: _training("SGD", flash_attention=True, loss_scale=1024.0),
-    "training-two-ranks": lambda: _training("AdamW", rank=1, world=2),
     "evaluation": _evaluation,
 }
+# One process compiles each group: starting MindSpore takes as long as a small graph. The first
+# group has what tests/tools/test_estimate.py reads; the groups take about the same time.
+GROUPS = (
+    ("training-adamw", "training-sgd-float16-flash"),
+    ("training-mixed-two-ranks", "training-parts", "training-parts-update", "evaluation", "faulty"),
+)
 
 
 @dataclass
@@ -208,11 +213,11 @@ def read_graph(text: str) -> Graph:
     return Graph(nodes)
 
 
-def dump_graph(name: str) -> str:
-    """Compile one of `GRAPHS` for the CPU and return the graph that the front end made.
+def dump_graphs(names: Iterable[str]) -> dict[str, str]:
+    """Compile some of `GRAPHS` in one process; returns what the front end made of each.
 
-    The CPU's back end and its kernels come after that, so what is read holds for any device, as
-    far as the front end does not look at the device.
+    The CPU's back end and its kernels would come after that and are left out, so what is read
+    holds for any device, as far as the front end does not look at the device.
     """
     with tempfile.TemporaryDirectory() as folder:
         environment = {
@@ -220,29 +225,37 @@ def dump_graph(name: str) -> str:
             "MS_DEV_SAVE_GRAPHS": "1",
             "MS_DEV_SAVE_GRAPHS_PATH": folder,
             "MS_DEV_DUMP_IR_PASSES": "validate",
+            "MS_DEV_PRECOMPILE_ONLY": "1",
         }
-        command = [sys.executable, "-m", "tests.ascend.graphs", name]
+        command = [sys.executable, "-m", "tests.ascend.graphs", folder, *names]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-        dumps = list(Path(folder).rglob("*_validate_*.ir"))
-        if len(dumps) != 1:
-            raise RuntimeError(f"{name}: {len(dumps)} dumps of its graph\n{done.stderr}")
-        return dumps[0].read_text()
+        if done.returncode:
+            raise RuntimeError(done.stderr)
+        return {name: (Path(folder) / name).read_text() for name in names}
 
 
-def compile_graph(name: str) -> Graph:
-    """Compile and read one of `GRAPHS`."""
-    return read_graph(dump_graph(name))
+def compile_graphs() -> dict[str, Graph]:
+    """Compile and read all of `GRAPHS`, the groups side by side."""
+    with ThreadPoolExecutor(len(GROUPS)) as pool:
+        texts = {n: text for dumps in pool.map(dump_graphs, GROUPS) for n, text in dumps.items()}
+    return {name: read_graph(texts[name]) for name in GRAPHS}
 
 
 def main() -> None:
-    """Compile the graph that the command line names."""
+    """Compile the graphs that the command line names and leave each dump under its name."""
     from src.device import prepare_environment
 
     prepare_environment()
     import mindspore as ms
 
     ms.set_context(mode=ms.GRAPH_MODE)
-    {**GRAPHS, "faulty": _faulty}[sys.argv[1]]()
+    folder, *names = sys.argv[1:]
+    for name in names:
+        {**GRAPHS, "faulty": _faulty}[name]()
+        dumps = list(Path(folder).rglob("*_validate_*.ir"))
+        if len(dumps) != 1:
+            sys.exit(f"{name}: {len(dumps)} dumps of its graph")
+        dumps[0].rename(Path(folder) / name)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,10 @@ import functools
 import importlib
 import json
 import re
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from pathlib import Path
 
-from tests.ascend.graphs import GRAPHS, ROOT, Graph, compile_graph
+from tests.ascend.graphs import ROOT, Graph, compile_graphs
 
 PAGE = ROOT / "docs/ascend.md"
 TABLE = re.compile(r"(<!-- operators -->\n)(.*?)(<!-- /operators -->)", re.S)
@@ -113,15 +112,6 @@ def unsupported(primitives: Iterable[str]) -> list[str]:
     return sorted(p for p in primitives if p not in STRUCTURAL and evidence(p) is None)
 
 
-def compile_graphs(
-    names: Iterable[str], compiled: Callable[[str], Graph] = compile_graph
-) -> dict[str, Graph]:
-    """The graphs of these names, two at a time."""
-    names = list(names)
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(names, pool.map(compiled, names)))
-
-
 def table(graphs: dict[str, Graph]) -> str:
     """The audit as Markdown: a row for each primitive."""
     rows = ["| primitive | in | supported according to |", "|---|---|---|"]
@@ -137,7 +127,7 @@ def table(graphs: dict[str, Graph]) -> str:
 def main() -> None:
     """Write the table into docs/ascend.md."""
     page = PAGE.read_text()
-    text = table(compile_graphs(GRAPHS))
+    text = table(compile_graphs())
     PAGE.write_text(TABLE.sub(lambda found: found[1] + text + found[3], page))
 
 

@@ -109,6 +109,35 @@ def test_one_folder_level_too_many_is_named(flowers, split):
     assert len(open_source("imagefolder", str(flowers), split, **folders)) == 4
 
 
+@pytest.mark.parametrize("inner", ["photos/photos", "photos/set/photos"])
+def test_several_folder_levels_too_many_are_named(flowers, inner):
+    """Loose images, such as a preview, hide neither these levels nor the classes."""
+    (flowers / "train").rename(flowers / "classes")
+    place = flowers / "train" / inner
+    place.parent.mkdir(parents=True)
+    (flowers / "classes").rename(place)
+    image(place / "preview.png")
+    image(flowers / "train" / "photos" / "preview.png")
+    words = rf"sub-folders \(daisy, rose\); did you mean .*{inner}\? Give --data.train_folder train"
+    with pytest.raises(UserError, match=f"{words}/{inner}$"):
+        labelled(flowers)
+
+
+def test_one_class_with_folders_of_its_own_can_be_validated_on(flowers):
+    for path in (flowers / "val" / "rose").rglob("*.png"):
+        path.unlink()
+    (flowers / "val" / "rose" / "deep").rmdir()
+    (flowers / "val" / "rose").rmdir()
+    image(flowers / "val" / "daisy" / "far" / "3.png")
+    assert len(labelled(flowers, "val")) == 3
+
+
+def test_a_lone_link_that_leads_back_is_followed_once(tmp_path):
+    image(tmp_path / "train" / "photos" / "1.png")
+    (tmp_path / "train" / "photos" / "again").symlink_to(".")
+    assert labelled(tmp_path) == [("photos/1.png", "photos")]
+
+
 def test_images_without_class_folders_and_a_folder_of_another_name(flowers):
     for path in sorted((flowers / "val").rglob("*.png")):
         path.rename(flowers / "val" / f"{path.parent.name}{path.name}")
@@ -141,12 +170,18 @@ def test_names_that_differ_in_their_unicode_form_only_match(tmp_path):
 
 def test_what_systems_leave_behind_is_no_image(flowers, caplog):
     expected = labelled(flowers)
-    for name in ("@eaDir", ".thumbnails", "__MACOSX", "#recycle"):
+    caplog.set_level("INFO", "cvt")
+    waste = ("@eaDir", "__MACOSX", "#recycle", "@Recycle", "#snapshot", "lost+found",
+             "$Recycle.Bin", "System Volume Information")  # fmt: skip
+    for name in (*waste, ".thumbnails"):
         image(flowers / "train" / "daisy" / name / "1.png")
         image(flowers / "train" / "daisy" / "deep" / name / "1.png")
         image(flowers / "train" / name / "1.png")
     image(flowers / "train" / "daisy" / "._1.png")
-    assert labelled(flowers) == expected and caplog.text == ""
+    (flowers / "train" / "@Recently-Snapshot").mkdir()  # without images
+    assert labelled(flowers) == expected
+    left_out = [record.args[0] for record in caplog.records]
+    assert sorted(left_out) == sorted(str(flowers / "train" / name) for name in waste)
 
 
 def test_other_names_of_jpeg_and_webp_are_images(flowers):

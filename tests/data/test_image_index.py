@@ -5,6 +5,7 @@ import logging
 import os
 import subprocess
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -111,6 +112,18 @@ def test_a_flipped_bit_anywhere_in_the_index_is_noticed(check, read, folder, cap
         assert read() == ALL or white, position
         assert "image index ignored, all images are read" in caplog.text or white
         assert json.loads(place.read_text()) == json.loads(whole), "made anew"
+
+
+def test_an_index_of_a_strangers_is_ignored(folder, read, caplog):
+    """Its configuration may name a device or a pipe, its index may be nested without end."""
+    os.mkfifo(folder / "pipe")
+    (folder / "deep.json").write_text("[" * 200_000)
+    (folder / "nested.json").write_text('{"sha256": "", "content": %s}' % ("[" * 900 + "]" * 900))
+    files = sorted(map(str, folder.glob("*.jpg")))
+    for index in ("/dev/zero", folder / "pipe", folder / "deep.json", folder / "nested.json"):
+        caplog.clear()
+        check_files(files, folder, Path(index), write=False)
+        assert read() == ALL and f"{index}: image index ignored" in caplog.text
 
 
 def test_a_cut_index_and_one_of_another_folder_are_not_used(check, read, folder, caplog):

@@ -178,6 +178,8 @@ def test_real_is_read_and_asked_for(real, tmp_path):
     assert load_real(str(path)) == real[0]
     with pytest.raises(UserError, match="No such file"):
         load_real(str(tmp_path / "none.json"))
+    with pytest.raises(UserError, match="labels_file /dev/zero: not valid JSON"):
+        load_real("/dev/zero")
     with pytest.raises(UserError, match="--data.labels_file"):
         load_real(None)
 

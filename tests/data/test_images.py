@@ -1,9 +1,11 @@
 """Images of every kind, through the loader's pipelines, against Pillow's pixels or a formula."""
 
+import functools
 import inspect
 import io
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -85,13 +87,14 @@ def ycck():
     return bytes(content)
 
 
+@functools.cache
 def much_text():
     """More text than Pillow takes: one of 2 MB compressed, and 70 MB in all."""
     text = PngInfo()
     text.add_text("Comment", "a" * 2_000_000, zip=True)
     text.add_itxt("XML:com.adobe.xmp", "b" * 2_000_000)
     text.add_itxt("History", "c" * 70_000_000)
-    return text
+    return saved(RGB, "PNG", pnginfo=text)
 
 
 def behind_pixels(part):
@@ -99,6 +102,8 @@ def behind_pixels(part):
     return content[:-12] + part + content[-12:]
 
 
+TURNED = Image.Exif()
+TURNED[0x0112] = 6
 LONG_TEXT = b"Comment\0\0" + zlib.compress(bytes(2_000_000))
 RGB = Image.fromarray(PIXELS)
 RGBA = Image.fromarray(np.dstack([PIXELS, ALPHA]))
@@ -126,7 +131,6 @@ AS_PILLOW = {
     "WEBP RGB": saved(RGB, "WEBP"),
     "WEBP RGBA, lossless": saved(RGBA, "WEBP", lossless=True),
     "WEBP, animated": saved(RGB, "WEBP", save_all=True, append_images=[CMYK.convert("RGB")]),
-    "PNG with much text": saved(RGB, "PNG", pnginfo=much_text()),
     "PNG with much text behind its pixels": behind_pixels(chunk(b"zTXt", LONG_TEXT)),
     "PNG with a large colour profile": saved(RGB, "PNG", icc_profile=bytes(3_000_000)),
     "JPEG 1x1": saved(Image.new("RGB", (1, 1), (9, 100, 7)), "JPEG"),
@@ -170,11 +174,18 @@ READABLE["JPEG turned 6"] = (
     tilted("JPEG", 6),
     pillow(saved(RGB, "JPEG"))[::-1].swapaxes(0, 1),
 )
+READABLE["PNG with much text"] = (much_text, PIXELS)  # made at its first use: 72 MB for each worker
+
+
+def readable(name):
+    """An image file and its pixels."""
+    content, pixels = READABLE[name]
+    return content() if callable(content) else content, pixels
 
 
 @pytest.mark.parametrize("name", READABLE)
 def test_every_readable_kind_has_the_right_pixels(name, tmp_path):
-    content, pixels = READABLE[name]
+    content, pixels = readable(name)
     assert find_fault(content)[0] == ""
     encoded = np.frombuffer(content, np.uint8)
     np.testing.assert_array_equal(decode(encoded), pixels)
@@ -182,11 +193,11 @@ def test_every_readable_kind_has_the_right_pixels(name, tmp_path):
 
 
 def test_every_readable_kind_goes_through_both_pipelines(tmp_path):
-    source = source_of(tmp_path, {name: content for name, (content, _) in READABLE.items()})
+    source = source_of(tmp_path, {name: readable(name)[0] for name in READABLE})
     preprocessing = Preprocessing((32, 32), 36, MEAN, STD)
     evaluated = create_eval_loader(source, preprocessing.operations(True), 8)
     seen = np.concatenate([images for images, _ in evaluated.iterate(output_numpy=True)])
-    for image, (content, pixels) in zip(seen, READABLE.values()):
+    for image, (content, pixels) in zip(seen, map(readable, READABLE)):
         np.testing.assert_array_equal(image, preprocessing(np.ascontiguousarray(pixels, np.uint8)))
         np.testing.assert_array_equal(image, preprocessing(content))
     for crop in ("random_resized", "pad"):
@@ -291,6 +302,28 @@ HOSTILE = {
         lambda: png(9400, 9400, 0, bytes(1176 * 9400), 1), r"\(9400, 9400, 3\)", 420_000,
     ),
     "JPEG in 200 scans": (lambda: scans(8000, 200), "8000 x 8000 pixels in 2.. scans", 420_000),
+    "JPEG in 200 scans behind an end in a comment": (
+        lambda: scans(8000, 200, b"\xff\xfe\0\4\xff\xd9"), "in 2.. scans", 420_000,
+    ),
+    "JPEG of stray bytes": (lambda: b"\xff\xd8" + bytes(10_000_000), "the end of", 50_000),
+    "JPEG of stray bytes before its data": (
+        lambda: JPEG[:2] + bytes(10_000_000) + JPEG[2:], "over 100000 segments", 50_000,
+    ),
+    "JPEG of comments": (
+        lambda: JPEG[:2] + b"\xff\xfe\0\2" * 2_000_000 + JPEG[2:], "over 100000", 50_000,
+    ),
+    "progressive JPEG, CMYK": (
+        lambda: enlarged(saved(CMYK, "JPEG", progressive=True), 7500),
+        "7500 x 7500 pixels that take 643 MiB to decode, more than 597", 50_000,
+    ),
+    "JPEG, one colour a scan": (
+        lambda: enlarged(one_colour_a_scan(saved(CMYK, "JPEG")), 8000), "732 MiB", 50_000,
+    ),
+    "TIFF, 16-bit RGBA in one strip": (lambda: tiff16(8000), "732 MiB", 50_000),
+    "TIFF, a small image in a large tile": (lambda: tiff16(9000, 64), "617 MiB", 50_000),
+    "JPEG that EXIF turns": (
+        lambda: saved(Image.new("RGB", (7000, 7000)), "JPEG", exif=TURNED), "7000, 3", 430_000,
+    ),
     "run-length encoded BMP": (lambda: rle_bmp(9400, 9400), "run-length encoded", 420_000),
     "PNG of 200000 parts": (
         lambda: behind_pixels(chunk(b"tIME", b"") * 200_000), "over 100000", 420_000,
@@ -298,10 +331,38 @@ HOSTILE = {
 }  # fmt: skip
 
 
-def scans(side, count):
+def scans(side, count, comment=b""):
     """A progressive JPEG whose last scan comes so often again."""
     content = saved(Image.new("RGB", (side, side)), "JPEG", progressive=True)
-    return content[:-2] + content[content.rfind(b"\xff\xda") : -2] * count + b"\xff\xd9"
+    scan = content[content.rfind(b"\xff\xda") : -2]
+    return content[:-2] + comment + scan * count + b"\xff\xd9"
+
+
+def enlarged(content, side):
+    """A JPEG that promises to be a square of this side."""
+    place = re.search(rb"\xff[\xc0-\xc2]\0", content).start() + 5
+    return content[:place] + struct.pack(">HH", side, side) + content[place + 4 :]
+
+
+def one_colour_a_scan(content):
+    """A JPEG that is not progressive, but has to be kept until the last of its scans."""
+    scan = content.index(b"\xff\xda")
+    return content[:scan] + b"\xff\xda\0\x08\1C\0\0\x3f\0" + content[scan + 16 :]
+
+
+def tiff16(side, shown=None):
+    """A 16-bit RGBA TIFF of one compressed strip, or of one tile of which a part is shown."""
+    data = zlib.compress(bytes(8 * 64 * 64))
+    part = {273: 8, 278: side, 279: len(data)}
+    if shown:
+        part = {322: side, 323: side, 324: 8, 325: len(data)}
+    tags = {256: shown or side, 257: shown or side, 258: 8 + len(data), 259: 8, 262: 2, 277: 4}
+    tags = sorted({**tags, 338: 2, **part}.items())
+    entries = [struct.pack("<HHII", tag, 3 if tag == 258 else 4, 4 if tag == 258 else 1, value)
+               for tag, value in tags]  # fmt: skip
+    table = struct.pack("<H", len(entries)) + b"".join(entries) + bytes(4)
+    start = struct.pack("<I", 16 + len(data))
+    return b"II*\0" + start + data + struct.pack("<4H", *[16] * 4) + table
 
 
 COST = """
@@ -382,7 +443,7 @@ def test_only_the_formats_that_are_read_reach_a_plug_in(monkeypatch):
         return open_image(file, formats=formats)
 
     monkeypatch.setattr(Image, "open", spy)
-    for content in [content for content, _ in (*READABLE.values(), *BROKEN.values())]:
+    for content, _ in (*map(readable, READABLE), *BROKEN.values()):
         find_fault(content)
     assert {len(formats) for formats in tried} == {1}
     assert {name for formats in tried for name in formats} == {"JPEG", "PNG", "BMP", "TIFF", "WEBP"}

@@ -182,6 +182,10 @@ def junk_index(records):
     (records / "train/index.json").write_text("[1]")
 
 
+def nested_index(records):
+    (records / "train/index.json").write_text("[" * 200_000)
+
+
 def change_index(records, change):
     path = records / "train/index.json"
     index = json.loads(path.read_text())
@@ -216,6 +220,7 @@ def index_of_tomorrow(records):
         (unfinished, "train: its conversion is unfinished; run tools.records again"),
         (no_index, "no index.json of MindRecord shards"),
         (junk_index, "index.json: damaged"),
+        (nested_index, "index.json: damaged"),
         (index_without_a_shard, "16 images in the shards, 21 in all"),
         (index_with_other_labels, "labels and images of 00000.mindrecord disagree"),
         (index_without_a_class, "labels and images of 00001.mindrecord disagree"),

@@ -57,6 +57,19 @@ def test_names_of_hugging_face_come_first(published, tmp_path):
     assert known_class_names(tmp_path, 1000)[0] == "tench, Tinca tinca"
 
 
+def test_folders_do_not_rename_what_hugging_face_names(published, tmp_path):
+    """The recipe leaves the number of classes to the images; sorted folders have another order."""
+    weights, recipe = published(2)
+    (tmp_path / "config.json").write_text(json.dumps({"id2label": {"0": "dog", "1": "cat"}}))
+    for name in ("cat", "dog"):
+        (tmp_path / "val" / name).mkdir(parents=True)
+        Image.new("RGB", (40, 40)).save(tmp_path / "val" / name / "0.png")
+    config = load_config(recipe)
+    config.model.num_classes, config.data.path = None, str(tmp_path)
+    export(config, weights, tmp_path / "net.onnx", ExportOptions("onnx"), "CPU")
+    assert json.loads((tmp_path / "net.onnx.json").read_text())["class_names"] == ["dog", "cat"]
+
+
 @pytest.mark.parametrize(
     "text", ["", "[]", "{}", '{"id2label": ["a", "b"]}', '{"id2label": {"0": "a", "1": 2}}',
              '{"id2label": {"0": "LABEL_0", "1": "LABEL_1"}}', "\xff",

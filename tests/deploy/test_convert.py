@@ -119,20 +119,20 @@ def test_another_result_is_not_kept(tmp_path, config, monkeypatch):
     assert (tmp_path / "x.ckpt").read_text() == "as it was"
 
 
-def test_only_an_earlier_result_is_replaced(tmp_path, config):
+def test_only_the_same_result_is_replaced(tmp_path, config):
     target = tmp_path / "x.ckpt"
     conversion.convert(SOURCE, target, None, config, verify=False)
     first = target.read_bytes()
-    net = pico.model()
-    save_weights(net, target)
     conversion.convert(SOURCE, target, None, config, verify=False)
     assert target.read_bytes() == first
+    net = pico.model()
     weights = {parameter.name: parameter for parameter in net.get_parameters()}
-    save_weights({**weights, "step": Tensor(np.zeros(1, np.float32))}, target)
-    before = target.read_bytes()
-    with pytest.raises(UserError, match="x.ckpt: exists and is not an earlier result"):
-        conversion.convert(SOURCE, target, None, config, verify=False)
-    assert target.read_bytes() == before
+    for others in (weights, {**weights, "step": Tensor(np.zeros(1, np.float32))}):
+        save_weights(others, target)  # the first as training's best.ckpt
+        before = target.read_bytes()
+        with pytest.raises(UserError, match="x.ckpt: exists and holds other weights; .* --force"):
+            conversion.convert(SOURCE, target, None, config, verify=False)
+        assert target.read_bytes() == before
     conversion.convert(SOURCE, target, None, config, verify=False, force=True)
     assert target.read_bytes() == first
 

@@ -190,6 +190,13 @@ def test_a_checkpoint_in_four_threads(trained, digits):
         assert all(np.array_equal(logits, expected[size]) for size, logits in found)
 
 
+def test_predictors_are_opened_in_several_threads(trained):
+    """As by a server whose workers open the model at their first request."""
+    with ThreadPoolExecutor(4) as threads:
+        opened = list(threads.map(lambda _: Predictor(trained), range(12)))
+    assert all(each.class_names == opened[0].class_names for each in opened)
+
+
 def test_threads_do_not_change_results(trained, digits):
     predict = [Predictor(trained, threads=threads) for threads in (1, 2)]
     inputs = np.stack([predict[0].prepare(array) for array in digits[0]])
@@ -252,11 +259,7 @@ def test_weights_of_an_accelerators_run_compute_in_float32_on_the_cpu(
     words = ("eval.py", "--ckpt=run", "--runtime.mode=pynative")
     done = run_here(*words)
     assert done.returncode == 0 and f"faster on a CPU than {precision}" in done.stdout, done.stderr
-    spellings = (
-        [f'--runtime={{"precision": "{precision}"}}'],
-        [f"--runtime.precision={precision}"],
-        ["--runtime.precision", precision],
-    )
+    spellings = ([f"--runtime.precision={precision}"], ["--runtime.precision", precision])
     # The refusal of bfloat16 proves each spelling, an evaluation in float16 one.
     for chosen in spellings if precision == "bfloat16" else spellings[:1]:
         done = run_here(*words, *chosen)

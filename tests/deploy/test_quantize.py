@@ -10,12 +10,15 @@ import pytest
 
 import export as command
 from src.build import build_preprocessing, open_split
+from src.config import DataConfig
 from src.config_io import load_config
 from src.data import create_eval_loader
 from src.data.samples import write_samples
+from src.deploy import quantize as quantization
 from src.deploy.description import read_description
 from src.deploy.engines import open_model
 from src.deploy.predictor import Predictor
+from src.errors import UserError
 
 
 def export(monkeypatch, trained, *words):
@@ -61,20 +64,49 @@ def test_int8_keeps_the_accuracy(trained, tmp_path, monkeypatch):
     assert abs(right["int8"] - right["checkpoint"]) <= 15, "of 1,000"
 
 
-def test_images_that_training_left_out_are_left_out(trained, tmp_path, monkeypatch, caplog):
+def write_digits(folder) -> None:
+    """Two images of each digit in folders for both splits; the last one is broken."""
     for split in ("train", "val"):
-        for path in write_samples(tmp_path / split):
-            place = tmp_path / split / path.stem[-1]
+        for path in write_samples(folder / split):
+            place = folder / split / path.stem[-1]
             place.mkdir()
             shutil.copy(path, place / "again.png")
             path.rename(place / path.name)
     (place / "again.png").write_bytes(b"broken")
+
+
+def test_images_that_training_left_out_are_left_out(trained, tmp_path, monkeypatch, caplog):
+    write_digits(tmp_path)
     output = tmp_path / "m.onnx"
     words = [f"--data.path={tmp_path}", "--data.source=imagefolder"]
     export(monkeypatch, trained, "--format=onnx", *words, f"--output={output}")
     said = read_description(output)["quantization"]
     assert (said["calibration_images"], said["images"]) == (20, 19)
     assert "left out: 1 of 20 images" in caplog.text and "val/9/again.png" in caplog.text
+
+
+def test_a_sample_may_lose_a_class(trained, tmp_path, monkeypatch, caplog):
+    """Half of the images are sampled, the first of each class; that of "4" is broken."""
+    write_digits(tmp_path)
+    (tmp_path / "train/4/again.png").write_bytes(b"broken")
+    monkeypatch.setattr(quantization, "CALIBRATION_IMAGES", 10)
+    output = tmp_path / "m.onnx"
+    words = [f"--data.path={tmp_path}", "--data.source=imagefolder"]
+    export(monkeypatch, trained, "--format=onnx", *words, f"--output={output}")
+    assert read_description(output)["quantization"]["calibration_images"] == 9
+    assert "left out: 1 of 10 images" in caplog.text and "train/4/again.png" in caplog.text
+
+
+def test_labels_that_are_not_the_networks_outputs_are_refused(trained, tmp_path):
+    """eval.py refuses them, too: the folders number ten classes, the network has a thousand."""
+    write_digits(tmp_path)
+    config = load_config(trained / "config.yaml")
+    config.model.num_classes = 1000
+    config.data = DataConfig(path=str(tmp_path), workers=1)
+    arguments = tmp_path / "m.onnx", tmp_path / "q.onnx", config, build_preprocessing(config), 1
+    with pytest.raises(UserError, match="--quantize int8: .*num_classes 1000: .* has 10 classes"):
+        quantization.quantize(*arguments)
+    assert not (tmp_path / "q.onnx").exists()
 
 
 @pytest.mark.parametrize(

@@ -21,10 +21,12 @@ settings:
   optimizer: {{warmup_epochs: 0}}
   training: {{batch_size: 50}}
   evaluation: {{batch_size: 500}}
+  runtime: {{mode: pynative}}  # four steps are over before a graph is compiled
 """
 
 
-def test_two_models_from_scratch_and_again(tmp_path, run_here):
+def test_two_models_from_scratch_and_again(tmp_path, run_here, monkeypatch):
+    monkeypatch.setenv("MS_DEV_LAUNCH_BLOCKING", "1")  # as `synchronous` in conftest.py
     (tmp_path / "two.yaml").write_text(STUDY)
     words = ["tools.study", "--config=two.yaml", "--output=out"]
     done = run_command(*words, cwd=tmp_path)

@@ -11,11 +11,12 @@ from PIL import Image
 
 from src.build import build_model, build_preprocessing
 from src.config import Config, DataConfig, EvaluationConfig, ModelConfig
+from src.config_io import save_config
 from src.data import create_eval_loader
-from src.data.imagenet_labels import synsets
+from src.data.imagenet_labels import imagenet_names, synsets
 from src.errors import UserError
 from src.evaluation.evaluator import evaluate_checkpoint
-from src.evaluation.labels import open_labeled_split
+from src.evaluation.labels import open_labeled_split, with_class_names
 from src.training.run import train
 from src.weights import save_weights
 from tests.conftest import TINY
@@ -161,3 +162,55 @@ def test_keys_that_do_not_go_together_are_refused(imagenet, tmp_path):
     refused(config_of(imagenet, labels_file="real.json"), "add --data.labels real")
     with pytest.raises(UserError, match="give these keys to eval.py"):
         train(config_of(imagenet, labels="v2"), tmp_path / "run")
+
+
+def write_pets(folder, labels: list[str]) -> Config:
+    """Three dogs and one cat in folders, and a Hugging Face folder that always answers output 0."""
+    for name, count in (("cat", 1), ("dog", 3)):
+        (folder / "val" / name).mkdir(parents=True)
+        for k in range(count):
+            Image.new("RGB", (20, 20)).save(folder / "val" / name / f"{k}.png")
+    config = Config(
+        model=ModelConfig(name="cvt_nano", image_size=16, **{**TINY, "num_classes": 2}),
+        data=DataConfig(path=str(folder), workers=1, check_images=False),
+    )
+    net = build_model(config)
+    net.head.weight.set_data(ms.Tensor(np.zeros((2, 32), np.float32)))
+    net.head.bias.set_data(ms.Tensor(np.float32([1, 0])))
+    save_weights(net, folder / "model.safetensors")
+    names = {"id2label": dict(enumerate(labels))}
+    (folder / "config.json").write_text(json.dumps(names))
+    return config
+
+
+@pytest.mark.parametrize(
+    ("labels", "top1"), [(["dog", "cat"], 75), (["cat", "dog"], 25), (["LABEL_0", "LABEL_1"], 25)]
+)
+def test_images_are_labelled_by_the_names_in_hugging_faces_config(tmp_path, labels, top1):
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+    config = write_pets(tmp_path, labels)
+    for checkpoint in (tmp_path, tmp_path / "model.safetensors"):
+        assert evaluate_checkpoint(config, str(checkpoint))[0].metrics.top1 == top1
+    config.data.class_names = ["cat", "dog"]  # the user's word
+    assert evaluate_checkpoint(config, str(tmp_path))[0].metrics.top1 == 25
+
+
+def test_other_classes_than_in_hugging_faces_config_are_refused(tmp_path):
+    config = write_pets(tmp_path, ["dog", "fox"])
+    with pytest.raises(UserError, match="'cat' is none of the 2 known classes .dog, fox"):
+        evaluate_checkpoint(config, str(tmp_path))
+
+
+def test_a_recipe_without_names_takes_those_of_the_weights_run(tmp_path):
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+    config = write_pets(tmp_path, ["LABEL_0", "LABEL_1"])
+    run = dataclasses.replace(config, data=DataConfig(class_names=["dog", "cat"]))
+    save_config(run, tmp_path / "config.yaml")
+    assert evaluate_checkpoint(config, str(tmp_path))[0].metrics.top1 == 75
+
+
+def test_imagenets_words_leave_the_order_to_the_synsets(imagenet, tmp_path):
+    config = config_of(imagenet)
+    names = {"id2label": dict(enumerate(imagenet_names()))}
+    (tmp_path / "config.json").write_text(json.dumps(names))
+    assert with_class_names(config, tmp_path) == config

@@ -1,10 +1,11 @@
 """The fault campaign: runs that are killed, stopped and damaged at random, and must lose nothing.
 
     python -m tests.faults.campaign OUTPUT [--seed 0] [--kills 50] [--stops 20] [--rank_kills 10]
-        [--flips 500] [--truncations 100]
+        [--flips 500] [--truncations 100] [--key=value ...]
 
 Prints a table and writes every single result to OUTPUT/results.jsonl; started again with the same
-OUTPUT it goes on behind what is there. Each number is the number of faults of that kind.
+OUTPUT it goes on behind what is there. Each number is the number of faults of that kind. Keys of
+the recipe take the place of SIZES, for another network or a shorter run.
 """
 
 from __future__ import annotations
@@ -29,10 +30,13 @@ KINDS = ("kills", "stops", "rank_kills", "flips", "truncations")
 RECIPE = "config/digits/cvt_nano.yaml"
 # Small, with everything random on, and a state every third step, so that many faults hit a save.
 KEYS = [
-    "--model.embed_dims=[8,16,32]", "--model.depths=[1,1,2]", "--model.drop_path_rate=0.2",
-    "--augment.mixup=0.8", "--augment.cutmix=1.0", "--augment.hflip=0.5", "--data.workers=1",
-    "--data.train_images=2000", "--training.epochs=4", "--training.ema_decay=0.9",
+    "--model.drop_path_rate=0.2", "--augment.mixup=0.8", "--augment.cutmix=1.0",
+    "--augment.hflip=0.5", "--data.workers=1", "--training.ema_decay=0.9",
     "--training.save_every=3", "--evaluation.batch_size=500",
+]  # fmt: skip
+SIZES = [
+    "--model.embed_dims=[8,16,32]", "--model.depths=[1,1,2]", "--data.train_images=2000",
+    "--training.epochs=4",
 ]  # fmt: skip
 TIMING = ("images_per_second", "seconds")
 
@@ -46,9 +50,11 @@ def train(folder: Path, ranks: int, *more: str) -> list[str]:
     return ["bash", str(script), RECIPE, "-", str(ranks), *keys]
 
 
-def start(folder: Path, ranks: int) -> subprocess.Popen:
+def start(folder: Path, ranks: int, sizes: list[str]) -> subprocess.Popen:
     """Start a run, or go on with it where it has a state."""
-    more = ["--resume"] if any((folder / "checkpoints").glob("step-*.ckpt")) else []
+    more = [*sizes]
+    if any((folder / "checkpoints").glob("step-*.ckpt")):
+        more.append("--resume")
     with socket.socket() as probe:
         probe.bind(("", 0))
         port = probe.getsockname()[1]
@@ -77,9 +83,10 @@ def outcome(folder: Path) -> dict:
 class Campaign:
     """Faults of every kind, their results kept in a file."""
 
-    def __init__(self, output: Path, seed: int) -> None:
+    def __init__(self, output: Path, seed: int, sizes: list[str] = SIZES) -> None:
         self.output = output
         self.seed = seed
+        self.sizes = sizes
         self.file = output / "results.jsonl"
         output.mkdir(parents=True, exist_ok=True)
         self.results = []
@@ -103,7 +110,7 @@ class Campaign:
         if not stamp.exists():
             shutil.rmtree(folder, ignore_errors=True)
             began = time.time()
-            if start(folder, ranks).wait() != 0:
+            if start(folder, ranks, self.sizes).wait() != 0:
                 raise SystemExit(f"the undisturbed run failed, see {folder}.out")
             stamp.write_text(str(time.time() - began))
         return folder
@@ -120,7 +127,7 @@ class Campaign:
             shutil.rmtree(folder, ignore_errors=True)
             faults = []
             while True:
-                job = start(folder, ranks)
+                job = start(folder, ranks, self.sizes)
                 if len(faults) + turn < count and self._wait(job, folder, seconds, rng):
                     fault = self._strike(job, number, ranks, rng)
                     if fault["code"]:
@@ -258,12 +265,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     for kind, count in zip(KINDS, (50, 20, 10, 500, 100)):
         parser.add_argument(f"--{kind}", type=int, default=count)
-    arguments = parser.parse_args()
+    arguments, keys = parser.parse_known_args()
     sys.path.insert(0, str(ROOT))
     from src.device import prepare_environment
 
     prepare_environment()
-    campaign = Campaign(arguments.output.resolve(), arguments.seed)
+    campaign = Campaign(arguments.output.resolve(), arguments.seed, keys or SIZES)
     for kind in ("flips", "truncations"):
         if getattr(arguments, kind):
             campaign.damage(kind, getattr(arguments, kind))

@@ -109,9 +109,10 @@ def test_a_killed_launcher_takes_its_ranks_along_and_a_killed_rank_ends_the_resu
 
 
 def test_a_stopped_job_saves_at_one_step_and_ends_with_143(tmp_path, free_port, graph_folder):
-    """SIGTERM to the launcher: every rank stops at one step, saved before the first ends."""
+    """SIGTERM to every process: every rank stops at one step, saved before the first ends."""
     with endless(tmp_path, free_port, graph_folder) as (job, said):
-        job.terminate()
+        for process in (*psutil.Process(job.pid).children(recursive=True), job):
+            process.terminate()
         assert job.wait(timeout=60) == 128 + 15
         assert "stopped by request; continue with --resume" in said.read_text()
     (logs,) = (tmp_path / "run" / "ranks").iterdir()

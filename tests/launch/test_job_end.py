@@ -1,15 +1,19 @@
-"""How a job ends when a rank crashes: stand-ins for the program, started by msrun."""
+"""How a job ends when a rank crashes or is stopped: stand-ins for the program, run by msrun."""
 
 import os
 import signal
 import threading
 import time
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
-from src.launch.job import run
+from src import distributed
+from src.launch import job
+from src.launch.job import _Job, run
 from src.launch.plan import build_plan
+from tests.conftest import ROOT
 
 # MindSpore's clean-up at exit crashes now and then; by then every rank has announced its end.
 PROGRAM = """
@@ -31,7 +35,7 @@ time.sleep(600)
     "words, code, message",
     [
         (["0", "announced"], 0, ""),
-        (["143", "announced"], 143, "rank 1 (process"),
+        (["143", "announced"], 143, "stopped by request"),
         (["2", "refused"], 2, "30 images are not one batch"),
         (["0"], 139, "ended by SIGSEGV; the other ranks were stopped"),
     ],
@@ -48,6 +52,103 @@ def test_a_crash_after_the_announced_end_is_no_failure(
     assert time.monotonic() - start < 60
     printed = capsys.readouterr().err
     assert message in printed if message else not printed
+
+
+# Saves for two seconds, as the ranks of a job do after a signal; a second one would end it. As in
+# MindSpore's graphs, SIGINT becomes SIGTERM.
+SAVING = f"""
+import os, signal, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from types import SimpleNamespace
+from src.training.stop_signal import StopSignal
+if os.environ["MS_ROLE"] == "MS_WORKER":
+    with StopSignal(SimpleNamespace(world=1)) as stop:
+        stop.defer_signals()
+        signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        print("training", flush=True)
+        while not stop.should_stop():
+            time.sleep(0.1)
+        time.sleep(2)
+        open(f"saved-{{os.environ['RANK_ID']}}", "w").close()
+        while not all(map(os.path.exists, ("saved-0", "saved-1"))):
+            time.sleep(0.1)
+        print(f"rank 0 ends with exit code {{128 + stop.signal}}", flush=True)
+        os._exit(128 + stop.signal)
+time.sleep(600)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "number, receivers, code",
+    [(signal.SIGTERM, "all", 143), (signal.SIGINT, "all", 130), (signal.SIGINT, "ranks", 143)],
+)
+def test_ranks_save_after_a_signal_to_every_process_or_to_them_alone(
+    tmp_path, capsys, free_port, monkeypatch, number, receivers, code
+):
+    """To all as by Slurm and systemd; to the ranks alone as by a stop on another host."""
+    program = tmp_path / "program.py"
+    program.write_text(SAVING)
+    monkeypatch.chdir(tmp_path)
+    environ = {**os.environ, "MASTER_PORT": str(free_port)}
+    plan = build_plan("CPU", "2", [str(program)], tmp_path / "run/ranks/now", environ)
+    logs = [plan.logs / f"worker_{rank}.log" for rank in (0, 1)]
+
+    def stop():
+        while not all(log.exists() and log.read_text() for log in logs):
+            time.sleep(0.1)
+        processes = psutil.Process().children(recursive=True)
+        if receivers == "ranks":
+            processes = [p for p in processes if p.environ().get("MS_ROLE") == "MS_WORKER"]
+        for process in processes:
+            process.send_signal(number)
+        if receivers == "all":
+            os.kill(os.getpid(), number)
+
+    threading.Thread(target=stop, daemon=True).start()
+    assert run(plan) == code
+    assert "stopped by request; nothing was saved yet" in capsys.readouterr().err
+    assert all((tmp_path / f"saved-{rank}").exists() for rank in (0, 1))
+
+
+def test_the_launcher_forwards_the_signal_it_received_and_kills_at_the_second_request(monkeypatch):
+    """Ranks that msrun started since the last poll receive it, too."""
+    sent, clock = [], SimpleNamespace(now=100.0)
+    launched = _Job.__new__(_Job)
+    launched.stop_signal, launched.stop_time, launched.ranks = 0, 0.0, {}
+    monkeypatch.setattr(launched, "_find_processes", lambda: launched.ranks.update({11: 0, 12: 1}))
+    monkeypatch.setattr(job, "_send", lambda *signals: sent.append(signals))
+    monkeypatch.setattr(job, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    launched.forward_signal(signal.SIGINT, None)
+    clock.now += 1
+    launched.forward_signal(signal.SIGTERM, None)
+    assert sent == [(11, signal.SIGINT), (12, signal.SIGINT)]
+    clock.now += 2
+    launched.forward_signal(signal.SIGINT, None)
+    assert sent[2:] == [(11, signal.SIGKILL), (12, signal.SIGKILL)]
+
+
+def test_the_scheduler_outlives_a_stop_signal_and_a_rank_that_waits_for_others_does_not(
+    monkeypatch,
+):
+    """Ranks need the scheduler while they save; `init` runs for minutes without Python."""
+    seen = []
+
+    def init():
+        seen.append([signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)])
+
+    group = SimpleNamespace(init=init, get_rank=lambda: 0, get_group_size=lambda: 2)
+    monkeypatch.setattr(distributed, "communication", group)
+    monkeypatch.setattr(distributed, "_wait_for_scheduler", lambda *address: None)
+    for name in ("MS_WORKER_NUM", "MS_SCHED_PORT"):
+        monkeypatch.setenv(name, "2")
+    monkeypatch.setenv("MS_SCHED_HOST", "127.0.0.1")
+    before = signal.getsignal(signal.SIGINT)
+    for role, action in (("MS_SCHED", signal.SIG_IGN), ("MS_WORKER", signal.SIG_DFL)):
+        monkeypatch.setenv("MS_ROLE", role)
+        distributed.join()
+        assert seen.pop() == [action, action]
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 @pytest.mark.slow

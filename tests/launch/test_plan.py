@@ -5,7 +5,9 @@ import shlex
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from src.errors import UserError
@@ -99,7 +101,18 @@ def test_paths_with_spaces_stay_whole(tmp_path):
             {"NODE_NUM": "2", "NODE_RANK": "2"},
             "NODE_RANK=2: must be from 0 to NODE_NUM-1=1",
         ),
-        ([RECIPE, "-"], {"NODE_NUM": "2"}, "MASTER_ADDR"),
+        ([RECIPE, "-"], {"NODE_NUM": "2"}, "NODE_NUM=2: set MASTER_ADDR"),
+        ([RECIPE, "-"], {"NODE_NUM": "2", "MASTER_ADDR": ""}, "NODE_NUM=2: set MASTER_ADDR"),
+        (
+            [RECIPE, "-"],
+            {"NODE_NUM": "2", "MASTER_ADDR": "fd00::2"},
+            "MASTER_ADDR=fd00::2: .*; give the first host's IPv4 address",
+        ),
+        (
+            [RECIPE, "-"],
+            {"NODE_NUM": "2", "MASTER_ADDR": "127.0.1.1"},
+            "MASTER_ADDR=127.0.1.1: other hosts cannot reach it",
+        ),
         ([RECIPE, "-"], {"MASTER_PORT": "80"}, "MASTER_PORT=80"),
         ([RECIPE, "-"], {"MASTER_PORT": "70000"}, "MASTER_PORT=70000"),
         ([RECIPE, "-"], {"NODE_NUM": "x"}, "NODE_NUM=x: must be a whole number"),
@@ -110,6 +123,40 @@ def test_paths_with_spaces_stay_whole(tmp_path):
 def test_what_cannot_work_is_refused_before_anything_starts(argv, environ, message):
     with pytest.raises(UserError, match=message):
         plan(*argv, **environ)
+
+
+def test_on_one_host_the_address_that_kubernetes_or_torchrun_left_is_not_used():
+    """msrun would take it for another host's, and start no scheduler."""
+    found = plan(RECIPE, "-", "2", MASTER_ADDR="job-master-0")
+    assert found.master_addr == found.environment["MS_SCHED_HOST"] == "127.0.0.1"
+
+
+def test_the_scheduler_starts_on_the_first_host_alone(monkeypatch, free_port):
+    """Where msrun starts none, ranks wait for ten minutes. Other hosts' plans can be shown."""
+    names = {"node-0": "10.0.0.1", "debian": "127.0.1.1", "10.0.0.1": "10.0.0.1"}
+    monkeypatch.setattr(socket, "gethostbyname", names.__getitem__)
+    own = {"eth0": [SimpleNamespace(address="10.0.0.1")]}
+    hosts = {**ASCEND, "NODE_NUM": "2", "MASTER_PORT": str(free_port)}
+    for node, addresses in (("0", own), ("1", {})):
+        monkeypatch.setattr(psutil, "net_if_addrs", lambda addresses=addresses: addresses)
+        for name in ("node-0", "10.0.0.1"):
+            here = {**hosts, "NODE_RANK": node, "MASTER_ADDR": name}
+            assert read_plan([RECIPE, "-", "2"], here)[0].master_addr == name
+        wrong = {**hosts, "NODE_RANK": "10"[int(node)], "MASTER_ADDR": "node-0"}
+        assert read_plan([RECIPE, "-", "2", "--dry_run"], wrong)
+        with pytest.raises(UserError, match=r"MASTER_ADDR=node-0 \(10.0.0.1\): is .* NODE_RANK="):
+            read_plan([RECIPE, "-", "2"], wrong)
+        with pytest.raises(UserError, match=r"=debian \(127.0.1.1\): other hosts cannot reach it"):
+            read_plan([RECIPE, "-", "2"], {**hosts, "NODE_RANK": node, "MASTER_ADDR": "debian"})
+
+
+def test_msrun_takes_the_same_addresses_for_this_hosts():
+    from mindspore.parallel.cluster.process_entity._utils import _is_local_ip
+
+    addresses = [each for every in psutil.net_if_addrs().values() for each in every]
+    own = [each.address for each in addresses if each.family == socket.AF_INET]
+    found = [each for each in (*own, "127.0.1.1", "203.0.113.9") if _is_local_ip(each)]
+    assert found == own
 
 
 def test_a_busy_port_is_refused():

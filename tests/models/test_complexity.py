@@ -104,8 +104,15 @@ def test_kv_stride_1_costs_what_the_paper_says():
     assert dear.attention_macs / usual.attention_macs == pytest.approx(4, rel=0.01)
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(map(str, options)))
-@pytest.mark.parametrize("name", ["cvt_13", "cvt_nano"])
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        *(("cvt_nano", options) for options in OPTIONS),
+        # Patches and strides of its own; the rules are those of cvt_nano.
+        *(("cvt_13", options) for options in ({}, {"patch_embed": "patch"}, {"kv_stride": 3})),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
 def test_counts_equal_the_recorded_calls(monkeypatch, name, options):
     """Every stage and kind, on an image that is not square and whose edges no stride divides."""
     net = create_model(name, **{**TINY, **options}).set_train(False)

@@ -15,6 +15,8 @@ import pytest
 from mindspore import Parameter, Tensor, nn
 from safetensors.numpy import save_file
 
+from src.config import Config, ModelConfig
+from src.config_io import save_config
 from src.errors import UserError
 from src.models import create_model
 from src.weights import (
@@ -24,7 +26,7 @@ from src.weights import (
     save_checkpoint,
     save_weights,
 )
-from src.weights.load import _grid_of, interpolate_pos_embed
+from src.weights.load import _assume_grid, interpolate_pos_embed
 from src.weights.names import from_huggingface, from_official
 from tests.conftest import ROOT, TINY
 from tests.golden import pico
@@ -235,13 +237,52 @@ def test_position_embeddings_are_interpolated_to_the_grid(tmp_path):
 @pytest.mark.parametrize(
     ("tokens", "like", "grid"),
     [
-        (196, (14, 56), (7, 28)), (64, (8, 32), (4, 16)), (36, (8, 18), (4, 9)),  # squares, too
+        (196, (14, 56), (14, 14)), (2304, (72, 128), (48, 48)), (2304, (36, 64), (36, 64)),
         (196, (28, 28), (14, 14)), (196, (20, 28), (14, 14)), (17, (8, 32), None),
         (98, (28, 14), (14, 7)), (35, (10, 15), (5, 7)),
     ],
 )  # fmt: skip
-def test_the_grid_of_positions_has_the_networks_aspect_or_is_square(tokens, like, grid):
-    assert _grid_of(tokens, like) == grid
+def test_an_unknown_grid_is_the_networks_or_square_or_of_its_aspect(tokens, like, grid):
+    assert _assume_grid(tokens, like) == grid
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("size", [(18, 32), (36, 64)])
+def test_the_grid_of_positions_is_that_of_the_weights_run(tmp_path, known, size):
+    """A ramp along the rows, learnt at 24 x 24 px, stays one: 12 x 12 and 9 x 16 are 144 both."""
+    options = {**TINY, "pos_embed": (True, False, False)}
+    old = create_model("cvt_nano", **options, image_size=24)
+    ramp = np.broadcast_to(np.arange(12.0, dtype="f4")[:, None, None], (12, 12, 8))
+    path = saved(old, tmp_path / "x.ckpt", stage0__pos_embed=Tensor(ramp.reshape(1, 144, 8)))
+    if known:
+        save_config(Config(model=ModelConfig(image_size=24)), tmp_path / "config.yaml")
+    net = create_model("cvt_nano", **options, image_size=size)
+    report = load_weights(net, path)
+    embedding = net.stage0.pos_embed.asnumpy().reshape(*net.grids(size)[0], 8)
+    assert ("assumed" in str(report)) == (not known)
+    if known or size == (36, 64):
+        assert np.ptp(embedding, axis=1).max() < 1e-5
+        assert report.interpolated == [("stage0.pos_embed", (12, 12), net.grids(size)[0])]
+    else:  # they may be this network's own
+        assert embedding.tobytes() == ramp.tobytes() and "assumed to be of 9 x 16" in str(report)
+
+
+def test_weights_of_a_network_that_is_not_square_load_unchanged(tmp_path):
+    options = {**TINY, "pos_embed": (True, False, False), "image_size": (18, 32)}
+    net, other = create_model("cvt_nano", **options), create_model("cvt_nano", **options)
+    path = saved(net, tmp_path / "x.ckpt")
+    for written in (False, True):
+        if written:
+            save_config(Config(model=ModelConfig(image_size=[18, 32])), tmp_path / "config.yaml")
+        report = load_weights(other, path)
+        assert same(values(other), values(net)) and not report.interpolated
+        assert ("assumed" in str(report)) != written
+
+
+def test_hugging_faces_naming_tells_of_its_other_gelu(net, other, tmp_path):
+    save_file(as_hugging_face(net), tmp_path / "model.safetensors")
+    assert str(load_weights(other, tmp_path)).count("trained with GELU") == 1
+    assert "GELU" not in str(load_weights(other, saved(net, tmp_path / "x.ckpt")))
 
 
 def test_interpolation_keeps_a_ramp_and_its_orientation():

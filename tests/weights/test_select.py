@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 
 import numpy as np
@@ -22,8 +23,8 @@ THEIRS = list(json.loads((pico.FOLDER / "hf_state_dict_keys.json").read_text())[
 class Window:
     """A tensor that is still in a file; equal where it is the same part of it."""
 
-    def __init__(self, part: object, ndim: int = 2) -> None:
-        self.part, self.ndim = part, ndim
+    def __init__(self, part: object, ndim: int = 2, shape: tuple[int, ...] = ()) -> None:
+        self.part, self.ndim, self.shape = part, ndim, shape
 
     def __eq__(self, other: object) -> bool:
         return self.part == other.part
@@ -31,11 +32,13 @@ class Window:
     __hash__ = None
 
 
-def tensors(*entry: str, prefix: str = "", names=WEIGHTS, values: str = "") -> dict:
+def tensors(*entry: str, prefix: str = "", names=WEIGHTS, values: str = "", shapes=SHAPES) -> dict:
     """A set of weights under an entry and a prefix."""
     return {
         (*entry, f"{prefix}{name}"): Window(
-            (values, name), 0 if name.endswith("num_batches_tracked") else 2
+            (values, name),
+            0 if name.endswith("num_batches_tracked") else 2,
+            tuple(shapes.get(name, ())),
         )
         for name in names
     }
@@ -125,6 +128,9 @@ def test_the_same_tensors_in_two_places_are_one_set():
         tensors("slots", names=TRAINED),
         tensors(prefix="exp_avg."),
         tensors(prefix="exp_avg_sq."),
+        tensors(prefix="max_exp_avg_sq."),
+        tensors(prefix="square_avg."),
+        tensors(prefix="grad_avg."),
     ],
 )
 def test_the_state_of_an_optimizer_is_not_taken(state):
@@ -134,6 +140,68 @@ def test_the_state_of_an_optimizer_is_not_taken(state):
     for found in ({**plain, **state}, {**state, **plain}):
         done = select(found)
         assert done.names.keys() == plain.keys() and not done.averaged
+
+
+def network_of(names, **shapes) -> dict:
+    return {"names": names, "shapes": {**SHAPES, **shapes}}
+
+
+SHALLOW = [name for name in WEIGHTS if not name.startswith("stage2.blocks.9.")]
+SMALL = [name for name in SHALLOW if not re.match(r"stage2\.blocks\.[1-8]\.", name)]
+OTHERS = {
+    "deeper": network_of([n for n in official.NAMES["cvt_21"] if "num_batches" not in n]),
+    "shallower": network_of(SHALLOW),
+    "less than half as many tensors": network_of(SMALL),
+    "wider": network_of(WEIGHTS, **{"norm.weight": (768,)}),
+    "without class token": network_of([n for n in WEIGHTS if "cls_token" not in n]),
+    "without biases": network_of([n for n in WEIGHTS if not n.endswith("proj_q.bias")]),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
+@pytest.mark.parametrize("entries", [("student", "teacher"), ("teacher", "student")])
+def test_two_networks_are_not_mixed(other, entries):
+    plain, another = entries
+    found = {**tensors(plain), **tensors(another, **other, values="other")}
+    with pytest.raises(UserError, match="2 sets of weights: .*; choose .* --entry"):
+        select(found)
+    for entry in entries:
+        done = select(found, entry=entry)
+        assert not done.averaged and {place[0] for place in done.names} == {entry}
+
+
+def test_a_teacher_does_not_take_the_students_head():
+    backbone = [n for n in WEIGHTS if not n.startswith("head.")]
+    with pytest.raises(UserError, match="2 sets of weights"):
+        select({**tensors("student"), **tensors("teacher", names=backbone, values="other")})
+
+
+def test_a_student_without_statistics_is_not_the_teachers_optimizer():
+    linear = [n for n in SMALL if n in TRAINED]
+    with pytest.raises(UserError, match="2 sets of weights"):
+        select({**tensors("teacher"), **tensors("student", names=linear, values="other")})
+
+
+def test_an_average_of_what_is_trained_is_completed_with_frozen_modules():
+    frozen = ("stage0.", "stage2.blocks.0.", "stage1.patch_embed.proj.")
+    average = tensors("ema", names=[n for n in TRAINED if not n.startswith(frozen)])
+    done = select({**tensors("model"), **average})
+    assert done.averaged and len(done.names) == len(WEIGHTS)
+
+
+def test_mmengine_keeps_the_average_in_state_dict():
+    """mmengine/hooks/ema_hook.py: `_swap_ema_state_dict` in `before_save_checkpoint`."""
+    found = {
+        **tensors("state_dict"),
+        **tensors("ema_state_dict", prefix="module.", values="raw"),
+    }
+    assert {place[0] for place in select(found).names} == {"ema_state_dict"}
+    found["ema_state_dict", "steps"] = Window(0, 0)
+    done = select(found)
+    assert {place[0] for place in done.names} == {"state_dict"} and done.averaged
+    assert "MMEngine" in "; ".join(done.notes)
+    raw = select(found, entry="ema_state_dict")
+    assert {place[0] for place in raw.names} == {"ema_state_dict"} and not raw.averaged
 
 
 def test_a_head_outside_of_the_backbone_belongs_to_it():

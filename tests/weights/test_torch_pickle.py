@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import collections.abc
+import functools
+import itertools
+import os
+import pickle
+import platform
 import struct
+import subprocess
 import time
 from pathlib import Path
+from typing import Optional
 
 import pytest
 
 from src.weights.torch_file import read_torch_file
+from src.weights.torch_pickle import Interpreter, Stream
 from tests.weights.torch_bytes import (
     DATA,
     SIX,
@@ -35,6 +44,22 @@ def test_parameter_size_and_metadata(tmp_path):
     size = text("size") + glob("torch", "Size") + tup(nums(2, 3)) + b"R" + b"s"
     body = ordered + size + mapping(_metadata=mapping(version=num(1))) + b"b"
     assert list(read(write_zip(tmp_path / "x.pth", body))) == ["w"]
+
+
+def test_tensors_saved_on_other_devices(tmp_path):
+    """torch_npu/utils/storage.py, and torch/_tensor.py for XLA."""
+    hooks = glob("collections", "OrderedDict") + b")R"
+    parts = storage(), num(0), nums(2, 3), nums(3, 1), b"\x89", hooks, num(2)
+    npu = glob("torch_npu.utils.storage", "_rebuild_npu_tensor") + tup(*parts) + b"R"
+    parameter = glob("torch._utils", "_rebuild_parameter") + tup(npu, b"\x88", hooks) + b"R"
+    xla = glob("torch._utils", "_rebuild_device_tensor_from_cpu_tensor")
+    xla += tup(tensor(), glob("torch", "float32"), text("xla:0"), b"\x89") + b"R"
+    body = mapping(npu=npu, parameter=parameter, xla=xla)
+    for write in (write_zip, write_legacy):
+        found = read(write(tmp_path / "x.pth", body))
+        assert list(found) == ["npu", "parameter", "xla"]
+        for array in found.values():
+            assert array.tolist() == [[0, 1, 2], [3, 4, 5]]
 
 
 def test_malicious_file_runs_nothing():
@@ -132,7 +157,66 @@ def test_parameters_with_attributes_and_older_tensors_are_read(tmp_path):
     }
 
 
+class Settings:
+    class Optimizer:
+        def step(self):
+            """Stored with its object, as a scheduler stores its optimizer's."""
+
+
+HONEST = {
+    "nested class": Settings.Optimizer(),
+    "bound method": Settings.Optimizer().step,
+    "host": platform.uname(),
+    "type": Optional[int],
+    "type of None": type(None),
+    "program's result": subprocess.CompletedProcess(["git"], 0),
+    "counter": itertools.count(3),
+    "abstract class": collections.abc.Mapping,
+    "file's state": os.stat("/"),
+    "exception": ValueError("x"),
+    "builtin function": functools.partial(max, 0),
+}
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("value", HONEST.values(), ids=HONEST.keys())
+def test_python_objects_are_no_attack(value, protocol):
+    content = pickle.dumps({"epoch": 3, "x": value}, protocol)
+    assert Interpreter().unpickle(Stream(content))["epoch"] == 3
+
+
+GETATTR = glob("__builtin__", "getattr")
+HIDDEN_ATTACKS = {
+    "pathlib.Path.unlink": glob("pathlib", "Path") + text("unlink"),
+    "builtins.object.__subclasses__": glob("builtins", "object") + text("__subclasses__"),
+    "mine.Settings.__init__.__globals__": glob("mine", "Settings") + text("__init__.__globals__"),
+    "pathlib.PosixPath.unlink": glob("pathlib", "PosixPath")
+    + tup(text("/"))
+    + b"R"
+    + text("unlink"),
+    "__builtin__.getattr": b"]" + text("append"),
+}
+
+
+@pytest.mark.parametrize("name", HIDDEN_ATTACKS)
+def test_what_getattr_gets_is_judged_as_if_it_was_named(tmp_path, name):
+    body = GETATTR + HIDDEN_ATTACKS[name] + b"\x86R"
+    refuse(write_zip(tmp_path / "x.pth", mapping(w=tensor(), x=body)), f"requests {name}; ")
+
+
+def test_attributes_are_set_aside(tmp_path):
+    nested = GETATTR + GETATTR + glob("mine", "A") + text("B") + b"\x86R" + text("C") + b"\x86R"
+    zone = GETATTR + glob("zoneinfo", "ZoneInfo") + text("_unpickle") + b"\x86R"
+    zone += text("Asia/Shanghai") + num(1) + b"\x86R"
+    body = mapping(w=tensor(), x=nested, zone=zone)
+    tensors, notes = read_torch_file(write_zip(tmp_path / "x.pth", body))
+    assert list(tensors) == ["w"]
+    assert "mine.A.B.C" in notes[1] and "zoneinfo.ZoneInfo._unpickle" in notes[1]
+
+
 ODD_PICKLES = {
+    "NEWOBJ of getattr": GETATTR + b")\x81",
+    "getattr without arguments": GETATTR + b")R",
     "INST": b"(ios\nsystem\n",
     "OBJ": b"(" + glob("torch", "Size") + b"o",
     "NEWOBJ": glob("torch", "Size") + b")\x81",
@@ -190,6 +274,13 @@ LONG = tup(*[b"K\x01"] * 10_000) + b"q\x05"
 BOMBS = {
     "sizes of a long tuple": LONG + (glob("torch", "Size") + b"h\x05\x85R") * 5_000,
     "references of a long tuple": LONG + b"h\x05Q" * 20_000,
+    "copies of a long list": b"]q\x05("
+    + tup(text("a"), b"N") * 20_000
+    + b"e"
+    + (glob("collections", "OrderedDict") + b"h\x05\x85R0") * 2_000,
+    "long names": text("a" * 4_000)
+    + b"q\x05"
+    + b"".join(GETATTR + glob("m", f"A{i}") + b"h\x05\x86R0" for i in range(20_000)),
     "opcodes": b"N0" * 300_000,
     "decimal": b"L" + b"9" * 1_000_000 + b"L\n",
 }

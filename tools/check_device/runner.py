@@ -8,6 +8,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import time
@@ -24,6 +25,12 @@ from tools.check_device.registry import Check, Finding, Setting
 ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS = 180  # limit for a process to import everything
 LOG_LINES = 30  # of a failed process, for the report
+# Set by the user, another launcher or an earlier job for a job of several processes or hosts. The
+# checks start their own on this host.
+CLUSTER_VARIABLES = re.compile(
+    r"NODE_(NUM|RANK)|MASTER_(ADDR|PORT)|RANK_(ID|SIZE|TABLE_FILE)|(LOCAL_)?WORLD_SIZE|"
+    r"MS_(ROLE|NODE_ID|WORKER_NUM|SCHED_(HOST|PORT))|(OMPI|PMIX?)_\w+|SLURM_STEP_NUM_TASKS"
+)
 PASSED, FAILED, NOT_HERE = "ok", "FAILED", "not here"
 
 
@@ -77,7 +84,8 @@ def _run_process(checks: Sequence[Check], setting: Setting) -> Iterator[Result]:
         "connection": sender.fileno(),
     }
     paths = [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    environment = {k: v for k, v in os.environ.items() if not CLUSTER_VARIABLES.fullmatch(k)}
+    environment["PYTHONPATH"] = os.pathsep.join(paths)
     with open(log, "wb") as output, receiver:
         process = subprocess.Popen(
             [*setting.worker, "checks", json.dumps(arguments)],

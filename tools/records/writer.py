@@ -22,7 +22,7 @@ from src.cores import cpu_count
 from src.data.base import Source
 from src.data.images import find_fault, is_decodable
 from src.data.records import FORMAT, INDEX, UNFINISHED, load_index
-from src.data.shards import open_writer, seal, verify_shard
+from src.data.shards import open_writer, require_utf8, seal, verify_shard
 from src.data.sources import open_source
 from src.errors import UserError
 from src.files import remove_unfinished, write_json
@@ -101,6 +101,13 @@ def convert(
     found = [s for s in ("train", "val") if (root / folders[f"{s}_folder"]).is_dir()]
     if target.resolve() == root.resolve():
         raise UserError(f"--dst {target}: is the image folder itself; give another folder")
+    for key, name in folders.items():
+        if os.path.isabs(name) or os.path.normpath(name).startswith(".."):
+            raise UserError(
+                f"--{key} {name}: must be below --src, as its shards will be below --dst; give a "
+                "relative path without .."
+            )
+        require_utf8(target / name)
     root = Path(os.path.abspath(root))
     sources = {  # open all before converting the first, so that their errors come early
         folders[f"{split}_folder"]: open_source("imagefolder", str(root), split, **folders)

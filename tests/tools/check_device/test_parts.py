@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 
+from src import distributed
 from src.deploy import writers
 from src.errors import UserError
 from tests.conftest import ROOT
@@ -17,7 +18,7 @@ from tools.check_device.checks.speed import PROFILED, summarise
 from tools.check_device.checks.training import last_line
 from tools.check_device.compare import by_largest, by_norm, check_limits
 from tools.check_device.registry import CHECKS, Finding, NotHere, Setting
-from tools.check_device.runner import FAILED, NOT_HERE, PASSED, Result
+from tools.check_device.runner import FAILED, NOT_HERE, PASSED, Result, run_checks
 
 
 def test_checks_have_names_of_their_own_and_processes_that_follow_each_other():
@@ -59,6 +60,21 @@ def test_onnx_is_not_checked_where_no_engine_is_installed(monkeypatch, tmp_path)
     monkeypatch.setattr(writers, "installed_engines", lambda file_format: [])
     with pytest.raises(NotHere, match="neither onnxruntime nor OpenVINO"):
         programs.onnx(Setting("CPU", 0, False, str(tmp_path), []))
+
+
+def test_the_checks_run_without_the_variables_of_a_cluster(monkeypatch, tmp_path):
+    """With NODE_NUM=2, a job of the checks waits for another host."""
+    cluster = {
+        *distributed._OF_MSRUN, *distributed._OF_OTHERS, "NODE_NUM", "NODE_RANK", "MASTER_ADDR",
+        "MASTER_PORT", "RANK_TABLE_FILE", "RANK_ID", "LOCAL_WORLD_SIZE", "MS_NODE_ID",
+        "OMPI_COMM_WORLD_RANK", "PMIX_RANK",
+    }  # fmt: skip
+    kept = {"HCCL_EXEC_TIMEOUT", "MS_COMPILER_CACHE_PATH", "SLURM_JOB_ID"}
+    for name in cluster | kept:
+        monkeypatch.setenv(name, "2")
+    worker = [sys.executable, "-c", "import os; print(*os.environ)"]
+    (result,) = run_checks([check()], Setting("CPU", 0, False, str(tmp_path), worker))
+    assert (cluster | kept) & set(result.log.split()) == kept
 
 
 def test_a_device_that_is_not_here_fails_the_first_check_and_ends(tmp_path):

@@ -45,50 +45,71 @@ def refused(words, *arguments, **keywords):
 
 # Each ends the process without a word in the middle of training shard 1 (the second), as kill -9.
 KILLS = {
-    "half written": ("FileWriter.commit", "len(calls) == 2 and (kept(*a), {die})"),
-    "before the data moves": ("os.replace", "{die} if str(a[1]).endswith('1.mindrecord') else 0"),
-    "before it is noted": ("writer.write_json", "{die} if len(a[0]['shards']) == 2 else 0"),
-    "before the index": ("writer.write_json", "{die} if a[1].name == 'index.json' else 0"),
-    "in the index": ("os.replace", "{die} if str(a[1]).endswith('train/index.json') else 0"),
-    "before tidying up": ("writer._Conversion._remove_leftovers", "{die}"),
+    "half written": ("FileWriter.commit", "len(calls) == 2 and (kept(*a), die())"),
+    "before the data moves": ("os.replace", "str(a[1]).endswith('1.mindrecord') and die()"),
+    "before it is noted": ("writer.write_json", "len(a[0]['shards']) == 2 and die()"),
+    "before the index": ("writer.write_json", "a[1].name == 'index.json' and die()"),
+    "in the index": ("os.replace", "str(a[1]).endswith('train/index.json') and die()"),
+    "before tidying up": ("writer._Conversion._remove_leftovers", "die()"),
 }
+# MindSpore is imported once; each moment has a fork, made before MindRecord has any thread.
 KILLED = """
-import os, signal, sys
+import os, signal, sys, traceback
 from pathlib import Path
 from mindspore.mindrecord import FileWriter
 from tools.records import writer
-name, _, kind = "{target}".rpartition(".")
-place, calls = eval(name), []
-kept = getattr(place, kind)
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
-def replacement(*a, **k):
-    calls.append(a)
-    {condition}
-    return kept(*a, **k)
-setattr(place, kind, replacement)
-writer.convert(Path(sys.argv[1]), Path(sys.argv[2]), writer.Options(8))
+folder, *rest = sys.argv[1:]
+def run(target, condition, output):
+    name, _, kind = target.rpartition(".")
+    place, calls = eval(name), []
+    kept = getattr(place, kind)
+    def die():
+        os.kill(os.getpid(), signal.SIGKILL)
+    def replacement(*a, **k):
+        calls.append(a)
+        eval(condition, {"a": a, "calls": calls, "kept": kept, "die": die})
+        return kept(*a, **k)
+    setattr(place, kind, replacement)
+    writer.convert(Path(folder), Path(output), writer.Options(8))
+for target, condition, output in zip(*[iter(rest)] * 3):
+    child = os.fork()
+    if not child:
+        try:
+            run(target, condition, output)
+        except Exception:
+            traceback.print_exc()
+        os._exit(1)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
-@pytest.mark.parametrize("moment", KILLS)
-def test_killed_it_goes_on_and_ends_with_the_same_files(folder, tmp_path, moment):
-    target, condition = KILLS[moment]
-    code = KILLED.format(target=target, condition=condition.format(die="die()"))
-    command = [sys.executable, "-c", code, str(folder), str(tmp_path / "killed")]
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """A folder with the source, a conversion of it as a whole, and one killed at each moment."""
+    place = tmp_path_factory.mktemp("killed")
+    write_folder(place / "folder")
+    words = [str(place / "folder")]
+    for moment, (target, condition) in KILLS.items():
+        words += [target, condition, str(place / moment)]
+    command = [sys.executable, "-c", KILLED, *words]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert done.stdout.split() == [str(-signal.SIGKILL)] * len(KILLS), done.stderr
+    convert(place / "folder", place / "whole", EIGHT)
+    return place
+
+
+@pytest.mark.parametrize("moment", KILLS)
+def test_killed_it_goes_on_and_ends_with_the_same_files(killed, moment):
     if "tidying" not in moment:
         with pytest.raises(UserError, match="unfinished"):
-            open_source("mindrecord", str(tmp_path / "killed"), "train")
+            open_source("mindrecord", str(killed / moment), "train")
 
-    convert(folder, tmp_path / "whole", EIGHT)
-    resumed = convert(folder, tmp_path / "killed", EIGHT)
+    resumed = convert(killed / "folder", killed / moment, EIGHT)
     expected = {"half written": 1, "before the data moves": 1, "before it is noted": 1}
     assert resumed["train"].kept == expected.get(moment, 3)
-    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
-    assert "train/00001.mindrecord.db" in contents(tmp_path / "whole")
+    assert contents(killed / moment) == contents(killed / "whole")
+    assert "train/00001.mindrecord.db" in contents(killed / "whole")
 
 
 def test_shards_of_somebody_else_are_neither_replaced_nor_removed(folder, tmp_path):
@@ -288,6 +309,26 @@ def test_the_folders_faults_are_imagefolders(folder, tmp_path):
     refused("is the image folder itself", folder, folder, EIGHT)
     with pytest.raises(UserError, match="--images_per_shard 0: must be 1 or more"):
         Options(images_per_shard=0)
+
+
+@pytest.mark.parametrize("outside", ["{}/train", "../folder/train", "train/../../folder/train"])
+def test_a_split_outside_the_source_is_refused(folder, tmp_path, outside):
+    """Else its shards would be outside the target too, here between the images."""
+    before = contents(tmp_path)
+    for key in ("train_folder", "val_folder"):
+        names = {key: outside.format(folder)}
+        refused(f"--{key} .*train: must be below --src", folder, tmp_path / "out", EIGHT, **names)
+    assert contents(tmp_path) == before
+
+
+def test_a_target_that_is_no_utf_8_is_refused(folder, tmp_path):
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    refused("caf.*/train: MindRecord takes only paths in UTF-8", folder, odd, EIGHT)
+    assert not odd.exists()
+    convert(folder, tmp_path / "out", EIGHT)
+    (tmp_path / "out").rename(odd)
+    with pytest.raises(UserError, match="only paths in UTF-8"):
+        open_source("mindrecord", str(odd), "train")
 
 
 def test_a_split_alone_and_other_folder_names(folder, tmp_path, caplog):
