@@ -12,6 +12,7 @@ from typing import Any
 
 from src.data import Preprocessing
 from src.errors import UserError
+from src.json_reader import read_json
 from src.weights.origin import MAX_BYTES, check_class_names
 
 _MAX_EDGE = 4096  # pixels
@@ -33,9 +34,7 @@ def read_description(path: str | Path) -> dict[str, Any]:
     """
     beside = Path(f"{path}.json")
     try:
-        if beside.stat().st_size > MAX_BYTES or not beside.is_file():
-            raise ValueError("too large, or not a file")
-        description = json.loads(beside.read_text(encoding="utf-8"))
+        description = read_json(beside, MAX_BYTES)
         if not isinstance(description, dict):
             raise ValueError("not a JSON object")
         description.update(_validate(description))

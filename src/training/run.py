@@ -27,8 +27,8 @@ from src.config import Config
 from src.config_io import CONFIG, is_run_config, save_config
 from src.data import Source
 from src.device import log_to, seed_generators, setup
-from src.distributed import Ranks
-from src.errors import UserError
+from src.distributed import SAME_FILES, Ranks
+from src.errors import UserError, join_names
 from src.models.complexity import uninitialised
 from src.training.freeze import freeze
 from src.training.resume import flatten
@@ -101,10 +101,14 @@ def _require_equal_settings(config: Config, ranks: Ranks) -> None:
     """
     own = ("data.path", "data.index")
     mine = {key: value for key, value in flatten(config).items() if key not in own}
-    first = json.loads(ranks.broadcast_text(json.dumps(mine)))
-    differing = [key for key in first if first[key] != mine[key]]
-    words = f"settings ({', '.join(differing)})" if differing else "settings"
-    ranks.require_agreement(words, mine)
+    first, *others = map(json.loads, ranks.gather_texts(json.dumps(mine)))
+    for rank, other in enumerate(others, 1):
+        differing = [key for key in first if first[key] != other.get(key)]
+        if differing:
+            raise UserError(
+                f"rank {rank} has other settings than rank 0 ({join_names(differing)}); "
+                f"{SAME_FILES}"
+            )
 
 
 def validate(config: Config, ranks: Ranks, finetune: str | None = None) -> Source:

@@ -191,7 +191,7 @@ def read_state(path: Path) -> State:
         known = {each.name for each in dataclasses.fields(Progress)}
         progress = Progress(**{key: value for key, value in saved.items() if key in known})
         return State(path, progress, tensors)
-    except (AttributeError, TypeError, ValueError):
+    except (AttributeError, TypeError, ValueError, RecursionError):
         raise UserError(
             f"{path}: not a state that this version can resume; to start from its weights, give "
             "it as --finetune"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from src.config import Config
 from src.config_io import load_config, run_config_of
 from src.data.imagenet_labels import find_class_order_fault, imagenet_names
 from src.errors import UserError
+from src.json_reader import read_json
 
 MAX_BYTES = 16 << 20  # of a .json
 _MAX_CLASSES, _MAX_NAME = 100_000, 1_000
@@ -87,12 +87,10 @@ def check_class_names(names: Any) -> list[str]:
 
 def _hugging_face_names(file: Path, outputs: int | None) -> list[str] | None:
     try:
-        if not file.is_file() or file.stat().st_size > MAX_BYTES:
-            return None
-        labels = json.loads(file.read_text(encoding="utf-8"))["id2label"]
+        labels = read_json(file, MAX_BYTES)["id2label"]
         count = len(labels) if outputs is None else outputs
         names = check_class_names([labels[str(label)] for label in range(count)])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # another program's file
+    except (OSError, ValueError, KeyError, TypeError):  # another program's file
         return None
     names = [name.encode("utf-8", "backslashreplace").decode() for name in names]
     return None if names == [f"LABEL_{label}" for label in range(count)] else names
