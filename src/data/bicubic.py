@@ -51,8 +51,8 @@ def shear_x(image: np.ndarray, degrees: float, fraction: float, fill: Sequence[i
         uint8 [H, W, 3].
     """
     height, width = image.shape[:2]
-    # float32 at each step, as in MindSpore.
-    slope = np.tan(np.float32(degrees) * np.float32(math.pi) / np.float32(180))
+    # float32 at each step, as in MindSpore. NumPy's own float32 tangent depends on the processor.
+    slope = np.float32(math.tan(np.float32(degrees) * np.float32(math.pi) / np.float32(180)))
     centre = np.float32((height - 1) / 2)
     first = slope * centre + np.float32(fraction) * np.float32(width)  # distance of row 0
     return _slide(image, _round(np.arange(height) * float(slope) - float(first)), fill)
