@@ -16,12 +16,14 @@ _JOINERS = "\u200c\u200d"  # invisible, but part of words in Persian and Indic s
 
 # Failures of the disk or its server, of permissions or the system's limits, reported like users'
 # errors.
+_NAMES = (
+    "EACCES", "EBUSY", "EDQUOT", "EFBIG", "EHOSTDOWN", "EHOSTUNREACH", "EIO", "ELOOP", "EMFILE",
+    "ENAMETOOLONG", "ENETUNREACH", "ENFILE", "ENOLCK", "ENOSPC", "ENOTCONN", "EPERM", "EREMOTEIO",
+    "EROFS", "ESTALE", "ETIMEDOUT",
+)  # fmt: skip
 _SYSTEM_ERRORS = {
-    errno.EACCES, errno.EBUSY, errno.EDQUOT, errno.EFBIG, errno.EHOSTDOWN, errno.EHOSTUNREACH,
-    errno.EIO, errno.ELOOP, errno.EMFILE, errno.ENAMETOOLONG, errno.ENETUNREACH, errno.ENFILE,
-    errno.ENOLCK, errno.ENOSPC, errno.ENOTCONN, errno.EPERM, errno.EREMOTEIO, errno.EROFS,
-    errno.ESTALE, errno.ETIMEDOUT, errno.ETXTBSY,
-}  # fmt: skip
+    getattr(errno, name) for name in _NAMES if hasattr(errno, name)
+}  # not all on Macs
 
 
 class UserError(ValueError):

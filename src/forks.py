@@ -9,7 +9,7 @@ from pathlib import Path
 from src.errors import UserError
 
 KERNEL_THREADS = ("ActorThread", "KernelThread")  # names of MindSpore's computing threads
-_parent: int | None = None  # the process that forked this one, or will, after MindSpore had run
+_used_in: int | None = None  # the process in which MindSpore has run: this one, or its parent
 
 
 def thread_names() -> dict[int, str]:
@@ -23,23 +23,27 @@ def thread_names() -> dict[int, str]:
 
 
 def _before_fork() -> None:
-    global _parent
+    """Notice MindSpore's use by other code than ours."""
+    global _used_in
     if any(name.startswith(KERNEL_THREADS) for name in thread_names().values()):
-        _parent = os.getpid()
+        _used_in = os.getpid()
 
 
-os.register_at_fork(before=_before_fork)
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(before=_before_fork)
 
 
-def refuse_forks() -> None:
-    """Refuse to run MindSpore in a process that was forked after MindSpore had run.
+def claim_mindspore() -> None:
+    """Record that MindSpore runs in this process, and refuse to run it in a fork, where it hangs.
 
     Raises:
-        UserError: this is such a process.
+        UserError: this process was forked from one in which MindSpore had run.
     """
-    if _parent not in (None, os.getpid()):
+    global _used_in
+    if _used_in not in (None, os.getpid()):
         raise UserError(
-            f"MindSpore ran in process {_parent} and hangs in a fork of it, process "
+            f"MindSpore ran in process {_used_in} and hangs in a fork of it, process "
             f"{os.getpid()}: open no model before the fork (gunicorn: without --preload; "
             'multiprocessing: the start method "spawn")'
         )
+    _used_in = os.getpid()

@@ -23,6 +23,8 @@ _SYSTEM_FOLDERS = {
     "$recycle.bin", "system volume information", "__macosx",
 }  # fmt: skip
 
+_THUMBNAILS = {"@eadir", "__macosx"}  # copies of images that are elsewhere
+
 
 class Walk:
     """Lists the images below some folders and visits every real directory once.
@@ -158,9 +160,10 @@ def find_classes(folder: Path, split: str) -> list[str]:
 def _log_system_folders(folder: Path) -> None:
     """Log the folders that are ignored as a system's, if they hold images: one may be a class."""
     for entry in os.scandir(folder):
-        if entry.name.lower() in _SYSTEM_FOLDERS and entry.is_dir():
+        name = entry.name.lower()
+        if name in _SYSTEM_FOLDERS - _THUMBNAILS and entry.is_dir():
             files = (name for _, _, names in os.walk(entry.path) for name in names)
-            if any(name.lower().endswith(IMAGE_EXTENSIONS) for name in files):
+            if any(is_visible(name) and name.lower().endswith(IMAGE_EXTENSIONS) for name in files):
                 _log.info(
                     "%s: left out with its images, because a system gives folders this name; "
                     "rename it if it is a class", entry.path,

@@ -14,7 +14,6 @@ from src.errors import UserError
 READ = "JPEG, PNG, BMP, TIFF and WEBP are read"
 MAX_PIXELS = 89_478_485  # beyond it Pillow warns
 SERVED_PIXELS = 50_000_000  # for untrusted images: decoding one takes at most 350 MB
-BYTES_PER_PIXEL = 7  # to decode: Pillow's four and the result's three
 MAX_ASPECT = 100  # a narrower image would be resized to more pixels than MAX_PIXELS
 # Each scan of a progressive JPEG is a pass over all pixels, even if its data are a few bytes.
 _MAX_SCANNED = 12 * MAX_PIXELS
@@ -109,6 +108,15 @@ def check_size(width: int, height: int, max_pixels: int = MAX_PIXELS) -> None:
         )
 
 
+def max_decoded_bytes(max_pixels: int) -> int:
+    """Return how much memory decoding an image may take under a limit of pixels.
+
+    Pillow's four bytes and the result's three for each; below `SERVED_PIXELS` up to ten, so that a
+    progressive JPEG, whose coefficients take six, may have nearly as many pixels as others.
+    """
+    return min(10 * max_pixels, 7 * max(max_pixels, SERVED_PIXELS))
+
+
 def check_scans(content: bytes, width: int, height: int) -> None:
     """Refuse a progressive JPEG whose many scans of many pixels would block a server.
 
@@ -120,7 +128,10 @@ def check_scans(content: bytes, width: int, height: int) -> None:
     scans = 1 + markers.count(_SCAN)
     many = scans > _USUAL_SCANS and scans * width * height > _MAX_SCANNED
     if many or len(markers) == _MAX_CHUNKS:
-        raise UserError(f"a JPEG of {width} x {height} pixels in {scans} scans; save it anew")
+        raise UserError(
+            f"a JPEG of {width} x {height} pixels in {scans} scans or too many parts; re-save it "
+            "as a baseline JPEG"
+        )
 
 
 def count_kept_bytes(content: bytes, width: int, height: int) -> int:

@@ -14,13 +14,13 @@ import numpy as np
 from PIL import Image, ImageOps, features
 
 from src.data.headers import (
-    BYTES_PER_PIXEL,
     MAX_PIXELS,
     check_header,
     check_scans,
     check_size,
     count_kept_bytes,
     describe_unreadable,
+    max_decoded_bytes,
     one_line,
 )
 from src.errors import UserError
@@ -52,7 +52,7 @@ def decode(content: np.ndarray | bytes, max_pixels: int = MAX_PIXELS) -> np.ndar
 
     Args:
         content: the whole file, bytes or uint8 [bytes].
-        max_pixels: larger images are refused. Decoding may take 7 bytes for each of these pixels,
+        max_pixels: larger images are refused. Decoding may take `max_decoded_bytes` of memory,
             626 MB at the default; images that need more for theirs are refused, too.
 
     Raises:
@@ -120,7 +120,7 @@ def to_rgb(image: Image.Image) -> np.ndarray:
     upright = np.empty(
         (width, height, 3) if orientation in (5, 6, 7, 8) else (height, width, 3), np.uint8
     )
-    # As stored: a view, to avoid a copy. Every turn is its own inverse but for a quarter's.
+    # As stored: a view, to avoid a copy. Each orientation is its own inverse, except 6 and 8.
     pixels = _UPRIGHT.get({6: 8, 8: 6}.get(orientation, orientation), np.asarray)(upright)
     rows = max(_STRIP // width, 1)
     for top in range(0, height, rows):  # in strips, to avoid a second copy of the whole image
@@ -168,7 +168,7 @@ def _open(content: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     check_size(*image.size, max_pixels)
     if header.kind == "JPEG":
         check_scans(content, *image.size)
-    _check_memory(image, content, BYTES_PER_PIXEL * max_pixels)
+    _check_memory(image, content, max_decoded_bytes(max_pixels))
     if header.upright:  # else Pillow would decode a PNG to look for EXIF behind its pixels
         image.info.setdefault("exif", b"")
     return image
@@ -194,7 +194,7 @@ def _check_memory(image: Image.Image, content: bytes, limit: int) -> None:
     if needed > limit:
         raise UserError(
             f"{image.width} x {image.height} pixels that take {needed >> 20} MiB to decode, more "
-            f"than {limit >> 20}; save it smaller, or as PNG"
+            f"than {limit >> 20} MiB; save it smaller, or as PNG"
         )
 
 

@@ -98,7 +98,8 @@ def _imagefolder(
     if unknown:
         raise UserError(
             f"{folder / unknown[0]}: {unknown[0]!r} is none of the {len(label_of)} known classes "
-            f"({join_names(class_names, 5)}); rename or remove the folder"
+            f"({join_names(class_names, 5)}); rename or remove the folder, or name the "
+            "classes in data.class_names, in the order of the network's outputs"
         )
     walk = Walk([folder / name for name in found])
     files, labels, skipped, empty = [], [], list_loose_files(folder), []

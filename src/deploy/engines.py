@@ -13,7 +13,7 @@ import numpy as np
 
 from src.deploy.file_checks import check_mindir, check_onnx
 from src.errors import UserError
-from src.forks import KERNEL_THREADS, refuse_forks, thread_names
+from src.forks import KERNEL_THREADS, claim_mindspore, thread_names
 from src.kernels.library import set_threads
 
 ENGINES = ("auto", "openvino", "onnxruntime", "mindspore")
@@ -119,7 +119,7 @@ def mindspore_session(
     """
     import mindspore as ms
 
-    refuse_forks()
+    claim_mindspore()
     _set_mindspore_threads(threads)
     run = ms.jit(network) if compiled else network
     bound = _limit_cores(lambda images: run(ms.Tensor(images)).asnumpy(), threads)
@@ -175,7 +175,7 @@ def _set_cores(task: int, cores: Iterable[int]) -> None:
 def _open_mindspore(path: Path, threads: int | None) -> Session:
     import mindspore as ms
 
-    refuse_forks()
+    claim_mindspore()
     _set_mindspore_threads(threads)
     try:
         with MINDSPORE_LOCK:

@@ -35,7 +35,7 @@ from src.deploy.engines import (
 )
 from src.device import current_device, inference_runtime, require_precision
 from src.errors import UserError
-from src.forks import refuse_forks
+from src.forks import claim_mindspore
 from src.weights import load_weights, weight_files
 
 EXPORTED_SUFFIXES = (".mindir", ".onnx")
@@ -314,7 +314,7 @@ def _open_weights(
     if not runtime.get("flash_attention"):
         settings = without_flash_attention(settings)
     settings.runtime = dataclasses.replace(settings.runtime, **runtime)
-    refuse_forks()
+    claim_mindspore()
     settings.runtime = inference_runtime(settings.runtime, current_device(), runtime)
     require_precision(settings.runtime.precision, current_device())
     with MINDSPORE_LOCK:

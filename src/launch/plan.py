@@ -153,6 +153,11 @@ def check_master_address(address: str, node_rank: int, dry_run: bool) -> None:
     Raises:
         UserError: the address does not resolve, or cannot be the first host's.
     """
+    if dry_run and address != "localhost":
+        try:
+            ipaddress.ip_address(address)
+        except ValueError:  # a name may resolve in the cluster only
+            return
     try:
         found = socket.gethostbyname(address)
     except (OSError, UnicodeError) as error:

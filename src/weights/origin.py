@@ -9,6 +9,7 @@ from typing import Any
 
 from src.config import Config
 from src.config_io import load_config, run_config_of
+from src.data.base import normalize_name
 from src.data.imagenet_labels import find_class_order_fault, imagenet_names
 from src.errors import UserError
 from src.json_reader import read_json
@@ -45,7 +46,7 @@ def class_names_of(
     try:
         settings = run_settings(weights)
     except UserError as error:  # the weights may lie in another program's folder
-        log(f"class names not compared: {error}")
+        log(f"class names not read: {error}")
         settings = None
     if settings is not None and settings.data.class_names:
         names = settings.data.class_names
@@ -62,7 +63,7 @@ def are_same_classes(names: Sequence[str], classes: Sequence[str]) -> bool:
 
     ImageNet's folders have the names of synsets, Hugging Face's outputs their words.
     """
-    return list(names) == list(classes) or (
+    return [*map(normalize_name, names)] == [*map(normalize_name, classes)] or (
         are_imagenet(names) and find_class_order_fault(classes) is None
     )
 

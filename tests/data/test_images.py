@@ -408,6 +408,13 @@ def test_a_predictor_takes_fewer_pixels_than_a_data_set():
     assert 7 * default < 400e6 and default < MAX_PIXELS
 
 
+def test_a_progressive_photograph_fits_a_servers_limit():
+    """24 million pixels at 25 allowed; its coefficients take six bytes for each."""
+    image = Image.new("RGB", (6000, 4000))
+    content = saved(image, "JPEG", progressive=True, subsampling=0)
+    assert decode(content, 25_000_000).shape == (4000, 6000, 3)
+
+
 def test_a_lower_limit_of_pixels():
     content = np.frombuffer(JPEG, np.uint8)
     assert decode(content, 4800).shape == (60, 80, 3)

@@ -157,9 +157,7 @@ def test_a_strangers_config_beside_the_weights_stops_no_fine_tuning(trained, few
     (tmp_path / "config.yaml").write_text("learning_rate: 1\n")
     train(small_cvt(trained, training__epochs=1), tmp_path / "run", finetune=str(weights))
     said = (tmp_path / "run/log.txt").read_text()
-    assert (
-        f"class names not compared: {tmp_path / 'config.yaml'}: unknown key learning_rate" in said
-    )
+    assert f"class names not read: {tmp_path / 'config.yaml'}: unknown key learning_rate" in said
 
 
 def test_sgd_trains(trained, few_digits, tmp_path):
