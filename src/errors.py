@@ -15,15 +15,13 @@ from typing import NoReturn
 _JOINERS = "\u200c\u200d"  # invisible, but part of words in Persian and Indic scripts, and of emoji
 
 # Failures of the disk or its server, of permissions or the system's limits, reported like users'
-# errors.
-_NAMES = (
+# errors. Not every system has all of them.
+_SYSTEM_ERROR_NAMES = (
     "EACCES", "EBUSY", "EDQUOT", "EFBIG", "EHOSTDOWN", "EHOSTUNREACH", "EIO", "ELOOP", "EMFILE",
     "ENAMETOOLONG", "ENETUNREACH", "ENFILE", "ENOLCK", "ENOSPC", "ENOTCONN", "EPERM", "EREMOTEIO",
     "EROFS", "ESTALE", "ETIMEDOUT",
 )  # fmt: skip
-_SYSTEM_ERRORS = {
-    getattr(errno, name) for name in _NAMES if hasattr(errno, name)
-}  # not all on Macs
+_SYSTEM_ERRORS = {getattr(errno, name, None) for name in _SYSTEM_ERROR_NAMES} - {None}
 
 
 class UserError(ValueError):

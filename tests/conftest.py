@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from src.config import Config, DataConfig, ModelConfig
 from src.device import prepare_environment
 
 prepare_environment()  # before any test imports MindSpore
@@ -41,13 +42,16 @@ LONG_FILES = (
     "tests/test_arithmetic.py",
     "tests/tools/records/test_writer.py",
 )
-# Left out by run_tests.sh --quick: whole runs, jobs, campaigns, programs, and compiled graphs;
-# beginnings of test ids.
+# Left out by run_tests.sh --quick: jobs, campaigns, programs, and compiled graphs; beginnings of
+# test ids. What needs the whole run `trained` is left out, too.
 SLOW_TESTS = (
     "tests/ascend",
-    "tests/data/test_images.py::test_a_small_file",
+    "tests/data/test_image_limits.py::test_a_small_file",
     "tests/data/test_images.py::test_damaged_jpegs",
+    "tests/deploy/test_class_names.py::test_a_thousand",
+    "tests/deploy/test_class_names.py::test_folders",
     "tests/deploy/test_convert.py",
+    "tests/deploy/test_engines.py::test_one_thread",
     "tests/deploy/test_export.py",
     "tests/deploy/test_mindspore_lite.py",
     "tests/deploy/test_onnx_writer.py::test_float16",
@@ -95,6 +99,15 @@ SLOW_TESTS = (
 )
 ROOT = Path(__file__).resolve().parents[1]
 TINY = {"embed_dims": (8, 16, 32), "num_heads": (1, 2, 4), "depths": (1, 1, 2), "num_classes": 10}
+
+
+def tiny_config(**groups):
+    """A tiny CvT on the digits; `groups` are a configuration's, `model` only the keys to change."""
+    sizes = {"name": "cvt_nano", "image_size": 32, **TINY, **groups.pop("model", {})}
+    groups.setdefault("data", DataConfig(source="digits"))
+    return Config(model=ModelConfig(**sizes), **groups)
+
+
 TINY_KEYS = [
     "--model.embed_dims=[8,16,32]",
     "--model.depths=[1,1,1]",
@@ -115,7 +128,7 @@ def pytest_collection_modifyitems(items) -> None:
         return next(found, len(LONG_FILES))
 
     for item in items:
-        if item.nodeid.startswith(SLOW_TESTS):
+        if item.nodeid.startswith(SLOW_TESTS) or "trained" in item.fixturenames:
             item.add_marker(pytest.mark.slow)
     items.sort(key=place)
 

@@ -54,6 +54,15 @@ def test_what_the_system_refuses_is_one_line(capsys, monkeypatch):
         executable(lambda argv: os.stat("/nowhere/at all"))()
 
 
+def test_a_system_without_some_of_linuxs_names_is_enough():
+    """Macs have no EREMOTEIO; Windows, which a line refuses, no hook for forks."""
+    code = (
+        "import errno, os; del errno.EREMOTEIO, os.register_at_fork; import src.errors, src.forks"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr("sys.argv", ["train.py"])
 

@@ -22,7 +22,6 @@ _SYSTEM_FOLDERS = {
     "@eadir", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "~snapshot", "lost+found",
     "$recycle.bin", "system volume information", "__macosx",
 }  # fmt: skip
-
 _THUMBNAILS = {"@eadir", "__macosx"}  # copies of images that are elsewhere
 
 
@@ -162,8 +161,8 @@ def _log_system_folders(folder: Path) -> None:
     for entry in os.scandir(folder):
         name = entry.name.lower()
         if name in _SYSTEM_FOLDERS - _THUMBNAILS and entry.is_dir():
-            files = (name for _, _, names in os.walk(entry.path) for name in names)
-            if any(is_visible(name) and name.lower().endswith(IMAGE_EXTENSIONS) for name in files):
+            files = (file for _, _, names in os.walk(entry.path) for file in names)
+            if any(is_visible(file) and file.lower().endswith(IMAGE_EXTENSIONS) for file in files):
                 _log.info(
                     "%s: left out with its images, because a system gives folders this name; "
                     "rename it if it is a class", entry.path,

@@ -13,7 +13,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn
 
-from src.build import build_model, build_preprocessing, open_split, resolve_classes
+from src.build import build_model, build_preprocessing
 from src.config import Config
 from src.config_io import load_config, run_config_of
 from src.data import Preprocessing, create_eval_loader
@@ -26,6 +26,7 @@ from src.deploy.writers import check_format, installed_engines, write_model
 from src.errors import UserError
 from src.evaluation.labels import with_class_names
 from src.files import replacing, sha256_of, write_json
+from src.splits import open_split, resolve_classes
 from src.weights import load_weights, weight_files
 
 logger = logging.getLogger("cvt")

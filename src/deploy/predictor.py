@@ -13,12 +13,7 @@ import numpy as np
 from mindspore import nn
 from PIL import Image
 
-from src.build import (
-    accelerate,
-    build_model,
-    build_preprocessing,
-    without_flash_attention,
-)
+from src.build import accelerate, build_model, build_preprocessing, without_flash_attention
 from src.config_io import find_checkpoint, load_config, run_config_of
 from src.data import Preprocessing
 from src.data.headers import SERVED_PIXELS, check_size

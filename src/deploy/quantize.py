@@ -10,13 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
-from src.build import open_checked, open_split, resolve_classes
 from src.config import Config
 from src.data import Preprocessing, Source, create_eval_loader
 from src.data.imagenet_labels import check_class_order
 from src.data.transforms import pad_batch
 from src.deploy.engines import open_model
 from src.errors import UserError
+from src.splits import open_checked, open_split, resolve_classes
 
 logger = logging.getLogger("cvt")
 CALIBRATION_IMAGES = 256

@@ -11,7 +11,7 @@ from typing import ClassVar
 import numpy as np
 from mindspore import Tensor, nn
 
-from src.build import accelerate, build_model, build_preprocessing, resolve_classes
+from src.build import accelerate, build_model, build_preprocessing
 from src.config import Config
 from src.data import Preprocessing, Source, create_eval_loader
 from src.data.transforms import pad_batch
@@ -20,6 +20,7 @@ from src.errors import UserError
 from src.evaluation.labels import LabeledSplit, open_labeled_split, with_class_names
 from src.evaluation.metrics import Metrics, Outcomes
 from src.progress import progress_bar
+from src.splits import resolve_classes
 from src.weights import load_weights
 
 logger = logging.getLogger("cvt")

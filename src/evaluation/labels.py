@@ -7,7 +7,6 @@ import logging
 from pathlib import Path
 from typing import NamedTuple
 
-from src.build import open_checked
 from src.config import Config
 from src.config_io import run_config_of
 from src.data import Source
@@ -21,6 +20,7 @@ from src.data.imagenet_labels import (
 )
 from src.distributed import SINGLE_PROCESS, Ranks
 from src.errors import UserError
+from src.splits import open_checked
 from src.weights.origin import are_imagenet, class_names_of
 
 logger = logging.getLogger("cvt")

@@ -13,16 +13,7 @@ from pathlib import Path
 from typing import IO
 
 from src.arithmetic import check_arithmetic
-from src.build import (
-    build_mixing,
-    build_model,
-    check_values,
-    open_checked,
-    open_quietly,
-    open_split,
-    resolve_classes,
-    uses_compiled,
-)
+from src.build import build_mixing, build_model, check_values, uses_compiled
 from src.config import Config
 from src.config_io import CONFIG, is_run_config, save_config
 from src.data import Source
@@ -30,6 +21,7 @@ from src.device import log_to, seed_generators, setup
 from src.distributed import SAME_FILES, Ranks
 from src.errors import UserError, join_names
 from src.models.complexity import uninitialised
+from src.splits import open_checked, open_quietly, open_split, resolve_classes
 from src.training.freeze import freeze
 from src.training.resume import flatten
 from src.training.setup import load_pretrained

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from mindspore import Tensor
 
-from src.build import build_preprocessing, open_checked, uses_compiled
+from src.build import build_preprocessing, uses_compiled
 from src.config import Config
 from src.config_io import CONFIG, save_config
 from src.data import Source
@@ -29,6 +29,7 @@ from src.errors import UserError
 from src.evaluation.evaluator import Evaluator
 from src.files import write_text
 from src.progress import progress_bar
+from src.splits import open_checked
 from src.training.resume import flatten, restore
 from src.training.setup import build_training
 from src.training.state import (

@@ -11,29 +11,24 @@ such as "teacher" does not make an average: a distilled network's teacher is ano
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from src.errors import UserError
 from src.weights.content import KeyPath, short, short_names
-from src.weights.names import split_prefix, to_ours
+from src.weights.groups import (
+    Group,
+    Grouped,
+    group_tensors,
+    is_average_of,
+    is_optimizer_state,
+    undo_swap,
+)
+from src.weights.names import to_ours
 
-# Inserted anywhere into names by torch.compile, FSDP and activation checkpointing.
-_WRAPPERS = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-_COUNTERS = ("num_batches_tracked", "global_step", "learning_rate")
-_STATISTICS = ("running_mean", "running_var", "moving_mean", "moving_variance")
 _MINDSPORE = (".gamma", ".beta", ".moving_mean", ".moving_variance")
-_AVERAGES = {"ema", "teacher", "swa", "averaged", "average", "shadow", "polyak", "avg"}
-# PyTorch's and mindspore.experimental's optimizers: exp_avg, max_exp_avg_sq, square_avg, grad_avg.
-_OPTIMIZER_WORDS = {"exp", "sq", "square", "squared", "grad", "grads", "gradient", "moment"}
-_HEADS = ("head.", "classifier.")
-_NUMBER = re.compile(r"\.(\d{1,4})(?=\.)")
-_MAX_GROUPS, _MAX_SETS = 200, 32  # ordinary files have fewer than ten
-_TOP = "top"  # the --entry name of a set without entry and prefix
 
 
 class Selection(NamedTuple):
@@ -56,55 +51,6 @@ class Selection(NamedTuple):
     notes: list[str]
 
 
-@dataclass(eq=False)
-class _Group:
-    """Tensors with known names under one entry and prefix."""
-
-    entry: KeyPath
-    prefix: str
-    paths: dict[str, KeyPath] = field(default_factory=dict)  # by the name after the prefix
-    swapped: bool = False  # the entry's name says the opposite of what it holds
-
-    @property
-    def label(self) -> str:
-        return ".".join([*self.entry, self.prefix.rstrip(".")]).strip(".") or _TOP
-
-    @property
-    def is_average(self) -> bool:
-        words = [re.split(r"[_\-\s]", part.lower()) for part in self.label.split(".")]
-        named = any(_AVERAGES & {*each} and not _OPTIMIZER_WORDS & {*each} for each in words)
-        return named != self.swapped
-
-    @property
-    def is_in_optimizer(self) -> bool:
-        return any("optim" in key.lower() for key in self.entry)
-
-    @property
-    def has_statistics(self) -> bool:
-        return any(name.endswith(_STATISTICS) for name in self.paths)
-
-    def prefix_added_by(self, copy: _Group) -> str:
-        """Return what a copy of some of these tensors has before their prefix; "" if it is none."""
-        added = copy.prefix[: len(copy.prefix) - len(self.prefix)]
-        same = self.entry == copy.entry and copy.prefix == added + self.prefix
-        is_copy = same and added[-1:] == "." and copy.paths.keys() <= self.paths.keys()
-        return added if is_copy else ""
-
-
-@dataclass
-class _Grouped:
-    """A file's tensors: groups with known names, training counters, and all others.
-
-    `complete` are the groups that are not just a few layers: they have half of the largest group's
-    tensors, or blocks in all of its stages, such as a small student of a large teacher.
-    """
-
-    groups: list[_Group]
-    complete: list[_Group]
-    counters: dict[KeyPath, str]
-    unknown: dict[KeyPath, str]  # names without what PyTorch's wrappers insert
-
-
 def select(
     tensors: Mapping[KeyPath, Any], known: Collection[str] = (), entry: str | None = None
 ) -> Selection:
@@ -121,10 +67,10 @@ def select(
     Raises:
         UserError: no weights of a known network, or several sets and no `entry`.
     """
-    grouped = _group(tensors, known)
+    grouped = group_tensors(tensors, known)
     complete = grouped.complete
-    notes = _undo_swap(grouped.groups, tensors)
-    sets = [group for group in complete if not _is_optimizer_state(group, complete)] or complete
+    notes = undo_swap(grouped.groups, tensors)
+    sets = [group for group in complete if not is_optimizer_state(group, complete)] or complete
     if not sets:
         names = grouped.unknown
         if not names:
@@ -134,7 +80,7 @@ def select(
         return Selection({p: ours[n] for p, n in names.items()}, {}, naming, False, ignored, [])
     plain = [group for group in sets if not group.is_average]
     averages = {
-        group: [other for other in plain if _is_average_of(group, other, tensors)]
+        group: [other for other in plain if is_average_of(group, other, tensors)]
         for group in sets
         if group.is_average
     }
@@ -160,112 +106,12 @@ def select(
     return Selection(names, renamed, naming, chosen in averages, ignored, notes)
 
 
-def _group(tensors: Mapping[KeyPath, Any], known: Collection[str]) -> _Grouped:
-    groups: dict[tuple[KeyPath, str], _Group] = {}
-    grouped = _Grouped([], [], {}, {})
-    for path, tensor in tensors.items():
-        name = _WRAPPERS.sub("", path[-1])
-        last = name.rpartition(".")[2]
-        split = split_prefix(name, known)
-        if split is not None:
-            key = (path[:-1], split[0])
-            group = groups.setdefault(key, _Group(*key))
-            if group.paths.setdefault(split[1], path) != path:
-                raise UserError(
-                    f"{short(split[1])} occurs twice, also as {short(path[-1])}; save it again "
-                    "without the duplicate"
-                )
-        elif last in _COUNTERS or tensor.ndim == 0 or (last == name and tensor.ndim == 1):
-            grouped.counters[path] = last  # a number or list that belongs to no layer
-        else:
-            grouped.unknown[path] = name
-    grouped.groups = list(groups.values())
-    largest = max(grouped.groups, key=lambda group: len(group.paths), default=_Group((), ""))
-    stages = _depths(largest.paths).keys()
-    grouped.complete = [
-        group
-        for group in grouped.groups
-        if 2 * len(group.paths) >= len(largest.paths)
-        or (stages and _depths(group.paths).keys() == stages)
-    ]
-    if len(grouped.groups) > _MAX_GROUPS or len(grouped.complete) > _MAX_SETS:
-        raise UserError(
-            f"its tensors have {len(groups)} different prefixes; save the weights of one CvT alone"
-        )
-    return grouped
-
-
-def _undo_swap(groups: list[_Group], tensors: Mapping[KeyPath, Any]) -> list[str]:
-    """Mark what MMEngine's EMAHook swaps before it saves; return a note if it did.
-
-    `state_dict` has the average then, and `ema_state_dict`, which counts the steps, the weights.
-    """
-    raw = ("ema_state_dict",)
-    swapped = [group for group in groups if group.entry in (raw, ("state_dict",))]
-    if (*raw, "steps") not in tensors or len({group.entry for group in swapped}) < 2:
-        return []
-    for group in swapped:
-        group.swapped = True
-    return ["saved by MMEngine's EMAHook, which puts the average into state_dict"]
-
-
-def _depths(names: Collection[str]) -> dict[str, int]:
-    """Return the largest number in each numbered list of modules: {"stage2.blocks": 9}."""
-    depths: dict[str, int] = {}
-    for name in names:
-        for found in _NUMBER.finditer(name):
-            parent, number = name[: found.start()], int(found[1])
-            depths[parent] = max(number, depths.get(parent, 0))
-    return depths
-
-
-def _equally_deep(one: _Group, other: _Group) -> bool:
-    """Return whether the stages that both have are equally deep."""
-    depths, others = _depths(one.paths), _depths(other.paths)
-    return all(depths[parent] == others[parent] for parent in depths.keys() & others.keys())
-
-
-def _is_average_of(average: _Group, plain: _Group, tensors: Mapping[KeyPath, Any]) -> bool:
-    """Return whether two sets belong to one network, so that either may fill the other's gaps.
-
-    Their tensors have equal shapes and as many blocks. An average may lack BatchNorm's statistics
-    and whole frozen modules, but no part of a module and no head.
-    """
-    shared = average.paths.keys() & plain.paths.keys()
-    if not shared or any(
-        tuple(tensors[average.paths[name]].shape) != tuple(tensors[plain.paths[name]].shape)
-        for name in shared
-    ):
-        return False
-    if not _equally_deep(average, plain):
-        return False
-    modules = {""}
-    for name in shared:
-        modules.update(name[:at] for at, letter in enumerate(name) if letter == ".")
-    gaps = average.paths.keys() ^ plain.paths.keys()
-    gaps = [name for name in gaps if not name.endswith(_STATISTICS)]
-    return not any(
-        name.rpartition(".")[0] in modules or (name.startswith(_HEADS) and name in plain.paths)
-        for name in gaps
-    )
-
-
-def _is_optimizer_state(group: _Group, complete: list[_Group]) -> bool:
-    if group.is_in_optimizer or group.is_average:
-        return group.is_in_optimizer
-    others = [other for other in complete if other is not group]
-    return not group.has_statistics and any(
-        other.has_statistics and _equally_deep(group, other) or other.prefix_added_by(group)
-        for other in others
-    )
-
-
 def _choose(
-    candidates: list[_Group],
-    complete: list[_Group],
+    candidates: list[Group],
+    complete: list[Group],
     entry: str | None,
     tensors: Mapping[KeyPath, Any],
-) -> _Group:
+) -> Group:
     """Return the set that `entry` names; without `entry`, the only one of the candidates.
 
     Raises:
@@ -298,8 +144,8 @@ def _choose(
 
 
 def _fill_gaps(
-    chosen: _Group, grouped: _Grouped, plain: list[_Group]
-) -> tuple[dict[str, KeyPath], _Group | None, list[str]]:
+    chosen: Group, grouped: Grouped, plain: list[Group]
+) -> tuple[dict[str, KeyPath], Group | None, list[str]]:
     """Add a head outside the chosen prefix, and to an average the tensors that it lacks.
 
     Args:
@@ -332,7 +178,7 @@ def _fill_gaps(
 
 
 def _classify_others(
-    chosen: _Group, base: _Group | None, grouped: _Grouped, selected: set[KeyPath]
+    chosen: Group, base: Group | None, grouped: Grouped, selected: set[KeyPath]
 ) -> tuple[dict[str, str], dict[str, KeyPath]]:
     """Classify the other tensors in the dict of the weights.
 
@@ -379,7 +225,7 @@ def _classify_others(
     return ignored, unknown
 
 
-def _provenance(chosen: _Group) -> list[str]:
+def _provenance(chosen: Group) -> list[str]:
     notes = [f"read from {' > '.join(map(short, chosen.entry))}"] if chosen.entry else []
     if chosen.prefix:
         notes.append(f"prefix {short(chosen.prefix)} removed")

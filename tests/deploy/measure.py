@@ -124,9 +124,10 @@ def flower_run(output: Path, photos: Path) -> Path:
     """A checkpoint of cvt_13 whose classes all occur among the photographs."""
     from mindspore import Tensor
 
-    from src.build import build_preprocessing, open_split, resolve_classes
+    from src.build import build_preprocessing
     from src.config_io import load_config, save_config
     from src.data import create_eval_loader
+    from src.splits import open_split, resolve_classes
     from src.weights import save_weights
     from tools.check_device.golden import official
 
@@ -151,11 +152,11 @@ def flower_run(output: Path, photos: Path) -> Path:
 
 def measure_photos(output: Path, photos: Path) -> dict:
     """Inputs and classes of a Predictor against those of the evaluation, held-out photographs."""
-    from src.build import open_split
     from src.config_io import load_config
     from src.data import create_eval_loader
     from src.deploy import Predictor
     from src.evaluation.evaluator import evaluate_checkpoint
+    from src.splits import open_split
 
     checkpoint = flower_run(output, photos)
     files = [exported(checkpoint, kind) for kind in FORMATS]
@@ -194,9 +195,9 @@ def digits_run(output: Path) -> Path:
 
 def measure_digits(output: Path) -> dict:
     """Right answers among the held-out digits: eval.py's, and a loop's over a Predictor."""
-    from src.build import open_split
     from src.config_io import load_config
     from src.deploy import Predictor
+    from src.splits import open_split
 
     checkpoint = digits_run(output)
     run("eval.py", "--ckpt", checkpoint, "--json", output / "digits.json")

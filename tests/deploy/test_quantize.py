@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import export as command
-from src.build import build_preprocessing, open_split
+from src.build import build_preprocessing
 from src.config import DataConfig
 from src.config_io import load_config
 from src.data import create_eval_loader
@@ -19,6 +19,7 @@ from src.deploy.description import read_description
 from src.deploy.engines import open_model
 from src.deploy.predictor import Predictor
 from src.errors import UserError
+from src.splits import open_split
 
 
 def export(monkeypatch, trained, *words):

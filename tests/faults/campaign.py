@@ -227,8 +227,8 @@ class Campaign:
 @functools.cache
 def trainer_of(run: Path):
     """A trainer as resuming would make it, for its readers."""
-    from src.build import open_split, resolve_classes
     from src.config_io import load_config
+    from src.splits import open_split, resolve_classes
     from src.training.trainer import Trainer
 
     config = load_config(run / "config.yaml")

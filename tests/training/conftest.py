@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from src import build
+from src import splits
 from src.data import ArraySource, open_source
 from src.plots import training_curves
 
@@ -19,5 +19,5 @@ def few_digits(monkeypatch):
         images = np.stack([source[i][0] for i in range(0, len(source), 40)])
         return ArraySource(images, source.labels[::40], source.class_names, split)
 
-    monkeypatch.setattr(build, "open_source", few)
+    monkeypatch.setattr(splits, "open_source", few)
     monkeypatch.setattr(training_curves, "plot_curves", lambda rows, file: file.touch())

@@ -3,17 +3,20 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import mindspore as ms
 import numpy as np
 import pytest
 
-from src import build
+from src import splits
+from src.build import build_model
 from src.config_io import load_config, save_config
 from src.data.loader import resolve_num_workers
 from src.device import log_to, setup
 from src.errors import UserError
-from src.training.run import train
+from src.splits import open_split
+from src.training.run import _require_equal_settings, train
 from src.training.trainer import Trainer
 from tests.training.runs import assert_equal_runs, small, small_cvt
 
@@ -73,7 +76,7 @@ def test_an_epoch_of_steps_stops_and_goes_on_as_any_other(trained, few_digits, t
     """Three steps of 50 an epoch from 100 images; stopped within the second one by an error."""
     config = small(trained, training__epoch_steps=3, training__epochs=2)
     train(config, tmp_path / "whole")
-    trainer = Trainer(config, build.open_split(config, "train"), tmp_path)
+    trainer = Trainer(config, open_split(config, "train"), tmp_path)
     orders = [trainer.loader.batches(epoch).source.items for epoch in (0, 1)]
     assert [len(order) for order in orders] == [150, 150]
     assert np.unique(np.concatenate(orders), return_counts=True)[1].tolist() == [3] * 100
@@ -100,7 +103,7 @@ def _dies_behind(epochs):
 
 def test_repeated_augmentation_reaches_the_batches(trained, few_digits, tmp_path):
     config = small(trained, augment__repeats=2)
-    trainer = Trainer(config, build.open_split(config, "train"), tmp_path)
+    trainer = Trainer(config, open_split(config, "train"), tmp_path)
     indices = trainer.loader.batches(0).source.items
     assert len(indices) == 100 and len(set(indices)) == 50
     assert np.array_equal(indices[::2], indices[1::2])
@@ -300,7 +303,7 @@ def test_cheap_checks_come_before_the_images_are_read(
     def read(*arguments, **options):
         raise AssertionError("the images are read before the recipe is checked")
 
-    monkeypatch.setattr(build, "check_files", read)
+    monkeypatch.setattr(splits, "check_files", read)
     finetune = changes.pop("finetune", None)
     config = small_cvt(
         trained, data__source="imagefolder", data__path=str(tmp_path / "data"),
@@ -322,6 +325,20 @@ def test_the_check_leaves_the_generators_as_they_were(trained, few_digits, tmp_p
     with pytest.raises(StopIteration) as caught:
         train(small_cvt(trained), tmp_path / "run")
     setup(small_cvt(trained).runtime)
-    net = build.build_model(small_cvt(trained))
+    net = build_model(small_cvt(trained))
     for parameter in net.get_parameters():
         assert np.array_equal(caught.value.value[parameter.name], parameter.asnumpy())
+
+
+def two_ranks(changes):
+    """Ranks of which the second has other values of some keys."""
+    return SimpleNamespace(
+        gather_texts=lambda text: [text, json.dumps({**json.loads(text), **changes})]
+    )
+
+
+def test_hosts_may_keep_images_elsewhere_and_other_settings_are_named(trained):
+    config = small(trained, data__path="/data/here")
+    _require_equal_settings(config, two_ranks({"data.path": "/data/there", "data.index": "x"}))
+    with pytest.raises(UserError, match=r"rank 1 has other settings .*\(optimizer.lr\); give"):
+        _require_equal_settings(config, two_ranks({"optimizer.lr": 0.5}))

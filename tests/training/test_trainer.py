@@ -3,7 +3,6 @@
 import mindspore as ms
 import pytest
 
-from src.build import resolve_classes
 from src.config import (
     AugmentConfig,
     Config,
@@ -13,6 +12,7 @@ from src.config import (
     TrainingConfig,
 )
 from src.data import open_source
+from src.splits import resolve_classes
 from src.training.state import Progress
 from src.training.trainer import Trainer
 from tests.conftest import TINY

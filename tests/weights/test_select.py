@@ -116,6 +116,11 @@ def test_of_two_plain_sets_the_user_chooses():
         select(found, entry="ema")
 
 
+def test_an_optimal_model_is_no_optimizer():
+    with pytest.raises(UserError, match="2 sets of weights: model, optimal_model"):
+        select({**tensors("model"), **tensors("optimal_model", values="other")})
+
+
 def test_the_same_tensors_in_two_places_are_one_set():
     assert len(select({**tensors("model"), **tensors("again")}).names) == len(WEIGHTS)
 

@@ -127,9 +127,9 @@ def train(config: Config, job: dict) -> Work:
 
 def data(config: Config, job: dict) -> Work:
     """Run passes of train.py's pipeline over images spread evenly over the training split."""
-    from src.build import open_split
     from src.data.loader import resolve_num_workers
     from src.distributed import SINGLE_PROCESS
+    from src.splits import open_split
     from src.training.train_loader import TrainLoader
 
     source = open_split(config, "train")

@@ -6,11 +6,12 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from src.build import build_model, build_preprocessing, image_size, open_split, resolve_classes
+from src.build import build_model, build_preprocessing, image_size
 from src.config import Config
 from src.data import Source
 from src.errors import UserError
 from src.models.complexity import complexity, uninitialised
+from src.splits import open_split, resolve_classes
 from tools.study.cells import Cell
 
 

@@ -97,8 +97,9 @@ def _export(setting: Setting, kind: str, *words: str) -> Finding:
 
 def _weights(folder: Path) -> Path:
     """Write random weights with a run's configuration beside them."""
-    from src.build import build_model, open_split, resolve_classes
+    from src.build import build_model
     from src.config_io import CONFIG, load_config, save_config
+    from src.splits import open_split, resolve_classes
     from src.weights import save_weights
 
     checkpoint = folder / "export" / "weights.ckpt"
