@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Install the test tools, check the style and run the tests, with a worker for each core, up to 16.
+# Install the test tools, check the style and run the tests, with a worker more than cores, up to 17.
 #   bash scripts/run_tests.sh                everything
 #   bash scripts/run_tests.sh --quick        without distributed jobs, fault campaigns and full-size networks
 #   bash scripts/run_tests.sh tests/models   other arguments go to pytest
@@ -17,10 +17,11 @@ if command -v shellcheck >/dev/null; then
 else
   echo "shellcheck is not installed: skipping the shell scripts"
 fi
-# Each worker runs MindSpore, which takes up to 2 GB.
+# One worker more than cores, because some wait for the processes of their test. Each runs MindSpore,
+# which takes up to 2 GB.
 PYTEST_XDIST_AUTO_NUM_WORKERS=${PYTEST_XDIST_AUTO_NUM_WORKERS-$("$PYTHON" -c 'import psutil
 from src.cores import cpu_count
-print(max(1, min(cpu_count(), 16, psutil.virtual_memory().available >> 31)))')}
+print(max(1, min(cpu_count() + 1, 17, psutil.virtual_memory().available >> 31)))')}
 export PYTEST_XDIST_AUTO_NUM_WORKERS
 words=(-n auto --dist loadfile --no-loadscope-reorder)
 if [ "${1-}" = --quick ]; then

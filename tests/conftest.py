@@ -143,23 +143,10 @@ def pytest_collection_finish() -> None:
 
 
 @contextlib.contextmanager
-def file_lock(path: Path, exclusive: bool = True):
+def file_lock(path: Path):
     """Hold a lock among the workers of a run."""
     with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
-        yield
-
-
-@pytest.fixture(autouse=True)
-def cores(request, shared_folder):
-    """Run a test that is marked `all_cores` alone, the others beside each other.
-
-    Every test passes the gate, so that one that waits for the others to end is not overtaken.
-    """
-    alone = request.node.get_closest_marker("all_cores") is not None
-    with contextlib.ExitStack() as lock:
-        with file_lock(shared_folder / "gate"):
-            lock.enter_context(file_lock(shared_folder / "cores", exclusive=alone))
+        fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 

@@ -115,7 +115,6 @@ class Heavy(nn.Cell):
         return rows[:1]
 
 
-@pytest.mark.all_cores
 @pytest.mark.parametrize("kind", ["network", "mindir"])
 def test_one_thread_takes_one_core(tmp_path, kind):
     images = np.random.default_rng(0).standard_normal((1, 3, 12, 12)).astype(np.float32)

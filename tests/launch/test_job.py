@@ -22,7 +22,6 @@ TRAIN = ["bash", str(ROOT / "scripts/run_distribute_train.sh"), "config/digits/c
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.all_cores,
     pytest.mark.skipif(
         len(os.sched_getaffinity(0)) < 2 if hasattr(os, "sched_getaffinity") else True,
         reason="two CPU ranks need two cores",
@@ -160,7 +159,7 @@ def test_evaluation_counts_every_image_once_on_any_number_of_ranks(
             str(ROOT / "eval.py"), f"--ckpt={trained / 'checkpoints/best.ckpt'}",
             "--data.source=imagefolder", f"--data.path={tmp_path / 'data'}",
             "--data.workers=1", "--evaluation.batch_size=64", f"--json={tmp_path}/{world}.json",
-            f"--report={tmp_path}/report{world}", "--runtime.mode=pynative",
+            f"--report={tmp_path}/report{world}",
         ]  # fmt: skip
         if world == 1:
             monkeypatch.setattr(sys, "argv", words)

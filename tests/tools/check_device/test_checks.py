@@ -53,7 +53,7 @@ def run(names, folder, fault=None):
                      "forward pass", marks=pytest.mark.slow),
         pytest.param("norm_of_each_rank", ["collectives", "data parallel"], {"data parallel"},
                      "a rank updates by numbers of its own",
-                     marks=[pytest.mark.slow, pytest.mark.all_cores, two_cores]),
+                     marks=[pytest.mark.slow, two_cores]),
     ],
 )  # fmt: skip
 def test_a_fault_fails_the_checks_that_it_should(fault, names, expected, words, tmp_path):
