@@ -6,12 +6,6 @@ case ${PYTHON-} in
   */*) PYTHON=$PWD/$PYTHON ;;
 esac
 
-# Memory in huge pages where the kernel leaves the choice to programs: graphs compile and run faster,
-# see docs/performance.md. Only pages of 2 MiB; other kernels' are too large to pay.
-if [ "$(cat /sys/kernel/mm/transparent_hugepage/hpage_pmd_size 2>/dev/null)" = 2097152 ]; then
-  export GLIBC_TUNABLES=${GLIBC_TUNABLES-glibc.malloc.hugetlb=1}
-fi
-
 # environment FILE: set $PYTHON to an interpreter with all packages of FILE: the active one if
 # `import mindspore` works (an Ascend host), otherwise .venv, created with $PYTHON (default python3)
 # and filled in one pip call.

@@ -70,21 +70,6 @@ def environment_of(folder, **variables):
     )
 
 
-@pytest.mark.parametrize("own", [None, "glibc.malloc.check=0"])
-def test_huge_pages_where_they_are_of_two_mebibytes(own):
-    """Unless the user has settings of the C library."""
-    size = Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size")
-    huge = size.exists() and size.read_text().strip() == "2097152"
-    clean = {key: value for key, value in os.environ.items() if key != "GLIBC_TUNABLES"}
-    done = subprocess.run(
-        ["bash", "-c", f"source {ROOT}/scripts/environment.sh; env"],
-        env={**clean, **({"GLIBC_TUNABLES": own} if own else {})}, capture_output=True, text=True,
-    )  # fmt: skip
-    found = [line for line in done.stdout.splitlines() if line.startswith("GLIBC_TUNABLES=")]
-    expected = own or ("glibc.malloc.hugetlb=1" if huge else None)
-    assert found == ([f"GLIBC_TUNABLES={expected}"] if expected else [])
-
-
 def test_an_installed_environment_needs_no_other_interpreter(tmp_path):
     """Where python3 is too new, or gone, .venv still has its own."""
     installed(tmp_path, "3.11")
