@@ -59,7 +59,7 @@ print('numpy<2' if old else 'numpy')" 2>/dev/null | tail -n 1) || return
   digest=$(cat requirements.txt "$requirements" | cksum)
   if ! is_complete .venv || [ "$(cat "$stamp" 2>/dev/null)" != "$digest" ]; then
     echo "installing $requirements into .venv (a minute or two, once)"
-    is_complete .venv || { "$base" -m venv --clear .venv && uname -m >.venv/machine; } || return
+    is_complete .venv || make_venv "$base" || return
     .venv/bin/python -m pip install -q --disable-pip-version-check -r "$requirements" || return
     echo "$digest" >"$stamp"
   fi
@@ -69,6 +69,19 @@ print('numpy<2' if old else 'numpy')" 2>/dev/null | tail -n 1) || return
 # is_complete VENV: it has Python and pip. Without Debian's python3-venv, only Python is made.
 is_complete() {
   [ -x "$1/bin/python" ] && [ -x "$1/bin/pip" ]
+}
+
+# make_venv PYTHON: make .venv, in place of one that was left unfinished, but of nobody else's.
+make_venv() {
+  local code=0
+  if [ -L .venv ] || { [ -e .venv ] && [ ! -e .venv/machine ]; }; then
+    echo "error: .venv has no pip and was not made by this script; activate it, install pip in it, or" \
+      "move it away" >&2
+    return 2
+  fi
+  "$1" -m venv --clear .venv || code=$?
+  [ ! -d .venv ] || uname -m >.venv/machine
+  return "$code"
 }
 
 # same_version PYTHON PYTHON: refuse to use the second for the first if their versions differ.

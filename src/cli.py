@@ -128,7 +128,7 @@ def find_resumed_run(argv: Sequence[str]) -> tuple[Path | bool | None, list[str]
         name, _, value = word.partition("=")
         if name == "--resume":
             value = value or ("" if following.startswith("--") else following)
-            state = Path(value).expanduser() if value else False
+            state = Path(os.path.expanduser(value)) if value else False
     if state and not state.exists():
         raise UserError(
             f"--resume {state}: no such file; a run's states are in its checkpoints folder"

@@ -233,7 +233,8 @@ def _check_mapping(path: Path, schema: type) -> None:
     except (ValueError, yaml.YAMLError) as error:  # ValueError: also for an invalid date
         reason = shorten(" ".join(str(error).split()), 200)
         raise UserError(f"--config {path}: invalid YAML: {reason}") from None
-    if text.startswith(_HEADER) and not text.splitlines()[-1].startswith("# "):
+    # The last line that save_config writes is a comment; lines that a user added may follow.
+    if text.startswith(_HEADER) and not re.search("^# ", text[1:], re.M):
         raise UserError(f"--config {path}: truncated, its last line is missing; restore the file")
     if not isinstance(content, dict):
         raise UserError(
@@ -249,6 +250,8 @@ def _check_mapping(path: Path, schema: type) -> None:
             name = f"{key}.{next(iter(value))}" if isinstance(value, dict) and value else str(key)
             near = nearest_key(name, dotted)
             hint = f"did you mean {near}? " if near else ""
+            if path.name == CONFIG and not text.startswith(_HEADER):  # found beside the weights
+                hint = "if it is another program's, give a recipe with --config; "
             raise UserError(
                 f"{path}: unknown key {shorten(name)}: {hint}a recipe has the groups "
                 f"{', '.join(groups)}"

@@ -69,7 +69,12 @@ def _require_compatible_numpy() -> None:
 
 def _scratch_folder() -> Path:
     """Return this user's folder in the temporary folder, where others may have created its name."""
-    folder = Path(tempfile.gettempdir()) / f"cvt-mindspore-{os.getuid()}"
+    try:
+        folder = Path(tempfile.gettempdir()) / f"cvt-mindspore-{os.getuid()}"
+    except FileNotFoundError:
+        raise UserError(
+            "no folder for temporary files can be written; free some space, or set TMPDIR to one"
+        ) from None
     try:
         folder.mkdir(mode=0o700)
     except FileExistsError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -149,10 +150,10 @@ def open_checked(
             "read, and a damaged header can end it without a message", source.title
         )  # fmt: skip
         return source
-    index = Path(data.index).expanduser() if data.index else run and run / INDEX_FILE
+    index = Path(os.path.expanduser(data.index)) if data.index else run and run / INDEX_FILE
     files = [source.file(k) for k in range(len(source))]
     entries = check_files(
-        files, Path(data.path).expanduser(), index,
+        files, Path(os.path.expanduser(data.path)), index,
         write=keep, workers=data.workers, progress=progress_bar, ranks=ranks,
     )  # fmt: skip
     faults = {k: entry.fault for k, entry in enumerate(entries) if entry.fault}

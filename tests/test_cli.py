@@ -54,6 +54,9 @@ def test_a_key_of_a_saved_configuration_can_be_edited(tmp_path):
     assert '"weight_decay": 0.05' in text
     file.write_text(text.replace('"weight_decay": 0.05', '"weight_decay": 0.06'))
     assert load_config(file).optimizer.weight_decay == 0.06
+    for more in ("\n", " \n", "# by hand\n"):
+        file.write_text(text + more)
+        assert load_config(file) == Config()
     count = text.count("\n")
     for lines in (1, 2, *range(5, count, 5), count - 1):
         file.write_text("".join(text.splitlines(keepends=True)[:lines]))

@@ -6,6 +6,7 @@ import os
 import stat
 import tempfile
 from pathlib import Path
+from unittest.mock import Mock
 
 import mindspore as ms
 import numpy as np
@@ -174,6 +175,12 @@ def test_the_scratch_folder_is_the_users_alone(scratch):
         del os.environ[name]
     scratch.chmod(0o755)  # of an earlier version
     assert chosen() == scratch
+
+
+def test_no_folder_for_temporary_files_is_told(scratch, monkeypatch):
+    monkeypatch.setattr(tempfile, "gettempdir", Mock(side_effect=FileNotFoundError(2, "none")))
+    with pytest.raises(UserError, match="no folder for temporary files can be written; .*TMPDIR"):
+        prepare_environment()
 
 
 @pytest.mark.parametrize("planted", ["link", "file", "open folder"])

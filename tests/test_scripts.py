@@ -82,8 +82,24 @@ def test_an_environment_without_pip_is_made_anew(tmp_path):
     """As Debian leaves it where python3-venv is missing; the user then installs that."""
     installed(tmp_path, "3.11")
     (tmp_path / ".venv/bin/pip").unlink()
+    (tmp_path / ".venv/machine").write_text("any\n")
     done = environment_of(tmp_path, PYTHON=interpreter(tmp_path / "python", "3.11"))
     assert done.returncode == 0 and "ran -m venv --clear .venv" in done.stdout, done.stderr
+    assert (tmp_path / ".venv/machine").read_text() != "any\n"
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_an_environment_of_the_users_is_not_replaced(tmp_path, linked):
+    """As uv makes it, without pip; or a link to one that is elsewhere."""
+    installed(tmp_path, "3.11")
+    (tmp_path / ".venv/bin/pip").unlink()
+    if linked:
+        (tmp_path / ".venv/machine").write_text("any\n")
+        (tmp_path / ".venv").rename(tmp_path / "elsewhere")
+        (tmp_path / ".venv").symlink_to("elsewhere")
+    done = environment_of(tmp_path, PYTHON=interpreter(tmp_path / "python", "3.11"))
+    assert done.returncode == 2 and "was not made by this script" in done.stderr
+    assert "--clear" not in done.stdout
 
 
 @pytest.mark.parametrize(("version", "code"), [("3.11", 0), ("3.10", 2)])

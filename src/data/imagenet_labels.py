@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -117,7 +118,7 @@ def load_real(path: str | None) -> list[list[int]]:
         raise UserError("data.labels real: needs ReaL's real.json; give --data.labels_file FILE")
     remedy = "give real.json of github.com/google-research/reassessed-imagenet"
     try:
-        content = read_json(Path(path).expanduser())
+        content = read_json(Path(os.path.expanduser(path)))
     except OSError as error:
         raise UserError(f"data.labels_file {path}: {error.strerror}; {remedy}") from None
     except ValueError:

@@ -63,13 +63,14 @@ def open_source(
     else:
         if not path:
             raise UserError(f"data source {name} needs a folder; give it with --data.path FOLDER")
-        root = Path(path).expanduser()
+        root = Path(os.path.expanduser(path))
         if not root.is_dir():
             raise UserError(f"{root}: no such folder; give the data's folder with --data.path")
         folder = root / (train_folder if split == "train" else val_folder)
         if name == "imagefolder":
             if not folder.is_dir():
                 raise UserError(_describe_missing(root, folder, split))
+            _require_separate(root, train_folder, val_folder)
             return _imagefolder(folder, root / train_folder, split, title, class_names)
         if name == "mindrecord":
             return open_records(folder, title, class_names)
@@ -123,6 +124,21 @@ def _imagefolder(
     if split == "val":
         _warn_absent_classes(folder, source)
     return source
+
+
+def _require_separate(root: Path, train_folder: str, val_folder: str) -> None:
+    """Check that no split's folder is inside the other's, where it would be a class.
+
+    Raises:
+        UserError: one is.
+    """
+    train, val = (root / train_folder).resolve(), (root / val_folder).resolve()
+    for key, outer, inner in (("train", train, val), ("val", val, train)):
+        if outer in inner.parents and inner.is_dir():
+            raise UserError(
+                f"data.{key}_folder: {outer} contains the other split's folder {inner}; move the "
+                "class folders into one of their own"
+            )
 
 
 def _describe_missing(root: Path, folder: Path, split: str) -> str:

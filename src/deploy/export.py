@@ -8,6 +8,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mindspore as ms
 import numpy as np
@@ -80,6 +81,8 @@ def export(
             differ from the checkpoint's.
     """
     check_format(options.file_format, options.batch_size, device)
+    if options.file_format == "onnx" and not _is_utf_8(output):
+        raise UserError(f"--output {output}: engines open only names in UTF-8; give another")
     if options.quantize:
         check_quantizer()
     run = run_config_of(checkpoint)
@@ -117,13 +120,21 @@ def export(
                     size,
                     run and run.parent,
                 )
-            _write_description(
-                config, checkpoint, output, options, preprocessing, names, quantization
+            description = _describe(
+                config, checkpoint, partial, options, preprocessing, names, quantization
             )
+            write_json(description, f"{output}.json")
     except OSError as error:
         raise UserError(f"{output}: {error.strerror}; give another --output") from error
     size = output.stat().st_size / 2**20
     logger.info("wrote %s (%.1f MiB) and %s.json", output, size, output.name)
+
+
+def _is_utf_8(path: Path) -> bool:
+    try:
+        return bool(str(path.resolve()).encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def _with_classes_of(config: Config, run: Config) -> Config:
@@ -141,16 +152,16 @@ def _with_classes_of(config: Config, run: Config) -> Config:
     return dataclasses.replace(config, model=model, data=data)
 
 
-def _write_description(
+def _describe(
     config: Config,
     checkpoint: Path,
-    output: Path,
+    file: Path,
     options: ExportOptions,
     preprocessing: Preprocessing,
     class_names: list[str] | None,
     quantization: dict | None,
-) -> None:
-    """Write `output`.json; null in the input shape means any batch size."""
+) -> dict[str, Any]:
+    """Return the description of an exported file; None in the input shape means any batch size."""
     description = {
         "model": config.model.name,
         "format": options.file_format,
@@ -160,6 +171,7 @@ def _write_description(
         "class_names": class_names,
         "weight_dtype": options.weight_dtype,
         "precision": options.precision,
+        "file_sha256": sha256_of(file),
         "checkpoint": checkpoint.name,
         "checkpoint_sha256": sha256_of(*weight_files(checkpoint)),
         "mindspore": ms.__version__,
@@ -170,7 +182,7 @@ def _write_description(
         from src.deploy.onnx_graph import OPSET  # needs onnx
 
         description["opset"] = OPSET
-    write_json(description, f"{output}.json")
+    return description
 
 
 def _load_images(config: Config, preprocessing: Preprocessing) -> np.ndarray:
@@ -180,7 +192,7 @@ def _load_images(config: Config, preprocessing: Preprocessing) -> np.ndarray:
         operations = preprocessing.operations(source.encoded)
         batches = create_eval_loader(source, operations, min(CHECKED_IMAGES, len(source)))
         images, _ = next(batches.iterate(output_numpy=True))
-    except UserError as error:
+    except (UserError, OSError) as error:  # such as a folder of somebody else's
         logger.info("compared on noise, because the images are not available (%s)", error)
         shape = (CHECKED_IMAGES, 3, *preprocessing.image_size)
         images = np.random.default_rng(0).standard_normal(shape).astype(np.float32)

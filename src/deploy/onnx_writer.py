@@ -63,8 +63,9 @@ def write_onnx(
     feature = write(graph, net, tuple(shape[2:]))  # [B, C]
     if net.num_classes:
         feature = graph.linear(feature, "head", *_affine(net.head))
-    onnx.save(graph.model(graph.cast(feature, "float32"), shape, classes), path)
-    onnx.checker.check_model(str(path), full_check=True)
+    model = graph.model(graph.cast(feature, "float32"), shape, classes)
+    onnx.checker.check_model(model, full_check=True)
+    onnx.save(model, path)
 
 
 def _cvt(graph: OnnxGraph, net: CvT, size: tuple[int, int]) -> str:

@@ -133,11 +133,11 @@ def _train_command(config: str, data: str, target: str, keys: list[str]) -> list
         )
     words = ["--config", str(file.resolve())]
     if data != "-":
-        if not Path(data).expanduser().exists():
+        if not Path(os.path.expanduser(data)).exists():
             raise UserError(
                 f"DATA {data}: no such folder; give a data folder, or - for the recipe's data.path"
             )
-        words += ["--data.path", str(Path(data).expanduser().resolve())]
+        words += ["--data.path", str(Path(os.path.expanduser(data)).resolve())]
     words += ["--runtime.device", target, *keys]
     _, words = find_resumed_run(words)
     words, output = take_option(words, "--output")
@@ -148,7 +148,7 @@ def _train_command(config: str, data: str, target: str, keys: list[str]) -> list
         parser.add_argument("--finetune", type=str)
 
     parse(words, "train.py", "", add_arguments)  # reports an invalid key once, not once per rank
-    output = Path(output or default_output(str(file))).expanduser()
+    output = Path(os.path.expanduser(output or default_output(str(file))))
     return [str(ROOT / "train.py"), *words, "--output", str(output.resolve())]
 
 

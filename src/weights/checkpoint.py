@@ -65,7 +65,7 @@ def save_checkpoint(
             ms.save_checkpoint(
                 entries, str(unfinished), append_dict=extra or None, crc_check=True, format=kind
             )
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: cannot be written: {reason}; give another path") from error
     finally:

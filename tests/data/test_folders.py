@@ -151,6 +151,23 @@ def test_images_without_class_folders_and_a_folder_of_another_name(flowers):
         labelled(flowers, "val")
 
 
+@pytest.mark.parametrize(
+    ("folders", "key"), [({"train_folder": "."}, "train"), ({"val_folder": "."}, "val")]
+)
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_split_inside_the_other_is_refused(flowers, folders, key, split):
+    """Its folder would be a class, and its images in both splits."""
+    with pytest.raises(UserError, match=f"data.{key}_folder: .* contains the other split's folder"):
+        open_source("imagefolder", str(flowers), split, **folders)
+
+
+def test_a_folder_whose_name_begins_with_a_tilde(flowers, monkeypatch):
+    """It stands for nobody's home."""
+    monkeypatch.chdir(flowers.parent)
+    flowers.rename("~photos")
+    assert len(open_source("imagefolder", "~photos", "train")) > 0
+
+
 # names
 
 

@@ -2,11 +2,14 @@
 
 import copy
 import dataclasses
+import errno
 import json
 import logging
+import os
 import re
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import mindspore as ms
 import numpy as np
@@ -192,9 +195,13 @@ def test_a_file_whose_logits_differ_is_not_kept(run, tmp_path, monkeypatch, file
     assert output.is_file()
 
 
-def test_without_the_data_noise_is_compared(run, tmp_path, caplog):
+@pytest.mark.parametrize("place", ["gone", "somebody's"])
+def test_without_the_data_noise_is_compared(run, tmp_path, caplog, monkeypatch, place):
     config, checkpoint = run
-    config.data.source, config.data.path = "imagefolder", str(tmp_path / "gone")
+    config.data.source, config.data.path = "imagefolder", str(tmp_path / place)
+    if place != "gone":
+        refusal = PermissionError(errno.EACCES, "Permission denied")
+        monkeypatch.setattr(room, "open_split", Mock(side_effect=refusal))
     names = config.data.class_names
     config.model.num_classes = config.data.class_names = None  # as in a recipe: those of the run
     with caplog.at_level("INFO", logger="cvt"):
@@ -293,6 +300,13 @@ def test_what_mindspore_cannot_write_is_one_line(run, tmp_path, monkeypatch):
     monkeypatch.setattr(ms, "export", fails)
     with pytest.raises(UserError, match="as mindir: Exporting PadV3 .* supported.$"):
         room.export(*run, tmp_path / "m.mindir", ExportOptions(), "CPU")
+
+
+def test_an_onnx_file_has_a_name_that_engines_can_open(run, tmp_path):
+    output = tmp_path / os.fsdecode(b"caf\xe9.onnx")
+    with pytest.raises(UserError, match=r"caf.\.onnx: engines open only names in UTF-8"):
+        room.export(*run, output, ExportOptions("onnx"), "CPU")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_place_that_cannot_be_written_is_one_line(run, tmp_path):

@@ -83,6 +83,19 @@ def test_the_description_beside_the_file(trained, exported):
     assert json.loads((exported / "four.mindir.json").read_text())["input_shape"][0] == 4
 
 
+def test_the_description_of_another_file_is_refused(exported, tmp_path):
+    """Its classes may be in another order; files of earlier versions do not say whose it is."""
+    model, beside = tmp_path / "any.mindir", tmp_path / "any.mindir.json"
+    shutil.copy(exported / "four.mindir", model)
+    shutil.copy(exported / "any.mindir.json", beside)
+    with pytest.raises(UserError, match="any.mindir: not the file that any.mindir.json describes"):
+        Predictor(model)
+    description = json.loads(beside.read_text())
+    del description["file_sha256"]
+    beside.write_text(json.dumps(description))
+    Predictor(model)
+
+
 def test_models_that_cannot_be_used(exported, tmp_path, digits):
     with pytest.raises(UserError, match="no such file"):
         Predictor(tmp_path / "none.mindir")
@@ -95,7 +108,9 @@ def test_models_that_cannot_be_used(exported, tmp_path, digits):
     (tmp_path / "a.mindir.json").write_text("{}")
     with pytest.raises(UserError, match="not what export.py wrote"):
         Predictor(tmp_path / "a.mindir")
-    (tmp_path / "a.mindir.json").write_text((exported / "any.mindir.json").read_text())
+    description = json.loads((exported / "any.mindir.json").read_text())
+    del description["file_sha256"]
+    (tmp_path / "a.mindir.json").write_text(json.dumps(description))
     with pytest.raises(UserError, match="damaged, or not a MINDIR"):
         Predictor(tmp_path / "a.mindir")
     (tmp_path / "bad.png").write_bytes(b"nothing")
@@ -116,7 +131,7 @@ def test_onnx_agrees_with_its_checkpoint(trained, digits, tmp_path, run_here):
         assert [each.label for each in ranked] == [each.label for each in same]
         assert ranked[0].probability == pytest.approx(same[0].probability, rel=1e-4)
     (tmp_path / "m.onnx").write_bytes(b"nothing")
-    with pytest.raises(UserError, match="damaged, or not an ONNX"):
+    with pytest.raises(UserError, match="m.onnx: not the file that m.onnx.json describes"):
         Predictor(tmp_path / "m.onnx")
 
 

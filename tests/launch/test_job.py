@@ -128,18 +128,19 @@ def test_a_stopped_job_saves_at_one_step_and_ends_with_143(tmp_path, free_port, 
 def test_a_users_error_in_the_ranks_is_told_once_and_quickly(hostile_folder, free_port):
     """Here a batch larger than the data; the scheduler alone would wait ten minutes.
 
-    Neither msrun nor a rank imports from the folder that the job is started in.
+    Neither msrun nor a rank imports from the folder that the job is started in, and msrun gives no
+    path to a shell.
     """
     tmp_path = hostile_folder
     start = time.time()
     done = subprocess.run(
-        [*TRAIN, "2", "--output", "run", "--data.train_images=30"],
+        [*TRAIN, "2", "--output", "run$(touch ran-shell)", "--data.train_images=30"],
         cwd=tmp_path, env=environment(free_port), capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 2 and time.time() - start < 60
     assert "train.py: error: digits (train): 30 images are not one batch of 64" in done.stderr
     assert "Traceback" not in done.stderr
-    assert not (tmp_path / "run" / "config.yaml").exists()
+    assert not list(tmp_path.glob("run*/config.yaml"))
     assert not list(hostile_folder.glob("ran-*"))
 
 

@@ -6,11 +6,13 @@ import struct
 import time
 import tracemalloc
 from pathlib import Path
+from unittest.mock import Mock
 
 import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import Tensor
+from safetensors import SafetensorError
 
 from src.errors import UserError
 from src.weights import save_checkpoint, save_weights
@@ -227,6 +229,15 @@ def test_forged_safetensors_are_refused(tmp_path, header, pattern):
     path = tmp_path / "x.safetensors"
     path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(24))
     refuse(path, pattern)
+
+
+def test_a_full_disk_is_named(tmp_path, monkeypatch):
+    """safetensors has an exception of its own for it."""
+    full = Mock(side_effect=SafetensorError("I/O error: No space left on device"))
+    monkeypatch.setattr("mindspore.train.serialization.save_file", full)
+    with pytest.raises(UserError, match="x.safetensors: cannot be written: .*No space left"):
+        save_weights({"w": Tensor([1.0])}, tmp_path / "x.safetensors")
+    assert full.called and not list(tmp_path.iterdir())
 
 
 def test_places_that_cannot_be_written_are_refused(tmp_path, capfd):

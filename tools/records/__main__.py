@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from src.cli import parse
@@ -48,13 +49,13 @@ def main(argv: list[str]) -> None:
     from src.data.records import verify
     from tools.records.writer import Options, convert
 
-    target = Path(arguments.dst).expanduser()
+    target = Path(os.path.expanduser(arguments.dst))
     if arguments.src:
         options = Options(
             arguments.images_per_shard, arguments.workers, arguments.skip_broken, arguments.force
         )
         folders = {name: getattr(arguments, name) for name in ("train_folder", "val_folder")}
-        done = convert(Path(arguments.src).expanduser(), target, options, **folders)
+        done = convert(Path(os.path.expanduser(arguments.src)), target, options, **folders)
         for name, split in done.items():
             print(
                 f"{target / name}: {split.images} images in {split.shards} shards ({split.kept} "
