@@ -24,7 +24,7 @@ usage: bash scripts/run_distribute_train.sh CONFIG DATA [DEVICE_NUM] [--dry_run]
 
   CONFIG       recipe, for example config/imagenet/cvt_13_224.yaml
   DATA         data folder, or - for the recipe's data.path
-  DEVICE_NUM   devices to use on this host (default: all visible devices)
+  DEVICE_NUM   devices to use on this host (default: all visible devices), the same on all hosts
   --dry_run    print each rank's command and environment without starting it
   --bind_core  let msrun bind each rank to cores near its device, or to the cores you give:
                --bind_core='{"device0": ["0-11"], "device1": ["12-23"]}'

@@ -32,7 +32,10 @@ SET_BY_MSRUN = ("MS_WORKER_NUM", "MS_SCHED_HOST", "MS_SCHED_PORT", "MS_ROLE", "R
 ERROR_LINE = re.compile(r"([\w.]+: )?[\w.]*(error|Error|Interrupt)\b.*: .")
 # MindSpore's messages when a rank of another host has exited or is unreachable.
 CLUSTER_ERROR = re.compile(r"state of the cluster is error|meta server|heartbeat", re.IGNORECASE)
-OTHER_HOST = "; a rank of another host exited or is unreachable: see that host's log"
+OTHER_HOST = (
+    "; a rank of another host exited or is unreachable: see that host's log, and whether all hosts "
+    "use the same DEVICE_NUM"
+)
 # msrun's message when a rank has failed: process id, exit code (negative: signal).
 RANK_FAILED = re.compile(r"Worker process (\d+) exit with exception. Error code: (-?\d+)")
 USER_ERROR = re.compile(r"^[\w.]+\.py: error: ", re.MULTILINE)  # from `src.errors.executable`
