@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import json
 import logging
 import math
@@ -189,10 +188,6 @@ class Trainer:
             if not self.graph_compiled:
                 result[0].asnumpy()  # waits for the first step, which compiles
                 self.graph_compiled, timed = True, 0
-                # What importing and compiling made stays; the collector went through it again and
-                # again, which took 4 % of a small network's step.
-                gc.collect()
-                gc.freeze()
                 start = last_logged = time.perf_counter()
                 self.stop_signal.defer_signals()
             if self.stop_signal.should_stop():
