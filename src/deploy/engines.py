@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -18,6 +19,7 @@ from src.kernels.library import set_threads
 
 ENGINES = ("auto", "openvino", "onnxruntime", "mindspore")
 Run = Callable[[np.ndarray], np.ndarray]  # float32 [B, 3, H, W] -> logits [B, num_classes]
+TELEMETRY = "openvino_telemetry"  # a package that comes with OpenVINO
 # MindSpore 2.8 crashes if two threads run operators or graphs at once, even of different networks.
 MINDSPORE_LOCK = threading.RLock()
 
@@ -242,11 +244,20 @@ _OPENERS = {"openvino": _open_openvino, "onnxruntime": _open_onnxruntime}
 
 
 def _import_optional(name: str) -> Any:
-    """Import an optional dependency; None if it is not installed."""
+    """Import an optional dependency; None if it is not installed.
+
+    OpenVINO is imported without its telemetry, which forks the process to report each import to a
+    server. If it has been imported before, it already has.
+    """
+    blocked = [TELEMETRY] if name == "openvino" and TELEMETRY not in sys.modules else []
+    sys.modules.update(dict.fromkeys(blocked))  # None: OpenVINO takes it as not installed
     try:
         return __import__(name)
     except ImportError:
         return None
+    finally:
+        for each in blocked:
+            del sys.modules[each]
 
 
 def _reason(error: Exception) -> str:

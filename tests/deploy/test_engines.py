@@ -1,6 +1,8 @@
 """Engines on tiny graphs: from any thread, after a fork, and files that do more than arithmetic."""
 
 import os
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -15,6 +17,7 @@ from src.deploy.engines import Session, mindspore_session, open_model
 from src.errors import UserError
 from src.forks import KERNEL_THREADS, thread_names
 from src.kernels import functions
+from tests.conftest import ROOT
 
 onnx = pytest.importorskip("onnx")
 CLASSES, SHAPE = 5, (3, 3, 8, 8)
@@ -246,6 +249,24 @@ def test_the_engine_is_chosen(files, monkeypatch):
         open_model(files["mindspore"], "openvino")
     with pytest.raises(UserError, match="engine tvm: must be one of auto"):
         open_model(files["mindspore"], "tvm")
+
+
+def test_openvino_does_not_report_its_use(tmp_path):
+    """In a process that has not imported it; its telemetry remains for whoever imports it."""
+    pytest.importorskip("openvino_telemetry")
+    script = (
+        "import sys; from src.deploy import engines\n"
+        "engines._import_optional('openvino').Core()\n"
+        "from openvino.tools.ovc import telemetry_utils\n"
+        "print(telemetry_utils.tm.__name__, engines.TELEMETRY in sys.modules)\n"
+        "import openvino_telemetry"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True
+    )
+    assert done.stdout.split() == ["openvino.tools.ovc.telemetry_stub", "False"], done.stderr
+    assert done.returncode == 0, done.stderr
 
 
 def test_onnxruntime_computes_on_the_cpu_whatever_else_it_offers(files, monkeypatch):
