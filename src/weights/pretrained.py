@@ -43,7 +43,7 @@ _PRETRAINED = (
         "cvt_nano",
         "cifar10",
         10,
-        "e12970b771ee3bf5563996d91343ca78e777413f5ae71281e2140dfd65021043",
+        "dd3e5084461bdf560b26ce31e9be6571b1cb189d8500dee73ff080439b2d91e3",
     ),
 )
 
