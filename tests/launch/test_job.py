@@ -71,7 +71,10 @@ def endless(tmp_path, free_port, graphs, *words):
         )  # fmt: skip
     try:
         deadline = time.time() + 120
-        while time.time() < deadline and not re.search(r"epoch \d+/", said.read_text()):
+        state = tmp_path / "run/checkpoints/last.ckpt"
+        while time.time() < deadline and not (
+            re.search(r"epoch \d+/", said.read_text()) and state.exists()
+        ):
             assert job.poll() is None, said.read_text()
             time.sleep(0.2)
         yield job, said
