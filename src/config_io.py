@@ -250,11 +250,12 @@ def _check_mapping(path: Path, schema: type) -> None:
             name = f"{key}.{next(iter(value))}" if isinstance(value, dict) and value else str(key)
             near = nearest_key(name, dotted)
             hint = f"did you mean {near}? " if near else ""
-            if path.name == CONFIG and not text.startswith(_HEADER):  # found beside the weights
-                hint = "if it is another program's, give a recipe with --config; "
+            is_foreign = path.name == CONFIG and not text.startswith(_HEADER)
             raise UserError(
                 f"{path}: unknown key {shorten(name)}: {hint}a recipe has the groups "
                 f"{', '.join(groups)}"
+                + "; if the file is another program's, give a recipe with --config"
+                * is_foreign
             )
     for group in dataclasses.fields(schema):
         if dataclasses.is_dataclass(group.type) and not isinstance(

@@ -66,6 +66,20 @@ def test_a_key_of_a_saved_configuration_can_be_edited(tmp_path):
             load_config(file)
 
 
+def test_a_file_of_another_program_beside_the_weights_is_told(tmp_path):
+    """As Lightning writes it; of a run's own file or a recipe, only the key is wrong."""
+    foreign = "; if the file is another program's, give a recipe with --config"
+    file = tmp_path / "config.yaml"
+    file.write_text("seed_everything: 1\n")
+    with pytest.raises(UserError, match=f"unknown key seed_everything: .*{foreign}$"):
+        load_config(file)
+    save_config(Config(), file)
+    file.write_text(file.read_text().replace("# End", "seed_everything: 1\n# End"))
+    with pytest.raises(UserError, match="unknown key seed_everything") as caught:
+        load_config(file)
+    assert foreign not in str(caught.value)
+
+
 def test_a_saved_configuration_reads_back_equal(tmp_path):
     config, _ = read(
         "--data.class_names=['é', 'b c', '1e5', 'no', '12:30', '']",

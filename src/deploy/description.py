@@ -12,6 +12,7 @@ from typing import Any
 
 from src.data import Preprocessing
 from src.errors import UserError
+from src.files import sha256_of
 from src.json_reader import read_json
 from src.weights.origin import MAX_BYTES, check_class_names
 
@@ -30,7 +31,7 @@ def read_description(path: str | Path) -> dict[str, Any]:
         unknown) and `input_shape` as (batch or None, 3, H, W).
 
     Raises:
-        UserError: the description is missing or invalid.
+        UserError: the description is missing, invalid or another file's.
     """
     beside = Path(f"{path}.json")
     try:
@@ -47,6 +48,13 @@ def read_description(path: str | Path) -> dict[str, Any]:
         raise UserError(
             f"{beside}: not what export.py wrote ({reason[:200]}); export again"
         ) from None
+    digest = description.get("file_sha256")  # files of earlier versions have none
+    if digest is not None and Path(path).is_file() and sha256_of(path) != digest:
+        raise UserError(  # whose classes may be in another order
+            f"{path}: not the file that {beside.name} describes: another export's, or damaged; "
+            "copy both files of export.py again. If you changed the model yourself, remove "
+            "file_sha256 from the .json"
+        )
     return description
 
 

@@ -81,7 +81,7 @@ def export(
             differ from the checkpoint's.
     """
     check_format(options.file_format, options.batch_size, device)
-    if options.file_format == "onnx" and not _is_utf_8(output):
+    if not _is_utf_8(output):
         raise UserError(f"--output {output}: engines open only names in UTF-8; give another")
     if options.quantize:
         check_quantizer()

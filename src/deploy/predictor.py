@@ -30,7 +30,6 @@ from src.deploy.engines import (
 )
 from src.device import current_device, inference_runtime, require_precision
 from src.errors import UserError
-from src.files import sha256_of
 from src.forks import claim_mindspore
 from src.weights import load_weights, weight_files
 
@@ -284,25 +283,9 @@ def _open_exported(
     for key in runtime or ():
         raise UserError(f"runtime.{key}: is for weights only; {path} was exported without it")
     description = read_description(path)
-    _require_own_description(path, description)
     session = open_model(path, engine, threads)
     names, batch_size = description["class_names"], description["input_shape"][0]
     return _Model(session, None, description["preprocessing"], names, batch_size)
-
-
-def _require_own_description(path: Path, description: Mapping[str, Any]) -> None:
-    """Check that a description is of this file, whose classes may be in another order.
-
-    Raises:
-        UserError: it is another file's.
-    """
-    digest = description.get("file_sha256")  # files of earlier versions have none
-    if digest is not None and path.is_file() and sha256_of(path) != digest:
-        raise UserError(
-            f"{path}: not the file that {path.name}.json describes: another export's, or damaged; "
-            "copy both files of export.py again. If you changed the model yourself, remove "
-            "file_sha256 from the .json"
-        )
 
 
 def _open_weights(

@@ -302,10 +302,11 @@ def test_what_mindspore_cannot_write_is_one_line(run, tmp_path, monkeypatch):
         room.export(*run, tmp_path / "m.mindir", ExportOptions(), "CPU")
 
 
-def test_an_onnx_file_has_a_name_that_engines_can_open(run, tmp_path):
-    output = tmp_path / os.fsdecode(b"caf\xe9.onnx")
-    with pytest.raises(UserError, match=r"caf.\.onnx: engines open only names in UTF-8"):
-        room.export(*run, output, ExportOptions("onnx"), "CPU")
+@pytest.mark.parametrize("file_format", ["mindir", "onnx"])
+def test_a_file_has_a_name_that_engines_can_open(run, tmp_path, file_format):
+    output = tmp_path / os.fsdecode(b"caf\xe9." + file_format.encode())
+    with pytest.raises(UserError, match=rf"caf.\.{file_format}: engines open only names in UTF-8"):
+        room.export(*run, output, ExportOptions(file_format), "CPU")
     assert not list(tmp_path.iterdir())
 
 
