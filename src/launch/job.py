@@ -30,11 +30,9 @@ MSRUN = str(Path(__file__).with_name("msrun.py"))
 STOP_CODES = tuple(128 + number for number in SIGNALS)
 SET_BY_MSRUN = ("MS_WORKER_NUM", "MS_SCHED_HOST", "MS_SCHED_PORT", "MS_ROLE", "RANK_SIZE")
 ERROR_LINE = re.compile(r"([\w.]+: )?[\w.]*(error|Error|Interrupt)\b.*: .")
-# MindSpore's messages when a rank of another host has exited or is unreachable.
-CLUSTER_ERROR = re.compile(r"state of the cluster is error|meta server|heartbeat", re.IGNORECASE)
-OTHER_HOST = (
-    "; a rank of another host exited or is unreachable: see that host's log, and whether all hosts "
-    "use the same DEVICE_NUM"
+OTHER_HOSTS = (
+    "  a rank of another host may have failed first, or be unreachable: see the logs of all hosts, "
+    "and whether all use the same DEVICE_NUM"
 )
 # msrun's message when a rank has failed: process id, exit code (negative: signal).
 RANK_FAILED = re.compile(r"Worker process (\d+) exit with exception. Error code: (-?\d+)")
@@ -243,14 +241,14 @@ def _report_failure(plan: Plan, job: _Job) -> None:
         print(f"stopped by request; {advice}. Logs: {plan.logs}", file=sys.stderr)
         return
     print(f"error: {job.failure}; the other ranks were stopped", file=sys.stderr)
-    for rank in plan.ranks:
-        log = _log(plan, rank)
-        lines = _read_log(plan, rank).splitlines()
-        errors = [line for line in lines if ERROR_LINE.match(line)]
+    logs = {rank: _read_log(plan, rank) for rank in plan.ranks}
+    for rank, log in logs.items():
+        errors = [line for line in log.splitlines() if ERROR_LINE.match(line)]
         reason = errors[-1] if errors else "no error in its log"
-        if plan.node_num > 1 and (not errors or CLUSTER_ERROR.search(reason)):
-            reason += OTHER_HOST
-        print(f"  rank {rank}: {reason}; {log}", file=sys.stderr)
+        print(f"  rank {rank}: {reason}; {_log(plan, rank)}", file=sys.stderr)
+    # A lost rank has many messages (heartbeat, collective, connection); a user's error is local.
+    if plan.node_num > 1 and not any(map(USER_ERROR.search, logs.values())):
+        print(OTHER_HOSTS, file=sys.stderr)
 
 
 def _log(plan: Plan, rank: int) -> Path:

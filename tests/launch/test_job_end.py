@@ -11,7 +11,7 @@ import pytest
 
 from src import distributed
 from src.launch import job
-from src.launch.job import _Job, run
+from src.launch.job import _Job, _report_failure, run
 from src.launch.plan import build_plan
 from tests.conftest import ROOT
 
@@ -52,6 +52,29 @@ def test_a_crash_after_the_announced_end_is_no_failure(
     assert time.monotonic() - start < 60
     printed = capsys.readouterr().err
     assert message in printed if message else not printed
+
+
+@pytest.mark.parametrize(
+    "last_line, hosts, is_named",
+    [
+        ("RuntimeError: The state of the cluster is error, total nodes num: 2", 2, True),
+        ("RuntimeError: AllReduce failed: receiving from rank 1 timed out", 2, True),
+        ("", 2, True),
+        ("train.py: error: 30 images are not one batch", 2, False),
+        ("RuntimeError: out of memory", 1, False),
+    ],
+)
+def test_a_failure_names_the_other_hosts_unless_it_is_a_users_error(
+    tmp_path, capsys, last_line, hosts, is_named
+):
+    (tmp_path / "worker_0.log").write_text(f"epoch 1\n{last_line}\n")
+    plan = SimpleNamespace(ranks={0: {}}, node_num=hosts, node_rank=0, logs=tmp_path)
+    ended = SimpleNamespace(exit_code=1, stop_signal=0, failure="rank 0 ended by exit code 1")
+    ended.is_stopped = False
+    _report_failure(plan, ended)
+    printed = capsys.readouterr().err
+    assert (last_line or "no error in its log") in printed
+    assert ("a rank of another host may have failed first" in printed) == is_named
 
 
 # Saves for two seconds, as the ranks of a job do after a signal; a second one would end it. As in

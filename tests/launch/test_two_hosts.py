@@ -37,7 +37,7 @@ def test_a_rank_that_fails_on_one_host_ends_the_other(tmp_path, graph_folder):
     start = time.time()
     assert hosts.wait(timeout=90) != 0 and time.time() - start < 60
     assert f"rank 1 (process {rank.pid}) ended by SIGKILL" in said[1].read_text()
-    assert "a rank of another host exited" in said[0].read_text()
+    assert "a rank of another host may have failed first" in said[0].read_text()
     assert not psutil.wait_procs(family, timeout=5)[1]
 
 
