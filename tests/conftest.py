@@ -75,7 +75,7 @@ SLOW_TESTS = (
     "tests/models/test_cvt.py::test_options",
     "tests/models/test_cvt.py::test_pyramid",
     "tests/models/test_cvt.py::test_stage_outputs",
-    "tests/models/test_depthwise.py::test_a_network_of_shifts",
+    "tests/models/test_depthwise.py::test_a_compiled_stage",
     "tests/models/test_stochastic.py::test_the_key",
     "tests/test_arithmetic.py::test_both_levels",
     "tests/test_cli.py::test_a_key_of_a_saved",

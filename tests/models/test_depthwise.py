@@ -33,32 +33,52 @@ def test_output_and_gradients_equal_the_definition(stride, size):
         np.testing.assert_allclose(value.asnumpy(), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("mode", "options"),
-    [("pynative", {"kv_stride": 1}), ("pynative", {"cls_token": False}), ("graph", {})],
-)
-def test_a_network_of_shifts_equals_one_of_convolutions(mode, options):
-    """Logits, every gradient and the running statistics, with and without a class token.
-
-    Only the network of shifts is compiled.
-    """
+def twins(**options):
+    """Two networks of equal weights, the second with shifts."""
     nets = [create_model("cvt_nano", **{**TINY, **options, "depths": (1, 1, 1)}) for _ in range(2)]
     for mine, other in zip(*(net.get_parameters() for net in nets)):
         mine.set_data(other.value().copy())
-    rng = np.random.default_rng(0)
-    images = ms.Tensor(rng.standard_normal((3, 3, 40, 32)), ms.float32)
-    found = []
-    for net in (nets[0], use_shifts(nets[1])):
-        if net is nets[1] and mode == "graph":
-            ms.set_context(mode=ms.GRAPH_MODE)
-        net.set_train(True)
-        loss, gradients = ms.value_and_grad(net, None, net.trainable_params())(images)
-        statistics = [p for p in net.get_parameters() if ".moving_" in p.name]
-        found.append([x.asnumpy().copy() for x in (loss, *gradients, *statistics)])
-    assert len(found[0]) > 60
-    for expected, value in zip(*found):
-        atol = 1e-6 + 2e-4 * np.abs(expected).max()
-        np.testing.assert_allclose(value, expected, rtol=1e-4, atol=atol)
+    return nets[0].set_train(True), use_shifts(nets[1]).set_train(True)
+
+
+def training_pass(cell, forward, images):
+    """The output, every gradient and the running statistics."""
+    out, gradients = ms.value_and_grad(forward, None, cell.trainable_params())(images)
+    statistics = [p for p in cell.get_parameters() if ".moving_" in p.name]
+    return [x.asnumpy().copy() for x in (out, *gradients, *statistics)]
+
+
+def assert_close(found, expected):
+    for value, right in zip(found, expected, strict=True):
+        atol = 1e-6 + 2e-4 * np.abs(right).max()
+        np.testing.assert_allclose(value, right, rtol=1e-4, atol=atol)
+
+
+@pytest.mark.parametrize("options", [{"kv_stride": 1}, {"cls_token": False}, {}])
+def test_a_network_of_shifts_equals_one_of_convolutions(options):
+    """With and without a class token."""
+    images = ms.Tensor(np.random.default_rng(0).standard_normal((3, 3, 40, 32)), ms.float32)
+    expected, found = (training_pass(net, net, images) for net in twins(**options))
+    assert len(expected) > 60
+    assert_close(found, expected)
+
+
+def test_a_compiled_stage_of_shifts_equals_one_of_convolutions():
+    """One stage and not the network, because graphs of shifts take long to compile."""
+    images = ms.Tensor(np.random.default_rng(0).standard_normal((3, 3, 40, 32)), ms.float32)
+    convolutions, shifts = (net.stage0 for net in twins())
+
+    def mean_square_of(stage):
+        def mean_square(images):
+            return (stage(images, 40, 32, None)[0] ** 2).mean()
+
+        return mean_square
+
+    expected = training_pass(convolutions, mean_square_of(convolutions), images)
+    ms.set_context(mode=ms.GRAPH_MODE)
+    found = training_pass(shifts, mean_square_of(shifts), images)
+    assert len(expected) > 20
+    assert_close(found, expected)
 
 
 def test_a_network_without_such_convolutions_is_refused():
