@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 from collections.abc import Sequence
@@ -25,6 +26,11 @@ from src.models.arguments import as_size
 from src.models.attention import use_flash_attention
 from src.models.compiled import has_plain_convolutions, use_compiled
 from src.models.layers import use_shifts
+
+try:
+    from mindspore.nn.utils import no_init_parameters
+except ImportError:  # deprecated since 2.10; without it, everything is initialised
+    no_init_parameters = contextlib.nullcontext
 
 logger = logging.getLogger("cvt")
 
@@ -55,6 +61,16 @@ def build_model(config: Config) -> nn.Cell:
     name, classes = arguments.pop("name"), arguments.pop("num_classes")
     net = set_precision(create_model(name, classes, **arguments), config.runtime.precision)
     return set_attention(net, config.runtime)
+
+
+def build_for_weights(config: Config) -> nn.Cell:
+    """Build the network as `build_model` does, for a weight file: nothing is initialised.
+
+    Initialising takes seconds for a large network. A parameter that no file sets is initialised
+    when it is first used.
+    """
+    with no_init_parameters():
+        return build_model(config)
 
 
 def set_precision(net: nn.Cell, precision: str) -> nn.Cell:

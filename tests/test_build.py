@@ -10,6 +10,7 @@ from src import build
 from src.build import (
     accelerate,
     build_augmentation,
+    build_for_weights,
     build_model,
     build_preprocessing,
     uses_compiled,
@@ -17,6 +18,7 @@ from src.build import (
 from src.config import AugmentConfig, Config, DataConfig, ModelConfig, RuntimeConfig
 from src.errors import UserError
 from src.models.compiled import has_plain_convolutions
+from src.weights import load_weights, save_weights
 from tests.conftest import tiny_config as config
 
 
@@ -90,6 +92,22 @@ def test_flash_attention_is_chosen_by_one_key(monkeypatch):
         net = build_model(settings)
         blocks = [*net.stage0.blocks, *net.stage1.blocks, *net.stage2.blocks]
         assert {block.attn.attend.flash for block in blocks} == {expected}
+
+
+def test_a_network_for_weights_initialises_none_of_them(tmp_path, monkeypatch):
+    """Initialising takes seconds for the largest variants; what no file sets is not left empty."""
+    trained = build_model(config())
+    save_weights(trained, tmp_path / "all.ckpt")
+    with monkeypatch.context() as patch:
+        for kind in ("Normal", "Uniform", "HeUniform"):
+            patch.setattr(f"mindspore.common.initializer.{kind}._initialize", None)
+        net = build_for_weights(config())
+        load_weights(net, tmp_path / "all.ckpt")
+    for loaded, expected in zip(net.get_parameters(), trained.get_parameters(), strict=True):
+        np.testing.assert_array_equal(loaded.asnumpy(), expected.asnumpy())
+    other = build_for_weights(config(model={"num_classes": 7}))
+    load_weights(other, tmp_path / "all.ckpt", new_head=True)
+    assert 0.01 < other.head.weight.asnumpy().std() < 0.03
 
 
 def test_float16_computes_in_float16_but_for_norms_softmax_and_output():

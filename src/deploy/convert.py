@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from mindspore import nn
 
-from src.build import build_model, without_flash_attention
+from src.build import build_for_weights, without_flash_attention
 from src.config import Config, ModelConfig
 from src.errors import UserError
 from src.files import replacing, require_replaceable
@@ -65,7 +65,7 @@ def convert(
     if config.model.num_classes is None:
         classes = len(tensors["head.bias"]) if "head.bias" in tensors else 0
         config = _with_classes(config, classes)
-    net = build_model(without_flash_attention(config)).set_train(False)
+    net = build_for_weights(without_flash_attention(config)).set_train(False)
     load_tensors(net, tensors, report)
     found = {} if force else _read_tensors(target)
     weights = {parameter.name: parameter.asnumpy() for parameter in net.get_parameters()}
@@ -104,7 +104,7 @@ def _parameter_names(config: Config) -> set[str]:
     """Return the names of a network's parameters; none for a CvT, whose names are known."""
     if config.model.name in _VARIANTS.values():
         return set()
-    net = build_model(without_flash_attention(_with_classes(config, 1)))
+    net = build_for_weights(without_flash_attention(_with_classes(config, 1)))
     return {parameter.name for parameter in net.get_parameters()}
 
 

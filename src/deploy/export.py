@@ -14,7 +14,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn
 
-from src.build import build_model, build_preprocessing
+from src.build import build_for_weights, build_preprocessing
 from src.config import Config
 from src.config_io import load_config, run_config_of
 from src.data import Preprocessing, create_eval_loader
@@ -98,7 +98,7 @@ def export(
     check_readable(list(shape), preprocessing, names)
     # The run's precision does not matter for the file.
     runtime = dataclasses.replace(config.runtime, precision="float32", flash_attention=False)
-    net = build_model(dataclasses.replace(config, runtime=runtime))
+    net = build_for_weights(dataclasses.replace(config, runtime=runtime))
     logger.info("%s", load_weights(net, checkpoint))
     net.set_train(False)
     images = _load_images(config, preprocessing)

@@ -13,7 +13,12 @@ import numpy as np
 from mindspore import nn
 from PIL import Image
 
-from src.build import accelerate, build_model, build_preprocessing, without_flash_attention
+from src.build import (
+    accelerate,
+    build_for_weights,
+    build_preprocessing,
+    without_flash_attention,
+)
 from src.config_io import find_checkpoint, load_config, run_config_of
 from src.data import Preprocessing
 from src.data.headers import SERVED_PIXELS, check_size
@@ -313,7 +318,7 @@ def _open_weights(
     settings.runtime = inference_runtime(settings.runtime, current_device(), runtime)
     require_precision(settings.runtime.precision, current_device())
     with MINDSPORE_LOCK:
-        net = build_model(settings)
+        net = build_for_weights(settings)
         load_weights(net, path)
         accelerate(net, settings.runtime).set_train(False)
     compiled = runtime.get("mode") != "pynative"

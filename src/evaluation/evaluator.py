@@ -11,7 +11,7 @@ from typing import ClassVar
 import numpy as np
 from mindspore import Tensor, nn
 
-from src.build import accelerate, build_model, build_preprocessing
+from src.build import accelerate, build_for_weights, build_preprocessing
 from src.config import Config
 from src.data import Preprocessing, Source, create_eval_loader
 from src.data.transforms import pad_batch
@@ -199,6 +199,6 @@ def evaluate_checkpoint(
 
 
 def _load(config: Config, checkpoint: str) -> nn.Cell:
-    net = accelerate(build_model(config), config.runtime)
+    net = build_for_weights(config)
     logger.info("%s", load_weights(net, checkpoint))
-    return net
+    return accelerate(net, config.runtime)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from mindspore import Parameter, Tensor, nn, ops
+from mindspore import Parameter, Tensor, dtype_to_nptype, nn, ops
 from PIL import Image
 
 from src.errors import UserError
@@ -195,11 +195,15 @@ def _assign(
     parameters: dict[str, Parameter], tensors: dict[str, np.ndarray], report: LoadReport
 ) -> None:
     for name in report.loaded:
-        dtype = parameters[name].asnumpy().dtype
+        parameter = parameters[name]
+        dtype = dtype_to_nptype(parameter.dtype)
         if tensors[name].dtype != dtype:
             report.cast[str(tensors[name].dtype)] += 1
-        # assign: a compiled graph ignores set_data. Copy: arrays from files may be unaligned.
-        ops.assign(parameters[name], Tensor(np.array(tensors[name], dtype)))
+        value = Tensor(np.array(tensors[name], dtype))  # a copy: a file's arrays may be unaligned
+        if parameter.has_init:  # `assign` would initialise it first
+            parameter.set_data(value)
+        else:
+            ops.assign(parameter, value)  # a compiled graph ignores set_data
 
 
 def _fit_pos_embeds(

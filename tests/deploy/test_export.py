@@ -115,7 +115,7 @@ def test_every_recipe_is_exported(recipe, tmp_path, monkeypatch, file_format):
 def test_every_network_is_exported(run, name, tmp_path, monkeypatch, file_format):
     net = create_model(name, **{"num_classes": 10, **SMALL[name.split("_")[0]]})
     save_weights(net, tmp_path / "c.ckpt")
-    monkeypatch.setattr(room, "build_model", lambda config: net)
+    monkeypatch.setattr(room, "build_for_weights", lambda config: net)
     output, options = tmp_path / f"m.{file_format}", ExportOptions(file_format, None)
     room.export(run[0], tmp_path / "c.ckpt", output, options, "CPU")
     assert output.is_file()
