@@ -10,6 +10,7 @@ from pathlib import Path
 import mindspore as ms
 import numpy as np
 
+from src.build import no_init_parameters
 from src.models import create_model
 
 FOLDER = Path(__file__).parent
@@ -59,7 +60,8 @@ def model(case: dict):
         options["qkv_projection"] = case["method"]
     if "cls" in case:
         options["cls_token"] = case["cls"][-1]
-    net = create_model(name, num_classes=case.get("num_classes", 1000), **options)
+    with no_init_parameters():
+        net = create_model(name, num_classes=case.get("num_classes", 1000), **options)
     for parameter in net.get_parameters():
         value = tensor(case["seed"], official_name(parameter.name), parameter.shape)
         parameter.set_data(ms.Tensor(value))
