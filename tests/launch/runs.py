@@ -19,7 +19,8 @@ TWENTY_STEPS = [
 ]  # fmt: skip
 # Two steps an epoch on two ranks, until something stops the job.
 ENDLESS = [
-    *TINY_KEYS[:2], *NO_CHANCE, "--training.batch_size=16", "--training.epochs=5000",
+    "--model.name=resnet_nano_s2", "--model.depths=[2]", *NO_CHANCE,
+    "--training.batch_size=16", "--training.epochs=5000",
     "--evaluation.every=5000",
 ]  # fmt: skip
 TWO_RANKS = [*TWENTY_STEPS, "--training.batch_size=32", "--training.sync_batchnorm=true"]
