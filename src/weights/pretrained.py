@@ -43,7 +43,7 @@ _PRETRAINED = (
         "cvt_nano",
         "cifar10",
         10,
-        "dd3e5084461bdf560b26ce31e9be6571b1cb189d8500dee73ff080439b2d91e3",
+        "9227046083bd210b84e0adac2a4f5757a40e836745be94c4ba34a9cbd2675f57",
     ),
 )
 
