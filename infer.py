@@ -9,7 +9,7 @@ from jsonargparse.typing import PositiveInt
 from src.cli import parse
 from src.config import RuntimeOnly
 from src.device import log_to, prepare_environment, setup
-from src.errors import UserError, executable
+from src.errors import executable
 
 
 @executable
@@ -17,8 +17,6 @@ def main(argv: list[str]) -> None:
     """Print a line per image: path, class, probability."""
     description = "Classify images; only weights without a config.yaml beside them need --config."
     keys, arguments = parse(argv, "infer.py", description, add_arguments, schema=RuntimeOnly)
-    if arguments.top_k < 1:
-        raise UserError(f"--top_k {arguments.top_k}: must be 1 or more")
     prepare_environment()
     log_to()
     from src.data.headers import MAX_PIXELS
@@ -32,7 +30,8 @@ def main(argv: list[str]) -> None:
     if arguments.attention:
         check_attention(arguments.model, arguments.input, arguments.attention, arguments.force)
         runtime["mode"] = keys.runtime.mode = "pynative"  # hooks read the attention
-    setup(keys.runtime)
+    if not arguments.model.endswith(".onnx"):  # its engines run on the CPU everywhere
+        setup(keys.runtime)
     predictor = Predictor(
         arguments.model,
         arguments.config,
@@ -61,9 +60,12 @@ def add_arguments(parser) -> None:
         required=True,
         help="images, or folders of images",
     )
-    parser.add_argument("--top_k", type=int, default=5, help="predictions per image")
+    parser.add_argument("--top_k", type=PositiveInt, default=5, help="predictions per image")
     parser.add_argument(
-        "--batch_size", type=int, default=16, help="images per batch, if the model allows it"
+        "--batch_size",
+        type=PositiveInt,
+        default=16,
+        help="images per batch, if the model allows it",
     )
     parser.add_argument(
         "--engine",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 from collections.abc import Sequence
@@ -21,16 +20,11 @@ from src.data import (
 from src.device import cache_folder, current_device, mindspore_version
 from src.errors import UserError
 from src.kernels.library import BuildError, library
-from src.models import create_model
+from src.models import create_model, uninitialised
 from src.models.arguments import as_size
 from src.models.attention import use_flash_attention
 from src.models.compiled import has_plain_convolutions, use_compiled
 from src.models.layers import use_shifts
-
-try:
-    from mindspore.nn.utils import no_init_parameters
-except ImportError:  # deprecated since 2.10; without it, everything is initialised
-    no_init_parameters = contextlib.nullcontext
 
 logger = logging.getLogger("cvt")
 
@@ -69,7 +63,7 @@ def build_for_weights(config: Config) -> nn.Cell:
     Initialising takes seconds for a large network. A parameter that no file sets is initialised
     when it is first used.
     """
-    with no_init_parameters():
+    with uninitialised():
         return build_model(config)
 
 

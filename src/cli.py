@@ -86,9 +86,7 @@ def _expand_arguments(arguments: Namespace) -> Namespace:
     """Expand a leading ~ in a command's own arguments; all their strings but choices are paths."""
     for name, value in vars(arguments).items():
         if value == "" or (isinstance(value, list) and "" in value):
-            raise UserError(
-                f"--{name}: is empty, as an unset shell variable makes it; give a value"
-            )
+            raise UserError(f"--{name}: is empty (an unset shell variable?); give a value")
         if isinstance(value, str):
             setattr(arguments, name, os.path.expanduser(value))
         elif isinstance(value, list) and all(isinstance(item, str) for item in value):

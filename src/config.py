@@ -65,7 +65,8 @@ class RuntimeConfig:
             the first start; auto does so if there is a compiler. Export ignores it.
         depthwise: conv runs CvT's depthwise convolutions in the framework's kernel; shifts runs
             them as nine shifted multiply-adds without transposes, in float32, for accelerators on
-            which a measurement shows that this is faster. Export ignores it.
+            which a measurement shows that this is faster. On a CPU, conv is the compiled operator
+            if there is one, and shifts turns compiled attention off. Export ignores it.
         jit_level: MindSpore's compilation level; null keeps the device's default. O2 is Ascend's
             graph engine.
         deterministic: compute operators reproducibly, which costs time; on an accelerator, a

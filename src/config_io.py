@@ -240,11 +240,16 @@ def _check_mapping(path: Path, schema: type) -> None:
         raise UserError(
             f"--config {path}: expected keys and values, found {type(content).__name__}"
         )
+    for group in dataclasses.fields(schema):
+        if dataclasses.is_dataclass(group.type) and not isinstance(
+            content.get(group.name, {}), dict
+        ):
+            raise UserError(f"--config {path}: {group.name} is a group of keys, not a value")
     groups, dotted = [key.name for key in dataclasses.fields(schema)], _dotted_keys(schema)
     for key, value in content.items():
         # The parser would take options here too, such as eval.py's --json: files to overwrite.
         group, _, within = str(key).partition(".")
-        if key in dotted and within in (content.get(group) or {}):
+        if key in dotted and within in content.get(group, {}):
             raise UserError(f"--config {path}: {key} is given twice; keep one")
         if key not in groups and key not in dotted:
             name = f"{key}.{next(iter(value))}" if isinstance(value, dict) and value else str(key)
@@ -257,11 +262,6 @@ def _check_mapping(path: Path, schema: type) -> None:
                 + "; if the file is another program's, give a recipe with --config"
                 * is_foreign
             )
-    for group in dataclasses.fields(schema):
-        if dataclasses.is_dataclass(group.type) and not isinstance(
-            content.get(group.name, {}), dict
-        ):
-            raise UserError(f"--config {path}: {group.name} is a group of keys, not a value")
     groups = [content, *(group for group in content.values() if isinstance(group, dict))]
     for key, value in (item for group in groups for item in group.items()):
         is_long = str(key).rpartition(".")[2] in _LONG_LISTS

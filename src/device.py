@@ -68,7 +68,7 @@ def _require_compatible_numpy() -> None:
 
 
 def _scratch_folder() -> Path:
-    """Return this user's folder in the temporary folder, where others may have created its name."""
+    """Return this user's scratch folder; another user may already own its name."""
     try:
         folder = Path(tempfile.gettempdir()) / f"cvt-mindspore-{os.getuid()}"
     except FileNotFoundError:

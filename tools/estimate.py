@@ -75,7 +75,7 @@ def step_memory(
     """Estimate the memory of a training step on one card.
 
     Args:
-        net: only shapes are read; see `src.models.complexity.uninitialised`.
+        net: only shapes are read; see `src.models.uninitialised`.
         image_size: pixels, one number or (H, W).
         batch_size: images on the card.
         precision: precision of Linears and convolutions; below float32 the backward pass also keeps

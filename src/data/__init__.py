@@ -1,4 +1,4 @@
-"""Images in, batches out.
+"""Data sets, their images and batches.
 
 `sources` opens data sets, `transforms` and `augment` have the operations, `loader` makes batches.
 """

@@ -19,8 +19,8 @@ class Source:
 
     If `encoded`, the image is the content of an image file, uint8 [bytes]; otherwise its pixels,
     uint8 [H, W, 3], RGB. Subclasses read by `item`, the image's position in the whole split;
-    `subset` chooses and orders items. `inflated` tells that some images, such as photographs with
-    EXIF rotation, are handed to MindSpore as bitmaps, which are large.
+    `subset` chooses and orders items. `inflated` is True if some images, such as photographs with
+    EXIF rotation, are passed to MindSpore as bitmaps, which are large.
     """
 
     encoded: bool

@@ -37,7 +37,7 @@ _VERSION = 2  # of the file format and of `find_fault`
 # A killed process loses at most this much work. ImageNet's index takes 6 s to write.
 _SAVE_SECONDS = 120.0
 _HEAD = re.compile(rb'\{"sha256": "[0-9a-f]{64}", "content": \{')
-_MAX_BYTES = 1 << 30  # ImageNet's index takes about 120 MB
+_MAX_BYTES = 1 << 30  # ImageNet's index takes about 107 MB
 _MAX_THREADS = 32
 _ROUND_SECONDS = 20.0
 _BATCH = 128  # files between two checks of the time

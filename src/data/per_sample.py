@@ -25,7 +25,7 @@ class PerSampleOp(abc.ABC):
     """
 
     stream: int  # unique to each class; classes with the same stream draw the same numbers
-    in_reader = False  # whether so cheap that handing it to a worker would cost more
+    in_reader = False  # True if passing the image to a worker costs more than the operation
     output = "key"  # the second output column; a subclass that sets another one replaces the key
 
     def __call__(self, image: np.ndarray, key: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

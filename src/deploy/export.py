@@ -189,6 +189,8 @@ def _load_images(config: Config, preprocessing: Preprocessing) -> np.ndarray:
     """Load held-out images for the comparison; noise if the data is not available."""
     try:
         source = open_split(config, "val")
+        if not len(source):
+            raise UserError(f"{source.title}: no images")
         operations = preprocessing.operations(source.encoded)
         batches = create_eval_loader(source, operations, min(CHECKED_IMAGES, len(source)))
         images, _ = next(batches.iterate(output_numpy=True))

@@ -61,7 +61,7 @@ def quantize(
     """
     from onnxruntime import quantization as ort
 
-    # A share that broken images may have of a whole split is no limit for so few.
+    # data.broken_share is for whole splits; of so few images, any share may be broken.
     data = dataclasses.replace(config.data, broken="skip", broken_share=1.0)
     config = dataclasses.replace(config, data=data)
     splits = {}

@@ -71,7 +71,10 @@ def library(folder: Path) -> Path:
     compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None:
         raise BuildError(f"no C++ compiler found ({', '.join(COMPILERS)})")
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+    try:
+        version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+    except OSError as error:
+        raise BuildError(f"{compiler}: {error.strerror}") from None
     texts = [path.read_text() for path in sorted(SOURCES.glob("*.[ch]*"))]
     parts = (*texts, *FLAGS, compiler, version, _processor())
     name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]

@@ -7,6 +7,7 @@ SIGINT and SIGTERM to the ranks.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import os
 import re
@@ -91,6 +92,7 @@ class _LogFollower:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.offset = 0
+        self.decode = codecs.getincrementaldecoder("utf-8")("replace").decode
 
     def print_new(self) -> None:
         if self.path.exists():
@@ -98,7 +100,7 @@ class _LogFollower:
                 file.seek(self.offset)
                 text = file.read()
             self.offset += len(text)
-            sys.stdout.write(text.decode("utf-8", "replace"))
+            sys.stdout.write(self.decode(text))
             sys.stdout.flush()
 
 

@@ -4,14 +4,13 @@ One MAC is one multiplication and one addition. The "FLOPs" of the CvT paper (ta
 MACs and include the attention products q k^T and weights v, which are listed separately here. As
 usual, norms, softmax, activations, biases, pooling and sums are not counted.
 
-The network does not run, so CvT-W24 at 384 px (193 GMACs) takes milliseconds: a rule for each
+The network does not run, so CvT-W24 at 384 px (194 GMACs) takes milliseconds: a rule for each
 composite cell passes the token grid through the cells and reads the sizes of their weights. A layer
 without a rule raises an error, and tests compare the counts with recorded calls.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,11 +23,6 @@ from src.models.cvt import CvT, Stage
 from src.models.layers import Attention
 from src.models.resnet import ResNet
 from src.models.vit import VisionTransformer
-
-try:
-    from mindspore.nn.utils import no_init_parameters as uninitialised
-except ImportError:  # to be removed after MindSpore 2.9; creation then takes longer
-    uninitialised = contextlib.nullcontext
 
 _RUNNING_STATISTICS = ("moving_mean", "moving_variance")
 

@@ -295,19 +295,19 @@ SIZES = {
 
 @register_model
 def cvt_13(**kwargs) -> CvT:
-    """CvT-13 (table 2): 19,997,480 parameters, 4.5 GMACs at 224 px."""
+    """CvT-13 (table 2): 19,997,480 parameters, 4.57 GMACs at 224 px."""
     return CvT(**{**SIZES["cvt_13"], **kwargs})
 
 
 @register_model
 def cvt_21(**kwargs) -> CvT:
-    """CvT-21 (table 2): 31,622,696 parameters, 7.1 GMACs at 224 px."""
+    """CvT-21 (table 2): 31,622,696 parameters, 7.18 GMACs at 224 px."""
     return CvT(**{**SIZES["cvt_21"], **kwargs})
 
 
 @register_model
 def cvt_w24(**kwargs) -> CvT:
-    """CvT-W24 (table 2): 277,196,392 parameters, 193 GMACs at 384 px."""
+    """CvT-W24 (table 2): 277,196,392 parameters, 194 GMACs at 384 px."""
     return CvT(**{**SIZES["cvt_w24"], **kwargs})
 
 

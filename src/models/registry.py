@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import inspect
 import typing
@@ -10,6 +11,11 @@ from collections.abc import Callable
 from mindspore import nn
 
 from src.errors import UserError, shorten
+
+try:  # a context in which networks are created without drawing weights, which a file sets
+    from mindspore.nn.utils import no_init_parameters as uninitialised
+except ImportError:  # deprecated since 2.10; creation then takes longer
+    uninitialised = contextlib.nullcontext
 
 _MODELS: dict[str, Callable[..., nn.Cell]] = {}
 

@@ -92,7 +92,7 @@ def _draw_overlay(axes: Axes, image: np.ndarray, panel: Panel, size: float) -> N
     colours = matplotlib.colormaps[COLOURMAP](level)[..., :3]
     opacity = (0.35 + 0.4 * level)[..., None]
     axes.imshow((1 - opacity) * grey[..., None] + opacity * colours)
-    note = f"peak {peak:.1f} x even, {100 * panel.on_itself:.0f} % on itself"
+    note = f"peak {peak:.1f} x uniform, {100 * panel.on_itself:.0f} % on the class token"
     _add_frame(axes, panel.title, note, size)
 
 
@@ -107,7 +107,7 @@ def _add_frame(axes: Axes, title: str, note: str, size: float) -> None:
 def _add_legend(figure: SubFigure, axes: list[Axes]) -> None:
     colours = ScalarMappable(cmap=COLOURMAP)
     bar = figure.colorbar(colours, ax=axes, location="bottom", aspect=60, shrink=0.6, pad=0.02)
-    bar.set_ticks([0, 1], labels=["none", "the panel's peak, or twice even"])
+    bar.set_ticks([0, 1], labels=["none", "the panel's peak, or 2 x uniform"])
     bar.set_label("attention of the class token, last stage", fontsize=9)
     bar.ax.tick_params(labelsize=9, length=0)
     bar.outline.set_visible(False)

@@ -32,8 +32,8 @@ _ABANDONED = re.compile(r"abandoned-(\d+)-.+")
 
 # Keys that change rounding only; the log says so.
 ROUNDING = ("runtime.depthwise", "runtime.jit_level", "runtime.deterministic")
-# Keys that may differ on resume: they do not change what is computed, or what they resolve to is
-# compared (device, compiled operators, workers).
+# Keys that may differ on resume: they do not change the results, or the values they resolve to
+# are compared (device, compiled operators, workers).
 FREE_TO_CHANGE = (
     *ROUNDING, "runtime.device", "runtime.device_id", "runtime.compiled_ops", "data.path",
     "data.index", "data.workers", "evaluation.batch_size", "training.save_every", "training.keep",
@@ -85,7 +85,7 @@ def restore(
         if not changes:
             raise
         raise UserError(
-            f"{state}: does not fit what it is to continue with ({'; '.join(changes)}); start a "
+            f"{state}: does not fit the current settings ({'; '.join(changes)}); start a "
             f"new run from its weights with --finetune {state}"
         ) from None
     scale = "training.loss_scale"

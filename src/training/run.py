@@ -20,7 +20,7 @@ from src.data import Source
 from src.device import log_to, seed_generators, setup
 from src.distributed import SAME_FILES, Ranks
 from src.errors import UserError, join_names
-from src.models.complexity import uninitialised
+from src.models import uninitialised
 from src.splits import open_checked, open_quietly, open_split, resolve_classes
 from src.training.freeze import freeze
 from src.training.resume import flatten

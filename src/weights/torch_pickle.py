@@ -234,7 +234,7 @@ class Interpreter:
         self._stack[-2:] = [_call(target, arguments)]
 
     def _attribute(self, target: _Global, arguments: Any) -> _Global:
-        """Handle getattr, by which protocols before 4 name nested classes, and all of them methods.
+        """Handle getattr, which names nested classes (protocols before 4) and methods (all).
 
         Returns:
             The attribute, judged as a global of that dotted name.

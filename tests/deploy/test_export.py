@@ -19,6 +19,7 @@ import export as command
 from src.build import build_model, uses_compiled
 from src.config import RuntimeConfig
 from src.config_io import load_config
+from src.data.small_datasets import digits
 from src.deploy import export as room
 from src.deploy import writers
 from src.deploy.description import read_description
@@ -195,11 +196,14 @@ def test_a_file_whose_logits_differ_is_not_kept(run, tmp_path, monkeypatch, file
     assert output.is_file()
 
 
-@pytest.mark.parametrize("place", ["gone", "somebody's"])
+@pytest.mark.parametrize("place", ["gone", "somebody's", "without images"])
 def test_without_the_data_noise_is_compared(run, tmp_path, caplog, monkeypatch, place):
     config, checkpoint = run
     config.data.source, config.data.path = "imagefolder", str(tmp_path / place)
-    if place != "gone":
+    if place == "without images":
+        empty = digits("val", "digits (val)").subset([])
+        monkeypatch.setattr(room, "open_split", Mock(return_value=empty))
+    elif place == "somebody's":
         refusal = PermissionError(errno.EACCES, "Permission denied")
         monkeypatch.setattr(room, "open_split", Mock(side_effect=refusal))
     names = config.data.class_names

@@ -40,6 +40,15 @@ def test_without_a_compiler(tmp_path, monkeypatch):
         library(tmp_path)
 
 
+def test_a_compiler_that_is_no_program(tmp_path, monkeypatch):
+    compiler = tmp_path / "g++"
+    compiler.write_bytes(b"\x00\x01")
+    compiler.chmod(0o755)
+    monkeypatch.setattr(module, "COMPILERS", (str(compiler),))
+    with pytest.raises(BuildError, match="g\\+\\+: Exec format error"):
+        library(tmp_path)
+
+
 def test_on_other_systems_than_linux(tmp_path, monkeypatch):
     """MindSpore's `ops.Custom` refuses any other, after the library was built."""
     monkeypatch.setattr(module.sys, "platform", "darwin")

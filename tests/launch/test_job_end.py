@@ -11,7 +11,7 @@ import pytest
 
 from src import distributed
 from src.launch import job
-from src.launch.job import _Job, _report_failure, run
+from src.launch.job import _Job, _LogFollower, _report_failure, run
 from src.launch.plan import build_plan
 from tests.conftest import ROOT
 
@@ -75,6 +75,15 @@ def test_a_failure_names_the_other_hosts_unless_it_is_a_users_error(
     printed = capsys.readouterr().err
     assert (last_line or "no error in its log") in printed
     assert ("a rank of another host may have failed first" in printed) == is_named
+
+
+def test_a_character_of_several_bytes_may_arrive_in_parts(tmp_path, capsys):
+    follower = _LogFollower(tmp_path / "log")
+    with open(tmp_path / "log", "wb", buffering=0) as log:
+        for byte in "猫 ü\n".encode():
+            log.write(bytes([byte]))
+            follower.print_new()
+    assert capsys.readouterr().out == "猫 ü\n"
 
 
 # Saves for two seconds, as the ranks of a job do after a signal; a second one would end it. As in

@@ -8,7 +8,7 @@ import mindspore as ms
 import numpy as np
 import pytest
 
-from src.models import create_model
+from src.models import create_model, uninitialised
 from src.models.compiled import (
     CompiledAttention,
     CompiledBlock,
@@ -17,7 +17,6 @@ from src.models.compiled import (
     has_plain_convolutions,
     use_compiled,
 )
-from src.models.complexity import uninitialised
 from src.models.layers import Attention, Block, LayerNorm
 from src.models.sync_batchnorm import synchronise_batchnorm
 from tests.conftest import ROOT, TINY
@@ -153,7 +152,7 @@ from pathlib import Path
 from src.device import prepare_environment
 prepare_environment()
 import mindspore as ms, numpy as np
-from src.models import create_model
+from src.models import create_model, uninitialised
 from src.models.compiled import use_compiled
 from src.kernels import functions
 

@@ -9,8 +9,8 @@ import pytest
 from mindspore import nn, ops
 
 from src.errors import UserError
-from src.models import create_model
-from src.models.complexity import complexity, uninitialised
+from src.models import create_model, uninitialised
+from src.models.complexity import complexity
 from src.models.cvt import CvT, Stage
 from tests.conftest import TINY
 

@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 
 from src.errors import UserError
-from src.models import create_model
-from src.models.complexity import uninitialised
+from src.models import create_model, uninitialised
 from tests.conftest import TINY
 from tools.check_device.golden import official
 

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from src.errors import UserError
-from src.models import create_model
+from src.models import create_model, uninitialised
 from src.models.attention import use_flash_attention
-from src.models.complexity import complexity, uninitialised
+from src.models.complexity import complexity
 from src.models.sync_batchnorm import SyncBatchNorm2d, synchronise_batchnorm
 from src.training.freeze import freeze
 from src.training.optimizer import is_decayed

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from src.errors import UserError
-from src.models import create_model
-from src.models.complexity import complexity, uninitialised
+from src.models import create_model, uninitialised
+from src.models.complexity import complexity
 from src.training.freeze import freeze
 from src.training.optimizer import is_decayed
 from tests.models.baselines import (

@@ -6,8 +6,9 @@ import dataclasses
 
 from src.build import build_model, image_size, without_flash_attention
 from src.config import Config
+from src.models import uninitialised
 from src.models.attention import use_flash_attention
-from src.models.complexity import complexity, uninitialised
+from src.models.complexity import complexity
 from tools.estimate import ASCEND_910, all_reduce_seconds, step_memory
 
 CARDS = (8, 16, 32, 64, 128, 256, 512, 1024)

@@ -16,7 +16,8 @@ from src.build import build_model, image_size, without_flash_attention
 from src.config import Config
 from src.config_io import save_config
 from src.errors import UserError
-from src.models.complexity import complexity, uninitialised
+from src.models import uninitialised
+from src.models.complexity import complexity
 from tools.benchmark.process import BenchmarkProcess, select_cores
 from tools.benchmark.table import (
     print_compile,

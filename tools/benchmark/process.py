@@ -49,9 +49,9 @@ class BenchmarkProcess:
                     text=True,
                 )
         except OSError as error:
-            raise UserError(
-                f"{plan.name}: {plan.command[0]}: {error.strerror}; {plan.remedy}"
-            ) from None
+            self._log.close()
+            advice = f"; {plan.remedy}" if plan.remedy else ""
+            raise UserError(f"{plan.name}: {plan.command[0]}: {error.strerror}{advice}") from None
 
     def __enter__(self) -> BenchmarkProcess:
         return self

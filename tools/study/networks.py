@@ -10,7 +10,8 @@ from src.build import build_model, build_preprocessing, image_size
 from src.config import Config
 from src.data import Source
 from src.errors import UserError
-from src.models.complexity import complexity, uninitialised
+from src.models import uninitialised
+from src.models.complexity import complexity
 from src.splits import open_split, resolve_classes
 from tools.study.cells import Cell
 

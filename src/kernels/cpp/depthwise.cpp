@@ -4,7 +4,7 @@
 
 namespace {
 
-// A 3 x 3 depthwise convolution with padding 1 over a grid, and the way back through it.
+// A 3 x 3 depthwise convolution with padding 1 over a grid, and its gradient.
 struct Depthwise {
   int64_t batch, channels, height, width, stride, cls, rows, columns;
   std::vector<float> kernel, zeros;  // [9, C], [C]
@@ -188,7 +188,7 @@ AOT(conv_norm) {
         q[c] += (mine[t * n + c] - m[c]) * (mine[t * n + c] - m[c]);
   });
   std::vector<float> scale(n), shift(n);
-  for (int64_t c = 0; c < n; ++c) {  // of the images' means and deviations, those of all
+  for (int64_t c = 0; c < n; ++c) {  // statistics of the batch from those of its images
     double sum = 0, square = 0;
     for (int64_t b = 0; b < conv.batch; ++b) sum += means[b * n + c];
     const double m = sum / conv.batch;

@@ -14,10 +14,10 @@
 
 namespace {
 
-const int64_t kWorth = 16384;  // floats from which a second thread pays for being woken
-const int kParts = 4;          // of a loop for each thread: one that is held up delays a part only
+const int64_t kWorth = 16384;  // fewer floats than this are one thread's work
+const int kParts = 4;          // per thread, so that a delayed thread holds up one of them
 const int kMaxThreads = 256;
-const int kSpins = 2000;       // looks at a part that another thread still has, before sleeping
+const int kSpins = 2000;       // before a thread that waits for another one sleeps
 
 std::atomic<int> g_threads{1};
 

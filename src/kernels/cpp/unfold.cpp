@@ -4,7 +4,7 @@
 
 namespace {
 
-// The windows of a k x k convolution as rows of a matrix, and the way back.
+// The windows of a k x k convolution as rows of a matrix, and the gradient.
 struct Windows {
   int64_t batch, tokens, height, width, channels, size, stride, padding, rows, columns;
 

@@ -10,8 +10,7 @@ from pathlib import Path
 import mindspore as ms
 import numpy as np
 
-from src.build import no_init_parameters
-from src.models import create_model
+from src.models import create_model, uninitialised
 
 FOLDER = Path(__file__).parent
 REFERENCE = np.load(FOLDER / "official_reference.npz")
@@ -60,7 +59,7 @@ def model(case: dict):
         options["qkv_projection"] = case["method"]
     if "cls" in case:
         options["cls_token"] = case["cls"][-1]
-    with no_init_parameters():
+    with uninitialised():
         net = create_model(name, num_classes=case.get("num_classes", 1000), **options)
     for parameter in net.get_parameters():
         value = tensor(case["seed"], official_name(parameter.name), parameter.shape)
