@@ -151,7 +151,7 @@ def _attention(cell: Attention, grid: tuple[int, int], tokens: int, compute: int
         total += compute * dim * math.prod(grid)  # the input of all three convolutions
         total += FLOAT32 * dim * (math.prod(grid) + 2 * math.prod(kv_grid))  # BatchNorms' inputs
     elif cell.qkv_projection == "avg":
-        kv_grid = [len(cell.pool_kv._windows(edge)[1]) for edge in grid]
+        kv_grid = [len(cell.pool_kv.windows(edge)[1]) for edge in grid]
     kv_tokens = math.prod(kv_grid) + (tokens - math.prod(grid))
     projections = compute * dim * (tokens + 2 * kv_tokens)
     heads = projections + _product(cell.attend, tokens, kv_tokens, compute)

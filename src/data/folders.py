@@ -13,7 +13,7 @@ from typing import NoReturn
 from src.data.base import normalize_name
 from src.errors import UserError, join_names
 
-_log = logging.getLogger("cvt")
+logger = logging.getLogger("cvt")
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp")
 # Created by NAS devices, file systems, desktops and archivers, in any case: thumbnails, waste
@@ -71,7 +71,7 @@ class Walk:
                 known = name.lower().endswith(IMAGE_EXTENSIONS) and not _is_special(path)
                 (images if known else others).append(path)
         if refused:
-            _log.warning(
+            logger.warning(
                 "%s: did not follow %d links to folders that are already read, such as %s",
                 folder, len(refused), refused[0],
             )  # fmt: skip
@@ -163,7 +163,7 @@ def _log_system_folders(folder: Path) -> None:
         if name in _SYSTEM_FOLDERS - _THUMBNAILS and entry.is_dir():
             files = (file for _, _, names in os.walk(entry.path) for file in names)
             if any(is_visible(file) and file.lower().endswith(IMAGE_EXTENSIONS) for file in files):
-                _log.info(
+                logger.info(
                     "%s: left out with its images, because a system gives folders this name; "
                     "rename it if it is a class", entry.path,
                 )  # fmt: skip

@@ -31,7 +31,7 @@ from src.errors import UserError
 from src.files import require_writable, write_text
 from src.json_reader import read_json
 
-_log = logging.getLogger("cvt")
+logger = logging.getLogger("cvt")
 
 _VERSION = 2  # of the file format and of `find_fault`
 # A killed process loses at most this much work. ImageNet's index takes 6 s to write.
@@ -97,7 +97,7 @@ def check_files(
     stale = ranks.broadcast_indices(stale, len(files))
     threads = min(workers or cpu_count(), _MAX_THREADS)
     if ranks.is_first:
-        _log.info(
+        logger.info(
             "%s: checking %d images in %d threads%s; %d more are known", root, len(stale), threads,
             f" on each of {ranks.world} ranks" if ranks.world > 1 else "", len(files) - len(stale),
         )  # fmt: skip
@@ -142,7 +142,7 @@ def _drop_outdated(
     removed = [name for name in entries if name not in present and _stat(Path(root, name))[0] < 0]
     for what, some in (("changed", changed), ("removed", removed)):
         if some:
-            _log.info(
+            logger.info(
                 "%s: %d files were %s since the last check, such as %s",
                 index,
                 len(some),
@@ -211,7 +211,7 @@ def _read(index: Path, root: str | Path) -> dict[str, IndexEntry]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        _log.warning("%s: image index ignored, all images are read (%s)", index, error)
+        logger.warning("%s: image index ignored, all images are read (%s)", index, error)
         return {}
 
 

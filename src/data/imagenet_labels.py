@@ -19,7 +19,7 @@ from src.data.base import Source
 from src.errors import UserError
 from src.json_reader import read_json
 
-_log = logging.getLogger("cvt")
+logger = logging.getLogger("cvt")
 
 CLASSES = 1000
 REAL_IMAGES = 50_000
@@ -105,7 +105,7 @@ def check_class_order(
             f"{fault}; correct the folders, or name the classes of your weights in "
             "the order of their outputs in data.class_names"
         )
-    _log.warning("%s; correct only for weights that were trained in that order", fault)
+    logger.warning("%s; correct only for weights that were trained in that order", fault)
 
 
 def load_real(path: str | None) -> list[list[int]]:
@@ -174,7 +174,7 @@ def apply_real_labels(
     kept = [(k, list(real[number - 1])) for number, k in numbers.items() if real[number - 1]]
     if not kept:
         raise UserError(f"{source.title}: none of its {len(source)} images has a label in ReaL")
-    _log.info("ReaL: %d images counted, %d without a label left out", len(kept),
+    logger.info("ReaL: %d images counted, %d without a label left out", len(kept),
               len(source) - len(kept))  # fmt: skip
     _warn_if_partial(source, REAL_IMAGES, "ImageNet's validation set")
     return source.subset(np.array([k for k, _ in kept])), [labels for _, labels in kept]
@@ -189,7 +189,7 @@ def apply_v2_names(source: Source) -> Source:
 def _warn_if_partial(source: Source, images: int, name: str) -> None:
     """Warn if a split is incomplete, so that its results are not comparable with published ones."""
     if len(source) != images:
-        _log.warning(
+        logger.warning(
             "%s: %d images, but %s has %d: the results are not comparable with published ones",
             source.title, len(source), name, images,
         )  # fmt: skip

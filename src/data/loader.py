@@ -24,7 +24,7 @@ from src.errors import UserError
 # With MindSpore's 16, dozens of bitmaps of 37 MB (12 million pixels) wait; 2 costs 8 % of speed.
 SHORT_QUEUE = 2
 
-_log = logging.getLogger("cvt")
+logger = logging.getLogger("cvt")
 
 
 def epoch_indices(
@@ -346,7 +346,7 @@ def resolve_num_workers(workers: int) -> int:
     if workers == 0:
         return min(cpu_count(), 8)
     if workers > cores:
-        _log.warning(
+        logger.warning(
             "data.workers %d: MindSpore allows one per core, so %d are used; the augmentation's "
             "random numbers depend on this number",
             workers, cores,

@@ -13,7 +13,7 @@ import numpy as np
 from src.data.base import ArraySource
 from src.errors import UserError, join_names
 
-_log = logging.getLogger("cvt")
+logger = logging.getLogger("cvt")
 
 DIGITS = tuple("0123456789")
 CIFAR10_NAMES = (
@@ -89,7 +89,7 @@ def cifar(root: Path, name: str, split: str, title: str) -> ArraySource:
         )
     missing = [file for file in wanted if file not in present]
     if missing:
-        _log.warning("%s: %s not found; continuing without", folder, join_names(missing))
+        logger.warning("%s: %s not found; continuing without", folder, join_names(missing))
     class_names = CIFAR10_NAMES if ten else tuple(map(str, range(100)))
     names_path = next(filter(Path.is_file, (f / names_file for f in (folder, *bases))), None)
     if names_path is not None:

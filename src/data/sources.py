@@ -21,7 +21,7 @@ from src.data.records import open_records
 from src.data.small_datasets import cifar, digits, mnist
 from src.errors import UserError, join_names
 
-_log = logging.getLogger("cvt")
+logger = logging.getLogger("cvt")
 
 SOURCES = ("digits", "imagefolder", "mindrecord", "cifar10", "cifar100", "mnist")
 
@@ -116,7 +116,7 @@ def _imagefolder(
             f"{' '.join(IMAGE_EXTENSIONS)}); add some or remove the folder"
         )
     if skipped:
-        _log.warning(
+        logger.warning(
             "%s: left out %d files that are not in a class folder or not %s, such as %s",
             folder, len(skipped), " ".join(IMAGE_EXTENSIONS), skipped[0],
         )  # fmt: skip
@@ -160,7 +160,7 @@ def _warn_absent_classes(folder: Path, source: FileSource) -> None:
     counts = np.bincount(source.labels, minlength=len(source.class_names))
     absent = [name for name, count in zip(source.class_names, counts) if not count]
     if absent:
-        _log.warning(
+        logger.warning(
             "%s: no images of %d of %d classes: %s", folder, len(absent), len(counts),
             join_names(absent),
         )  # fmt: skip

@@ -12,7 +12,7 @@ import numpy as np
 from src.data.base import Source, normalize_name
 from src.errors import UserError, join_names
 
-_log = logging.getLogger("cvt")
+logger = logging.getLogger("cvt")
 
 _MAX_NAMED = 5  # broken images that a message names
 
@@ -145,7 +145,7 @@ def drop_broken(source: Source, faults: dict[int, str], max_fraction: float, rem
     count = f"{len(faults)} of {len(source)} images of {source.title} can't be read"
     if len(faults) > max_fraction * len(source) or len(faults) == len(source):
         raise UserError(f"{count}: {named}; remove or replace them, {remedy}")
-    _log.warning("left out: %s (%.2f %%): %s", count, 100 * len(faults) / len(source), named)
+    logger.warning("left out: %s (%.2f %%): %s", count, 100 * len(faults) / len(source), named)
     return source.subset(np.setdiff1d(np.arange(len(source)), list(faults)))
 
 

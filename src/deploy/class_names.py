@@ -8,7 +8,7 @@ from pathlib import Path
 from src.data.imagenet_labels import CLASSES, imagenet_names
 from src.weights.origin import class_names_of
 
-_log = logging.getLogger("cvt")
+logger = logging.getLogger("cvt")
 
 
 def known_class_names(weights: Path, outputs: int) -> list[str] | None:
@@ -24,5 +24,5 @@ def known_class_names(weights: Path, outputs: int) -> list[str] | None:
     names = class_names_of(weights, outputs)
     if not names and outputs == CLASSES:
         names = imagenet_names()
-        _log.info("%s: 1,000 outputs and no class names; named as ImageNet-1k's", weights)
+        logger.info("%s: 1,000 outputs and no class names; named as ImageNet-1k's", weights)
     return names

@@ -149,7 +149,7 @@ def _pool(graph: OnnxGraph, attn: Attention, x: str, grid: tuple) -> tuple:
     """
     dim = attn.num_heads * attn.head_dim
     with graph.scope("pool_kv"):
-        (below, rows), (right, columns) = (attn.pool_kv._windows(edge) for edge in grid)
+        (below, rows), (right, columns) = (attn.pool_kv.windows(edge) for edge in grid)
         weight = np.full((dim, 1, KERNEL_SIZE, KERNEL_SIZE), KERNEL_SIZE**-2, np.float32)
         pads = (PADDING, PADDING, below, right)
         x = graph.conv(x, "conv", weight, None, attn.pool_kv.stride, pads, group=dim)

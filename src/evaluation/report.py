@@ -28,7 +28,7 @@ TABLES = {
 }  # fmt: skip
 BINS = 15  # as Guo et al. use
 WORST = 50  # rows of worst_images.csv
-MOST_CLASSES = 5000  # of a confusion matrix
+MAX_CLASSES = 5000  # of a confusion matrix
 
 logger = logging.getLogger("cvt")
 
@@ -140,8 +140,8 @@ def write_report(
         _worst(images, outcomes),
         folder / "worst_images.csv",
     )
-    if len(names) > MOST_CLASSES:
-        logger.warning("no confusion matrix: %d classes, more than %d", len(names), MOST_CLASSES)
+    if len(names) > MAX_CLASSES:
+        logger.warning("no confusion matrix: %d classes, more than %d", len(names), MAX_CLASSES)
         return
     matrix = confusion_matrix(source.labels, outcomes.prediction, len(names))
     write_csv(

@@ -146,8 +146,8 @@ def attention_weights(cell: Attention, x: Tensor, height: int, width: int) -> Te
     Returns:
         float32 [B, h, T, T'].
     """
-    q, k, _ = cell._project(x, height, width)
-    q, k = cell._heads(cell.proj_q(q)), cell._heads(cell.proj_k(k))
+    q, k, _ = cell.project(x, height, width)
+    q, k = cell.split_heads(cell.proj_q(q)), cell.split_heads(cell.proj_k(k))
     return cell.attend.weights(q, k)
 
 
@@ -156,7 +156,7 @@ def _key_positions(cell: Attention, edge: int) -> np.ndarray:
     if cell.qkv_projection == "linear":
         return np.arange(edge)
     if cell.qkv_projection == "avg":
-        stride, count = cell.pool_kv.stride, len(cell.pool_kv._windows(edge)[1])
+        stride, count = cell.pool_kv.stride, len(cell.pool_kv.windows(edge)[1])
     else:
         stride = cell.conv_proj_k.conv.stride[0]
         count = (edge - 1) // stride + 1  # a kernel of 3 and a padding of 1

@@ -204,7 +204,7 @@ def _attention(cell: Attention, grid: tuple[int, int], count: _Count) -> None:
         kv_grid = count.add_convolution(cell.conv_proj_k.conv, grid)
         count.add_convolution(cell.conv_proj_v.conv, grid)
     elif cell.qkv_projection == "avg":
-        kv_grid = [len(cell.pool_kv._windows(edge)[1]) for edge in grid]
+        kv_grid = [len(cell.pool_kv.windows(edge)[1]) for edge in grid]
     tokens = cell.has_cls_token + math.prod(grid)
     kv_tokens = cell.has_cls_token + math.prod(kv_grid)
     count.add_linear(cell.proj_q, tokens)

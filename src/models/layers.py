@@ -209,7 +209,7 @@ class AvgProjection(nn.Cell):
         self.stride = stride
         self.pool = nn.AvgPool2d(KERNEL_SIZE, stride)
 
-    def _windows(self, size: int) -> tuple[int, list[float]]:
+    def windows(self, size: int) -> tuple[int, list[float]]:
         """Return the padding after an axis of `size` cells, and each window's correction."""
         count = -(-(size + 2 * PADDING - KERNEL_SIZE) // self.stride) + 1
         if (count - 1) * self.stride >= size + PADDING:
@@ -220,8 +220,8 @@ class AvgProjection(nn.Cell):
 
     def construct(self, x: Tensor) -> Tensor:
         """x [B, C, H, W] -> tokens [B, N', C] of the strided grid."""
-        below, rows = self._windows(x.shape[2])
-        right, columns = self._windows(x.shape[3])
+        below, rows = self.windows(x.shape[2])
+        right, columns = self.windows(x.shape[3])
         x = self.pool(ops.pad(x, (PADDING, right, PADDING, below)))  # [B, C, H', W']
         x = x * Tensor(rows, mstype.float32).reshape((-1, 1)) * Tensor(columns, mstype.float32)
         return to_tokens(x)
@@ -256,10 +256,10 @@ class Attention(nn.Cell):
         # The official code scales by the whole dimension, not the head's.
         self.attend = ScaledDotProductAttention(stage.num_heads, self.head_dim, scale=dim**-0.5)
 
-    def _project(
+    def project(
         self, x: Tensor, height: int, width: int, only_cls: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens [B, T, C] -> q [B, T or 1, C], k and v [B, T', C] before their Linears."""
+        """Project tokens [B, T, C] to q [B, T or 1, C], k and v [B, T', C], without Linears."""
         cls, tokens = self.split_front(x) if self.has_cls_token else (None, x)
         if self.qkv_projection == "linear":
             return (cls if only_cls else x), x, x
@@ -276,8 +276,8 @@ class Attention(nn.Cell):
             k, v = ops.cat((cls, k), 1), ops.cat((cls, v), 1)
         return q, k, v
 
-    def _heads(self, x: Tensor) -> Tensor:
-        """[B, T, C] -> [B, h, T, C / h]."""
+    def split_heads(self, x: Tensor) -> Tensor:
+        """Reshape [B, T, C] to [B, h, T, C / h]."""
         return x.reshape((-1, x.shape[1], self.num_heads, self.head_dim)).transpose((0, 2, 1, 3))
 
     def construct(
@@ -288,10 +288,10 @@ class Attention(nn.Cell):
         The class token's query bypasses the convolution, which then only updates BatchNorm's
         statistics.
         """
-        q, k, v = self._project(x, height, width, only_cls)
-        q = self._heads(self.proj_q(q))
-        k = self._heads(self.proj_k(k))
-        v = self._heads(self.proj_v(v))
+        q, k, v = self.project(x, height, width, only_cls)
+        q = self.split_heads(self.proj_q(q))
+        k = self.split_heads(self.proj_k(k))
+        v = self.split_heads(self.proj_v(v))
         x = self.attend(q, k, v).transpose((0, 2, 1, 3))  # [B, T, h, C / h]
         x = x.reshape((-1, x.shape[1], self.num_heads * self.head_dim))
         return self.proj_drop(self.proj(x), bits)

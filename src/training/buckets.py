@@ -14,7 +14,7 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 
 BUCKET_BYTES = 64 * 2**20
-MOST_BUCKETS = 3
+MAX_BUCKETS = 3
 
 _map = ops.HyperMap()  # compiles faster than a Python loop
 _flatten = ops.MultitypeFuncGraph("flatten")
@@ -31,18 +31,18 @@ def _piece_of_tensor(flat, begin, like):
     return ops.slice(flat, (begin,), (like.size,)).reshape(like.shape)
 
 
-def begins(sizes: Sequence[int]) -> tuple[int, ...]:
-    """Where each of several tensors starts in their concatenation, from their elements."""
+def offsets(sizes: Sequence[int]) -> tuple[int, ...]:
+    """Return where each of several tensors starts in their concatenation, from their sizes."""
     return tuple(np.cumsum([0, *sizes[:-1]]).tolist())
 
 
 def pack(values: tuple[Tensor, ...]) -> Tensor:
-    """Tensors of any shapes -> one of a single axis, float32 [n]."""
+    """Concatenate tensors of any shapes: float32 [n]."""
     return ops.cat(_map(_flatten, values))
 
 
 def unpack(flat: Tensor, starts: tuple[int, ...], like: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Undo `pack`: tensors in the shapes of `like`, whose `begins` are `starts`.
+    """Undo `pack`: tensors in the shapes of `like`, whose `offsets` are `starts`.
 
     Uses `Slice`, because few devices have kernels that split into unequal pieces.
     """
@@ -58,8 +58,8 @@ def bucket_bounds(sizes: Sequence[int]) -> list[tuple[int, int]]:
     Returns:
         First gradient of each bucket and the index after its last.
     """
-    limit = max(BUCKET_BYTES, -(-4 * sum(sizes) // MOST_BUCKETS))
-    bucket = 4 * np.array(begins(sizes)) // limit
+    limit = max(BUCKET_BYTES, -(-4 * sum(sizes) // MAX_BUCKETS))
+    bucket = 4 * np.array(offsets(sizes)) // limit
     edges = [0, *(np.flatnonzero(np.diff(bucket)) + 1).tolist(), len(sizes)]
     return list(zip(edges[:-1], edges[1:]))
 
@@ -76,7 +76,7 @@ class Buckets(nn.Cell):
         super().__init__(auto_prefix=False)
         sizes = [int(parameter.size) for parameter in parameters]
         self.bounds = tuple(bucket_bounds(sizes))
-        self.begins = tuple(begins(sizes[start:stop]) for start, stop in self.bounds)
+        self.offsets = tuple(offsets(sizes[start:stop]) for start, stop in self.bounds)
         contents = [sum(sizes[start:stop]) for start, stop in self.bounds]
         self.padding = tuple(-content % multiple for content in contents)
         self.shapes = [(size + pad,) for size, pad in zip(contents, self.padding)]
@@ -97,7 +97,7 @@ class Buckets(nn.Cell):
     ) -> tuple[Tensor, ...]:
         """Buckets -> gradients in the shapes of `like`."""
         gradients = ()
-        for bucket, (start, stop), starts in zip(buckets, self.bounds, self.begins):
+        for bucket, (start, stop), starts in zip(buckets, self.bounds, self.offsets):
             gradients += unpack(bucket, starts, like[start:stop])
         return gradients
 

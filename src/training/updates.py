@@ -14,7 +14,7 @@ from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from src.kernels import update
-from src.training.buckets import Buckets, begins, pack, unpack
+from src.training.buckets import Buckets, offsets, pack, unpack
 from src.training.optimizer import SGD, AdamW
 
 ROW = 1024  # elements per partial sum: summing millions in float32 loses digits
@@ -73,7 +73,7 @@ class PlainUpdates(nn.Cell):
         super().__init__(auto_prefix=False)
         self.optimizer = optimizer
         self.statistics = statistics
-        self.statistic_begins = begins([int(p.size) for p in statistics])
+        self.statistic_offsets = offsets([int(p.size) for p in statistics])
         self.weights = ParameterTuple([weight for weight, _ in pairs])
         self.averages = ParameterTuple([average for _, average in pairs])
         self.buckets = Buckets(optimizer.parameters, ROW)
@@ -118,7 +118,7 @@ class PlainUpdates(nn.Cell):
         # A variance can overflow although loss and gradients are finite; it would stay infinite.
         usable = ops.logical_and(finite, ops.isfinite(after))
         settled = ops.where(usable, after, before)
-        settled = unpack(settled, self.statistic_begins, self.statistics)
+        settled = unpack(settled, self.statistic_offsets, self.statistics)
         return self.map(_assign, self.statistics, settled)
 
 

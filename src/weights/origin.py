@@ -16,7 +16,7 @@ from src.json_reader import read_json
 
 MAX_BYTES = 16 << 20  # of a .json
 _MAX_CLASSES, _MAX_NAME = 100_000, 1_000
-_log = logging.getLogger("cvt")
+logger = logging.getLogger("cvt")
 
 
 def run_settings(weights: str | Path) -> Config | None:
@@ -30,7 +30,7 @@ def run_settings(weights: str | Path) -> Config | None:
 
 
 def class_names_of(
-    weights: str | Path, outputs: int | None = None, log: Callable[[str], object] = _log.info
+    weights: str | Path, outputs: int | None = None, log: Callable[[str], object] = logger.info
 ) -> list[str] | None:
     """Return what the outputs of weights are called, and log where the names are from.
 

@@ -126,7 +126,7 @@ def test_at_most_fifty_worst_images(tmp_path):
 
 def test_a_confusion_matrix_larger_than_memory_is_left_out(tmp_path, monkeypatch, caplog):
     """ImageNet-22k's would have 477 million cells."""
-    monkeypatch.setattr(report, "MOST_CLASSES", 3)
+    monkeypatch.setattr(report, "MAX_CLASSES", 3)
     outcomes = score_batch(np.eye(4), np.arange(4))
     images = LabeledSplit(FileSource(["a.png"] * 4, np.arange(4), NAMES, "made up"))
     write_report({"top1": 1.0}, outcomes, images, tmp_path)

@@ -32,7 +32,7 @@ def test_weights_give_the_attention_its_output(options):
     x = noise(2, 1 + 6 * 5, 32)
     weights = attention_weights(cell, x, 6, 5).asnumpy()
     np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-5)
-    values = cell._heads(cell.proj_v(cell._project(x, 6, 5)[2])).asnumpy()
+    values = cell.split_heads(cell.proj_v(cell.project(x, 6, 5)[2])).asnumpy()
     mixed = (weights @ values).transpose(0, 2, 1, 3).reshape(2, 31, 32)
     expected = cell(x, 6, 5, None).asnumpy()
     assert np.abs(cell.proj(ms.Tensor(mixed)).asnumpy() - expected).max() <= 1e-5

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from src.models import create_model
-from src.training.buckets import BUCKET_BYTES, begins, bucket_bounds, pack, unpack
+from src.training.buckets import BUCKET_BYTES, offsets, bucket_bounds, pack, unpack
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_unpacked_is_what_was_packed(mode):
     class RoundTrip(ms.nn.Cell):
         def construct(self, a, b, c):
             flat = pack((a, b, c))
-            return flat, unpack(flat, begins((6, 1, 4)), (a, b, c))
+            return flat, unpack(flat, offsets((6, 1, 4)), (a, b, c))
 
     flat, found = RoundTrip()(*map(ms.Tensor, values))
     assert np.array_equal(flat.asnumpy(), np.concatenate([v.ravel() for v in values]))
