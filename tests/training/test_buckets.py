@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from src.models import create_model
-from src.training.buckets import BUCKET_BYTES, offsets, bucket_bounds, pack, unpack
+from src.training.buckets import BUCKET_BYTES, bucket_bounds, offsets, pack, unpack
 
 
 @pytest.mark.parametrize(
