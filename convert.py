@@ -6,7 +6,7 @@ from pathlib import Path
 
 from src.cli import parse, take_keys
 from src.config import RuntimeOnly
-from src.config_io import load_config
+from src.config_io import is_run_config, load_config, run_config_of
 from src.device import log_to, prepare_environment, setup
 from src.errors import UserError, executable
 from src.files import require_writable
@@ -77,7 +77,9 @@ def main(argv: list[str]) -> None:
     for file in files:
         print(f"source  {sha256_of(file)}  {file}")
     print(f"result  {sha256_of(target)}  {target}")
-    print(f"next: python eval.py --ckpt {target} --config RECIPE --data.path FOLDER")
+    found = run_config_of(files[0])  # with the classes and the preprocessing of the run
+    recipe = found if found and is_run_config(found) else "RECIPE"
+    print(f"next: python eval.py --ckpt {target} --config {recipe} --data.path FOLDER")
 
 
 if __name__ == "__main__":

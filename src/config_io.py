@@ -113,7 +113,10 @@ def is_run_config(path: Path) -> bool:
         return False
 
 
-_WEIGHTS = ("checkpoints/best.ckpt", "best.ckpt", "model.safetensors")
+# last.ckpt: of a run before its first evaluation.
+_WEIGHTS = (
+    "checkpoints/best.ckpt", "best.ckpt", "model.safetensors", "checkpoints/last.ckpt",
+)  # fmt: skip
 
 
 def find_checkpoint(place: Path) -> Path:

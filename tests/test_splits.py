@@ -54,6 +54,16 @@ def test_evaluation_on_part_of_the_training_images():
     assert open_split(config(data=few), "train").digest() == rest.digest()
 
 
+def test_part_of_a_runs_classes_is_evaluated_on_its_held_out_images():
+    names = [str(digit) for digit in range(10)]
+    data = {"source": "digits", "val_from_train": 100, "class_names": names}
+    held_out = open_split(config(data=DataConfig(**data)), "val")
+    part = open_split(config(data=DataConfig(**data, classes=["7", "2"])), "val")
+    assert part.labels.tolist() == [n for n in held_out.labels.tolist() if n in (2, 7)]
+    expected = {held_out[i][0].tobytes() for i in range(100) if held_out.labels[i] in (2, 7)}
+    assert {part[i][0].tobytes() for i in range(20)} == expected
+
+
 @pytest.fixture
 def photos(tmp_path):
     """Four photographs of two classes in both splits, one of them cut off."""

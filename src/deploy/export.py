@@ -92,6 +92,12 @@ def export(
     if config.model.num_classes is None:
         config = with_class_names(config, checkpoint)
         config = resolve_classes(config, open_split(config, "val"))
+    given = config.data.class_names
+    if given and len(given) != config.model.num_classes:
+        raise UserError(
+            f"data.class_names has {len(given)} names, but the network {config.model.num_classes} "
+            "outputs; name every class"
+        )
     preprocessing = build_preprocessing(config)
     shape = (options.batch_size, 3, *preprocessing.image_size)
     names = config.data.class_names or known_class_names(checkpoint, config.model.num_classes)

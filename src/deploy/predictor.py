@@ -159,9 +159,10 @@ class Predictor:
             elif name:
                 image = Path(image).read_bytes()
             elif not isinstance(image, (bytes, np.ndarray)):
-                raise ValueError(
-                    f"an image must be a path, bytes, PIL image or array, not {image!r}"
-                )
+                kind = type(image).__name__
+                raise ValueError(f"an image must be a path, bytes, PIL image or array, not {kind}")
+            elif isinstance(image, np.ndarray) and not image.size:
+                raise ValueError(f"an image of shape {image.shape} has no pixels")
             return self.preprocessing(image, self.max_pixels)
         except OSError as error:
             reason = error.strerror or "not a readable image"
@@ -246,6 +247,8 @@ class Predictor:
             UserError: the logits are not finite, or N exceeds the file's batch size.
         """
         count = len(inputs)
+        if not count:  # kernels divide by the batch size
+            return self.logits(np.zeros((1, *np.shape(inputs)[1:]), np.float32))[:0]
         size = self._padded_size(count, max_padded)
         if size < count:
             raise UserError(f"{self._path}: takes {size} images at once, not {count}")

@@ -42,6 +42,11 @@ def with_class_names(config: Config, checkpoint: str | Path) -> Config:
     names = None
     if config.data.labels == "val" and not config.data.class_names:
         names = class_names_of(checkpoint, config.model.num_classes)
+        if names is None and config.data.source in ("imagefolder", "mindrecord"):
+            logger.warning(
+                "%s: its class names are unknown; they are taken to be the data's, in the data's "
+                "order (data.class_names sets another)", checkpoint,
+            )  # fmt: skip
     if names is None or are_imagenet(names) or len({*names}) < len(names):
         return config
     return dataclasses.replace(config, data=dataclasses.replace(config.data, class_names=names))

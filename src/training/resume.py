@@ -30,6 +30,8 @@ from src.weights import WeightsMismatch
 logger = logging.getLogger("cvt")
 _ABANDONED = re.compile(r"abandoned-(\d+)-.+")
 
+# Beginnings of changes, as `check_compatible` names them, after which an accuracy is another one.
+_OF_EVALUATION = ("data.", "model.", "other evaluation")
 # Keys that change rounding only; the log says so.
 ROUNDING = ("runtime.depthwise", "runtime.jit_level", "runtime.deterministic")
 # Keys that may differ on resume: they do not change the results, or the values they resolve to
@@ -91,14 +93,22 @@ def restore(
     scale = "training.loss_scale"
     if scale in saved.settings and saved.settings[scale] != current.settings[scale]:
         step.reset_loss_scale()
+    remeasured = any(change.startswith(_OF_EVALUATION) for change in changes)
+    if remeasured:
+        saved.best_top1, saved.best_sha256 = -1.0, ""
     best = saved.best_top1
     last_row = saved.rows[-1:] if not saved.position else []
-    abandoned = set_aside_newer(step, saved, state, checkpoints, keep)
-    if saved.best_top1 < 0 and last_row and last_row[0]["top1"] == best:
+    abandoned = set_aside_newer(step, saved, state, checkpoints, keep, remeasured)
+    if remeasured:
+        logger.warning(
+            "the best weights are selected anew, because the earlier accuracy is of other settings "
+            "or images"
+        )
+    elif saved.best_top1 < 0 and last_row and last_row[0]["top1"] == best:
         save_best(step, saved, checkpoints, best)  # the state holds the best weights itself
     if abandoned:
         logger.warning(
-            "%s is not the newest state; the files trained after it are renamed in %s: %s",
+            "%s continues; files that do not belong to it any more are renamed in %s: %s",
             state.name, checkpoints, ", ".join(path.name for path in abandoned),
         )  # fmt: skip
     kept = ("epoch", "position", "losses", "rows", "best_top1", "best_sha256")
@@ -106,7 +116,12 @@ def restore(
 
 
 def set_aside_newer(
-    step: TrainStep, progress: Progress, state: Path, checkpoints: Path, keep: int
+    step: TrainStep,
+    progress: Progress,
+    state: Path,
+    checkpoints: Path,
+    keep: int,
+    with_best: bool = False,
 ) -> list[Path]:
     """Rename the files of the branch that a resumed run abandons.
 
@@ -120,6 +135,7 @@ def set_aside_newer(
         state: the file resumed from.
         checkpoints: the run's folder of states.
         keep: number of states to keep.
+        with_best: rename best.ckpt, too.
 
     Returns:
         The renamed files.
@@ -132,7 +148,7 @@ def set_aside_newer(
     best = checkpoints / BEST
     if not best.is_file():
         progress.best_top1, progress.best_sha256 = -1.0, ""
-    elif (newer or not is_own) and sha256_of(best) != progress.best_sha256:
+    elif with_best or ((newer or not is_own) and sha256_of(best) != progress.best_sha256):
         progress.best_top1, progress.best_sha256 = -1.0, ""
         newer = [*newer, best]
     used = [int(m[1]) for m in map(_ABANDONED.fullmatch, os.listdir(checkpoints)) if m]

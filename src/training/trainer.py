@@ -159,7 +159,9 @@ class Trainer:
                 speed = self._train_epoch()
                 metrics = self._evaluate()
                 self._finish_epoch(metrics, speed, start)
-        logger.info("best top1 %.2f; results are in %s", self.progress.best_top1, self.output)
+        best = self.progress.best_top1
+        found = f"best top1 {best:.2f}" if best >= 0 else "not evaluated"
+        logger.info("%s; results are in %s", found, self.output)
         self.ranks.announce_end(0)
 
     def _train_epoch(self) -> float:

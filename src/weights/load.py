@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from mindspore import Parameter, Tensor, dtype_to_nptype, nn, ops
+from mindspore import Parameter, Tensor, nn, ops
 from PIL import Image
 
 from src.errors import UserError
@@ -196,7 +196,7 @@ def _assign(
 ) -> None:
     for name in report.loaded:
         parameter = parameters[name]
-        dtype = dtype_to_nptype(parameter.dtype)
+        dtype = np.dtype(str(parameter.dtype).lower())
         if tensors[name].dtype != dtype:
             report.cast[str(tensors[name].dtype)] += 1
         value = Tensor(np.array(tensors[name], dtype))  # a copy: a file's arrays may be unaligned

@@ -214,6 +214,14 @@ def test_without_the_data_noise_is_compared(run, tmp_path, caplog, monkeypatch, 
     assert json.loads((tmp_path / "m.mindir.json").read_text())["class_names"] == names
 
 
+def test_names_of_another_number_of_classes_are_refused(run, tmp_path):
+    config, checkpoint = run
+    config.data.class_names = ["x", "y", "z"]
+    with pytest.raises(UserError, match="data.class_names has 3 names, but the network 10 outputs"):
+        room.export(config, checkpoint, tmp_path / "m.onnx", ExportOptions("onnx"), "CPU")
+    assert not list(tmp_path.iterdir())
+
+
 def test_float16_weights_halve_the_file(run, exported, tmp_path, caplog):
     folder, _ = exported
     with caplog.at_level("INFO", logger="cvt"):

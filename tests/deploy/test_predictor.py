@@ -63,6 +63,18 @@ def test_exported_files_and_checkpoint_agree(trained, exported, digits):
     assert len(everything) == 10 and sum(e.probability for e in everything) == pytest.approx(1)
 
 
+def test_no_images_give_no_results(trained, exported):
+    """A service may filter all of a batch; MindSpore's kernels would divide by zero."""
+    for model in (exported / "any.mindir", trained):
+        predict = Predictor(model)
+        assert predict.classify(np.zeros((0, 3, 32, 32), np.float32)) == []
+        assert predict.logits(np.zeros((0, 3, 32, 32), np.float32)).shape == (0, 10)
+    with pytest.raises(UserError, match=r"shape \(0, 5, 3\) has no pixels"):
+        predict.prepare(np.zeros((0, 5, 3), np.uint8))
+    with pytest.raises(UserError, match="array, not bytearray$"):
+        predict.prepare(bytearray(b"\xff" * 99))
+
+
 def test_paths_images_and_arrays_give_the_same(exported, digits):
     arrays, paths = digits
     predict = Predictor(exported / "four.mindir")

@@ -103,6 +103,20 @@ def test_changes_are_accepted_where_told_so(trained, few_digits, tmp_path, capsy
     assert load_config(tmp_path / "run/config.yaml").training.epochs == 2
 
 
+def test_best_weights_of_other_settings_are_set_aside(trained, few_digits, tmp_path, capsys):
+    """Else config.yaml, with the new settings, would stand beside weights that had others."""
+    train(small(trained, training__epochs=1), tmp_path / "run")
+    checkpoints = tmp_path / "run/checkpoints"
+    old = (checkpoints / "best.ckpt").read_bytes()
+    other = small(trained, training__epochs=2, data__mean=[0.9, 0.1, 0.5])
+    train(other, tmp_path / "run", resume=True, accept_changes=True)
+    assert (checkpoints / "abandoned-1-best.ckpt").read_bytes() == old
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    said = capsys.readouterr().out
+    assert "selected anew" in said and f"best top1 {rows[1]['top1']:.2f}" in said
+    assert (checkpoints / "best.ckpt").read_bytes() != old
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
