@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from src.cli import parse
+from src.cli import parse, require_recipe
 from src.config_io import find_checkpoint
 from src.device import choose_device, inference_runtime, log_to, prepare_environment, setup
-from src.errors import UserError, executable
+from src.errors import executable
 from src.files import require_replaceable, write_json
 
 
@@ -40,11 +40,7 @@ def main(argv: list[str]) -> None:
     from src.evaluation.evaluator import evaluate_checkpoint
     from src.evaluation.report import calibrate, check_report, is_result, write_report
 
-    if arguments.config is None:
-        raise UserError(
-            f"{arguments.ckpt}: no config.yaml beside it; give its recipe with --config, such as "
-            "config/imagenet/cvt_13_224.yaml"
-        )
+    require_recipe(arguments.ckpt, arguments.config)
     chosen = {key.removeprefix("runtime.") for key in arguments.given}
     device = choose_device(config.runtime.device)
     config.runtime = inference_runtime(config.runtime, device, chosen)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jsonargparse.typing import PositiveFloat
 
-from src.cli import parse
+from src.cli import parse, require_recipe
 from src.config import RuntimeConfig
 from src.config_io import find_checkpoint
 from src.device import log_to, prepare_environment, setup
@@ -74,11 +74,7 @@ def main(argv: list[str]) -> None:
         raise UserError("--quantize int8: works only for ONNX files; add --format onnx")
     if arguments.quantize and "float16" in (arguments.weight_dtype, arguments.precision):
         raise UserError("--quantize int8: quantizes float32 weights; leave out float16")
-    if arguments.config is None:
-        raise UserError(
-            f"{checkpoint}: no config.yaml beside it; give its recipe with --config, such as "
-            "config/imagenet/cvt_13_224.yaml"
-        )
+    require_recipe(checkpoint, arguments.config)
     if any(word.split("=")[0] == "--runtime.precision" for word in argv):
         raise UserError(
             "--runtime.precision: applies to training; use --precision for the exported file"

@@ -67,6 +67,25 @@ def parse(
     return settings, _expand_arguments(arguments)
 
 
+def require_recipe(checkpoint: str | Path, config: str | None) -> None:
+    """Check that weights have a recipe.
+
+    Raises:
+        UserError: neither a recipe nor a run's config.yaml was found, or the file is no weight file
+            but an exported one.
+    """
+    if Path(checkpoint).suffix in (".mindir", ".onnx", ".air"):
+        raise UserError(
+            f"{checkpoint}: is an exported file, which infer.py runs; give the weights that it was "
+            "exported from"
+        )
+    if config is None:
+        raise UserError(
+            f"{checkpoint}: no config.yaml beside it; give its recipe with --config, such as "
+            "config/imagenet/cvt_13_224.yaml"
+        )
+
+
 def require_free_port(port: int) -> None:
     """Check that a program of this host can listen on a port.
 

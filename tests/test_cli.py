@@ -204,6 +204,12 @@ def test_an_empty_value_is_not_the_current_folder(words, message):
         read(*words)
 
 
+@pytest.mark.parametrize("program", ["eval.py", "export.py"])
+def test_an_exported_file_is_no_checkpoint(run_here, program):
+    done = run_here(program, "--ckpt=m.onnx", "--config", str(RECIPES[0]), "--data.path=x")
+    assert done.returncode == 2 and "m.onnx: is an exported file, which infer.py" in done.stderr
+
+
 def test_infer_takes_images_as_large_as_training_does(monkeypatch, tmp_path, run_here):
     def predictor(*_, max_pixels, **__):
         raise UserError(f"at most {max_pixels}")

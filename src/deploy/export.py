@@ -25,7 +25,7 @@ from src.deploy.engines import Run, open_model
 from src.deploy.quantize import check_quantizer, quantize
 from src.deploy.writers import check_format, installed_engines, write_model
 from src.errors import UserError
-from src.evaluation.labels import with_class_names
+from src.evaluation.labels import compare_preprocessing, with_class_names
 from src.files import replacing, sha256_of, write_json
 from src.splits import open_split, resolve_classes
 from src.weights import load_weights, weight_files
@@ -99,6 +99,7 @@ def export(
             "outputs; name every class"
         )
     preprocessing = build_preprocessing(config)
+    compare_preprocessing(checkpoint, preprocessing)
     shape = (options.batch_size, 3, *preprocessing.image_size)
     names = config.data.class_names or known_class_names(checkpoint, config.model.num_classes)
     check_readable(list(shape), preprocessing, names)

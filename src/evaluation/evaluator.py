@@ -17,7 +17,12 @@ from src.data import Preprocessing, Source, create_eval_loader
 from src.data.transforms import pad_batch
 from src.distributed import SINGLE_PROCESS, Ranks
 from src.errors import UserError
-from src.evaluation.labels import LabeledSplit, open_labeled_split, with_class_names
+from src.evaluation.labels import (
+    LabeledSplit,
+    compare_preprocessing,
+    open_labeled_split,
+    with_class_names,
+)
 from src.evaluation.metrics import Metrics, Outcomes
 from src.progress import progress_bar
 from src.splits import resolve_classes
@@ -185,6 +190,7 @@ def evaluate_checkpoint(
     """
     config = with_class_names(config, checkpoint)
     preprocessing = build_preprocessing(config)
+    compare_preprocessing(checkpoint, preprocessing)
     # If the number of classes is known, load the weights first: misfits fail before data is read.
     net = _load(config, checkpoint) if config.model.num_classes else None
     images = open_labeled_split(config, checkpoint, ranks, keep_index)

@@ -7,9 +7,10 @@ import logging
 from pathlib import Path
 from typing import NamedTuple
 
+from src.build import build_preprocessing
 from src.config import Config
 from src.config_io import run_config_of
-from src.data import Source
+from src.data import Preprocessing, Source
 from src.data.imagenet_labels import (
     V2_FOLDERS,
     apply_real_labels,
@@ -21,7 +22,7 @@ from src.data.imagenet_labels import (
 from src.distributed import SINGLE_PROCESS, Ranks
 from src.errors import UserError
 from src.splits import open_checked
-from src.weights.origin import are_imagenet, class_names_of
+from src.weights.origin import are_imagenet, class_names_of, run_settings
 
 logger = logging.getLogger("cvt")
 
@@ -50,6 +51,24 @@ def with_class_names(config: Config, checkpoint: str | Path) -> Config:
     if names is None or are_imagenet(names) or len({*names}) < len(names):
         return config
     return dataclasses.replace(config, data=dataclasses.replace(config.data, class_names=names))
+
+
+def compare_preprocessing(checkpoint: str | Path, used: Preprocessing) -> None:
+    """Log a warning if the run that the weights are from had other preprocessing."""
+    try:
+        run = run_settings(checkpoint)
+    except UserError:  # another program's config.yaml
+        return
+    if run is None:
+        return
+    before = dataclasses.asdict(build_preprocessing(run))
+    changed = [
+        f"{key} {before[key]}, not {value}"
+        for key, value in dataclasses.asdict(used).items()
+        if before[key] != value
+    ]
+    if changed:
+        logger.warning("%s: its run had %s", checkpoint, "; ".join(changed))
 
 
 def open_labeled_split(

@@ -32,6 +32,7 @@ _ABANDONED = re.compile(r"abandoned-(\d+)-.+")
 
 # Beginnings of changes, as `check_compatible` names them, after which an accuracy is another one.
 _OF_EVALUATION = ("data.", "model.", "other evaluation")
+_OF_TRAINING = ("data.train_images", "model.drop_path_rate", "model.drop_rate")
 # Keys that change rounding only; the log says so.
 ROUNDING = ("runtime.depthwise", "runtime.jit_level", "runtime.deterministic")
 # Keys that may differ on resume: they do not change the results, or the values they resolve to
@@ -93,7 +94,10 @@ def restore(
     scale = "training.loss_scale"
     if scale in saved.settings and saved.settings[scale] != current.settings[scale]:
         step.reset_loss_scale()
-    remeasured = any(change.startswith(_OF_EVALUATION) for change in changes)
+    remeasured = any(
+        change.startswith(_OF_EVALUATION) and not change.startswith(_OF_TRAINING)
+        for change in changes
+    )
     if remeasured:
         saved.best_top1, saved.best_sha256 = -1.0, ""
     best = saved.best_top1

@@ -11,15 +11,15 @@ from PIL import Image
 
 from src.build import build_model, build_preprocessing
 from src.config import Config, DataConfig, EvaluationConfig, ModelConfig
-from src.config_io import save_config
+from src.config_io import load_config, save_config
 from src.data import create_eval_loader
 from src.data.imagenet_labels import imagenet_names, synsets
 from src.errors import UserError
 from src.evaluation.evaluator import evaluate_checkpoint
-from src.evaluation.labels import open_labeled_split, with_class_names
+from src.evaluation.labels import compare_preprocessing, open_labeled_split, with_class_names
 from src.training.run import train
 from src.weights import save_weights
-from tests.conftest import TINY
+from tests.conftest import TINY, tiny_config
 
 MODES = {0: "L", 1: "CMYK"}  # of the first images; the rest is RGB
 
@@ -214,3 +214,20 @@ def test_imagenets_words_leave_the_order_to_the_synsets(imagenet, tmp_path):
     names = {"id2label": dict(enumerate(imagenet_names()))}
     (tmp_path / "config.json").write_text(json.dumps(names))
     assert with_class_names(config, tmp_path) == config
+
+
+def test_other_preprocessing_than_the_runs_is_told(trained, caplog):
+    """As with --config and a recipe beside a run's checkpoint."""
+    weights, config = trained / "checkpoints/best.ckpt", load_config(trained / "config.yaml")
+    compare_preprocessing(weights, build_preprocessing(config))
+    assert not caplog.records
+    config.data.mean = [0.5, 0.5, 0.5]
+    compare_preprocessing(weights, build_preprocessing(config))
+    assert "its run had mean (0.1, 0.1, 0.1), not (0.5, 0.5, 0.5)" in caplog.text
+
+
+def test_a_folder_of_unknown_order_is_told(imagenet, tmp_path, caplog):
+    save_weights(build_model(tiny_config()), tmp_path / "w.ckpt")
+    config = tiny_config(data=DataConfig(source="imagefolder", path=str(imagenet)))
+    with_class_names(config, tmp_path / "w.ckpt")
+    assert "w.ckpt: its class names are unknown" in caplog.text

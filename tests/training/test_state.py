@@ -115,6 +115,9 @@ def test_best_weights_of_other_settings_are_set_aside(trained, few_digits, tmp_p
     said = capsys.readouterr().out
     assert "selected anew" in said and f"best top1 {rows[1]['top1']:.2f}" in said
     assert (checkpoints / "best.ckpt").read_bytes() != old
+    other.data.train_images, other.training.epochs = 100, 3  # of training alone
+    train(other, tmp_path / "run", resume=True, accept_changes=True)
+    assert "selected anew" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
