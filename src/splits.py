@@ -22,6 +22,7 @@ from src.data import (
     open_source,
     select_classes,
 )
+from src.data.base import normalize_name
 from src.distributed import SINGLE_PROCESS, Ranks
 from src.errors import UserError, join_names
 from src.progress import progress_bar
@@ -49,16 +50,19 @@ def open_split(config: Config, split: str) -> Source:
     held_out = data.val_from_train is not None
     opened = "train" if held_out else split
     source = open_source(data.source, data.path, opened, class_names=names, **folders)
-    part = data.classes and data.class_names and set(data.classes) < set(data.class_names)
-    if held_out and part:  # some of a run's classes: those of its held-out images
-        source = select_classes(source, data.class_names)
-        source = hold_out(source, data.val_from_train, seed=0)[split == "val"]
-    if data.classes:
-        source = select_classes(source, data.classes, data.class_names)
+    classes = data.classes
+    if held_out and classes and data.class_names:
+        # A run holds images out from all of its classes, whichever of them are evaluated.
+        known = set(map(normalize_name, source.class_names))
+        classes = [name for name in data.class_names if normalize_name(name) in known]
+    if classes:
+        source = select_classes(source, classes, data.class_names)
     if split == "train":
         _check_train_classes(source, given=bool(data.class_names))
-    if held_out and not part:  # the same images for any seed, so that trials are comparable
+    if held_out:  # the same images for any runtime.seed, so that trials are comparable
         source = hold_out(source, data.val_from_train, seed=0)[split == "val"]
+    if classes != data.classes:
+        source = select_classes(source, data.classes, data.class_names)
     if data.train_images and split == "train":
         classes = len(set(source.labels.tolist()))
         if data.train_images < classes:

@@ -54,11 +54,13 @@ def test_evaluation_on_part_of_the_training_images():
     assert open_split(config(data=few), "train").digest() == rest.digest()
 
 
-def test_part_of_a_runs_classes_is_evaluated_on_its_held_out_images():
-    names = [str(digit) for digit in range(10)]
-    data = {"source": "digits", "val_from_train": 100, "class_names": names}
+@pytest.mark.parametrize("more", [[], ["none of the data's"]])
+def test_part_of_a_runs_classes_is_evaluated_on_its_held_out_images(more):
+    data = {"source": "digits", "val_from_train": 100}
     held_out = open_split(config(data=DataConfig(**data)), "val")
-    part = open_split(config(data=DataConfig(**data, classes=["7", "2"])), "val")
+    names = [*(str(digit) for digit in range(10)), *more]
+    chosen = DataConfig(**data, class_names=names, classes=["7", "2"])
+    part = open_split(config(data=chosen), "val")
     assert part.labels.tolist() == [n for n in held_out.labels.tolist() if n in (2, 7)]
     expected = {held_out[i][0].tobytes() for i in range(100) if held_out.labels[i] in (2, 7)}
     assert {part[i][0].tobytes() for i in range(20)} == expected

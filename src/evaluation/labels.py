@@ -18,6 +18,7 @@ from src.data.imagenet_labels import (
     check_class_order,
     find_class_order_fault,
     load_real,
+    synsets,
 )
 from src.distributed import SINGLE_PROCESS, Ranks
 from src.errors import UserError
@@ -43,7 +44,12 @@ def with_class_names(config: Config, checkpoint: str | Path) -> Config:
     names = None
     if config.data.labels == "val" and not config.data.class_names:
         names = class_names_of(checkpoint, config.model.num_classes)
-        if names is None and config.data.source in ("imagefolder", "mindrecord"):
+        is_imagenet = config.model.num_classes == len(synsets())  # see `check_class_order`
+        if (
+            names is None
+            and not is_imagenet
+            and config.data.source in ("imagefolder", "mindrecord")
+        ):
             logger.warning(
                 "%s: its class names are unknown; they are taken to be the data's, in the data's "
                 "order (data.class_names sets another)", checkpoint,

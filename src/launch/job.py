@@ -49,7 +49,7 @@ def describe(plan: Plan) -> str:
         environment = {**plan.environment, **variables}
         words = [f"{name}={shlex.quote(value)}" for name, value in environment.items()]
         words += [msrun_interpreter(), *map(shlex.quote, plan.command)]
-        lines += [f"rank {rank}, log {logger(plan, rank)}:", "  " + " ".join(words)]
+        lines += [f"rank {rank}, log {_log_file(plan, rank)}:", "  " + " ".join(words)]
     return "\n".join(lines)
 
 
@@ -69,7 +69,7 @@ def run(plan: Plan) -> int:
         raise UserError(f"{plan.logs}: {error.strerror}; give another --output") from None
     job = _Job(plan)
     handlers = {number: signal.signal(number, job.forward_signal) for number in SIGNALS}
-    log = _LogFollower(logger(plan, min(plan.ranks)))
+    log = _LogFollower(_log_file(plan, min(plan.ranks)))
     try:
         while job.is_running():
             log.print_new()
@@ -247,18 +247,18 @@ def _report_failure(plan: Plan, job: _Job) -> None:
     for rank, log in logs.items():
         errors = [line for line in log.splitlines() if ERROR_LINE.match(line)]
         reason = errors[-1] if errors else "no error in its log"
-        print(f"  rank {rank}: {reason}; {logger(plan, rank)}", file=sys.stderr)
+        print(f"  rank {rank}: {reason}; {_log_file(plan, rank)}", file=sys.stderr)
     # A lost rank has many messages (heartbeat, collective, connection); a user's error is local.
     if plan.node_num > 1 and not any(map(USER_ERROR.search, logs.values())):
         print(OTHER_HOSTS, file=sys.stderr)
 
 
-def logger(plan: Plan, rank: int) -> Path:
+def _log_file(plan: Plan, rank: int) -> Path:
     return plan.logs / f"worker_{rank}.log"
 
 
 def _read_log(plan: Plan, rank: int) -> str:
-    log = logger(plan, rank)
+    log = _log_file(plan, rank)
     return log.read_text("utf-8", "replace") if log.exists() else ""
 
 

@@ -229,5 +229,7 @@ def test_other_preprocessing_than_the_runs_is_told(trained, caplog):
 def test_a_folder_of_unknown_order_is_told(imagenet, tmp_path, caplog):
     save_weights(build_model(tiny_config()), tmp_path / "w.ckpt")
     config = tiny_config(data=DataConfig(source="imagefolder", path=str(imagenet)))
+    with_class_names(config_of(imagenet), tmp_path / "w.ckpt")  # ImageNet's order is checked
+    assert not caplog.records
     with_class_names(config, tmp_path / "w.ckpt")
     assert "w.ckpt: its class names are unknown" in caplog.text

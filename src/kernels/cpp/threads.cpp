@@ -17,7 +17,7 @@ namespace {
 const int64_t kWorth = 16384;  // fewer floats than this are one thread's work
 const int kParts = 4;          // per thread, so that a delayed thread holds up one of them
 const int kMaxThreads = 256;
-const int kSpins = 2000;       // before a thread that waits for another one sleeps
+const int kSpins = 2000;       // of a waiting thread before it sleeps
 
 std::atomic<int> g_threads{1};
 
