@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from src.build import build_preprocessing, check_values
-from src.config import Config
+from src.config import Config, DataConfig
 from src.data import (
     Source,
     balanced_subset,
@@ -48,6 +48,12 @@ def open_split(config: Config, split: str) -> Source:
             raise UserError(f"data.{key}: {what}; name each class once")
     names = None if data.classes else data.class_names
     held_out = data.val_from_train is not None
+    if held_out and split == "val" and data.val_folder != DataConfig.val_folder:
+        logger.warning(
+            "data.val_folder %s is not used, because data.val_from_train %d holds out training "
+            "images; to evaluate on the folder, add --data.val_from_train null",
+            data.val_folder, data.val_from_train,
+        )  # fmt: skip
     opened = "train" if held_out else split
     source = open_source(data.source, data.path, opened, class_names=names, **folders)
     classes = data.classes

@@ -230,6 +230,12 @@ def test_classes_named_by_numbers():
     assert open_split(settings, "val").class_names == ("3", "8")
 
 
+def test_a_folder_that_held_out_images_replace_is_said_to_be_unused(photos, caplog):
+    settings = photo_config(photos, val_from_train=2, val_folder="val2")
+    assert len(open_split(settings, "val")) == 2
+    assert "data.val_folder val2 is not used, because data.val_from_train 2" in caplog.text
+
+
 def test_unchecked_images_are_said_to_be(photos, caplog):
     assert len(open_checked(photo_config(photos, check_images=False), "val")) == 4
     assert "images are not checked" in caplog.text

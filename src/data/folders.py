@@ -156,6 +156,12 @@ def find_classes(folder: Path, split: str) -> list[str]:
     return found
 
 
+def holds_class_folders(folder: Path) -> bool:
+    """Return whether a folder directly inside this one holds an image."""
+    inside = (entry.path for entry in os.scandir(folder) if _is_class(entry))
+    return any(_is_image(entry) for path in inside for entry in os.scandir(path))
+
+
 def _log_system_folders(folder: Path) -> None:
     """Log the folders that are ignored as a system's, if they hold images: one may be a class."""
     for entry in os.scandir(folder):

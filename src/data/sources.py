@@ -14,6 +14,7 @@ from src.data.folders import (
     IMAGE_EXTENSIONS,
     Walk,
     find_classes,
+    holds_class_folders,
     list_class_folders,
     list_loose_files,
 )
@@ -69,8 +70,9 @@ def open_source(
         folder = root / (train_folder if split == "train" else val_folder)
         if name == "imagefolder":
             if not folder.is_dir():
-                raise UserError(_describe_missing(root, folder, split))
-            _require_separate(root, train_folder, val_folder)
+                raise UserError(_describe_missing(root, folder, split, class_names))
+            if split == "train" or class_names is None:  # the train folder names the classes
+                _require_separate(root, train_folder, val_folder)
             return _imagefolder(folder, root / train_folder, split, title, class_names)
         if name == "mindrecord":
             return open_records(folder, title, class_names)
@@ -141,18 +143,31 @@ def _require_separate(root: Path, train_folder: str, val_folder: str) -> None:
             )
 
 
-def _describe_missing(root: Path, folder: Path, split: str) -> str:
-    """Return the message for a missing split folder; it suggests a folder with a usual name."""
+def _describe_missing(
+    root: Path, folder: Path, split: str, class_names: Sequence[str] | None
+) -> str:
+    """Return the message for a missing split folder, with the options that probably help."""
     there = sorted(entry.name for entry in os.scandir(root))
     usual = ("test", "valid", "validation", "eval", "dev") if split == "val" else ("training",)
-    hint = next((f"--data.{split}_folder {name}" for name in there if name.lower() in usual), None)
-    return (
-        f"{root}: no folder {folder.name!r} for the {split} split, there is "
-        f"{join_names(there) or 'nothing'}; "
-        + (f"did you mean {hint}?" if hint else "arrange the images as train/<class>/*.jpg and "
-           f"val/<class>/*.jpg or name the folder with --data.{split}_folder"
-           + (", or hold out training images with --data.val_from_train N" * (split == "val")))
-    )  # fmt: skip
+    named = next((name for name in there if name.lower() in usual), None)
+    hold_out = "--data.val_from_train N"
+    if named is not None:
+        hint = f"did you mean --data.{split}_folder {named}?"
+    elif holds_class_folders(root):
+        if split == "val" and class_names is not None:  # a run evaluates other images
+            options = "--data.val_folder ."
+        else:
+            options = "--data.train_folder . " * (split == "train") + hold_out
+        hint = f"if these are the classes, add {options}"
+    else:
+        hint = (
+            "arrange the images as train/<class>/*.jpg and val/<class>/*.jpg or name the folder "
+            f"with --data.{split}_folder"
+        )
+        if split == "val":
+            hint += f", or hold out training images with {hold_out}"
+    missing = f"no folder {folder.name!r} for the {split} split"
+    return f"{root}: {missing}, there is {join_names(there) or 'nothing'}; {hint}"
 
 
 def _warn_absent_classes(folder: Path, source: FileSource) -> None:

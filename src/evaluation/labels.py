@@ -61,10 +61,7 @@ def with_class_names(config: Config, checkpoint: str | Path) -> Config:
 
 def compare_preprocessing(checkpoint: str | Path, used: Preprocessing) -> None:
     """Log a warning if the run that the weights are from had other preprocessing."""
-    try:
-        run = run_settings(checkpoint)
-    except UserError:  # another program's config.yaml
-        return
+    run = _settings_of_run(checkpoint)
     if run is None:
         return
     before = dataclasses.asdict(build_preprocessing(run))
@@ -75,6 +72,14 @@ def compare_preprocessing(checkpoint: str | Path, used: Preprocessing) -> None:
     ]
     if changed:
         logger.warning("%s: its run had %s", checkpoint, "; ".join(changed))
+
+
+def _settings_of_run(checkpoint: str | Path) -> Config | None:
+    """Return the settings of the weights' run, or None if they are unknown."""
+    try:
+        return run_settings(checkpoint)
+    except UserError:  # another program's config.yaml
+        return None
 
 
 def open_labeled_split(
@@ -107,17 +112,30 @@ def open_labeled_split(
     run = run_config_of(checkpoint)
     source = open_checked(config, "val", ranks, run and run.parent, keep=keep_index)
     if data.val_from_train is not None and ranks.is_first:
-        logger.info(
-            "evaluating on %d images held out from the training images (data.val_from_train); "
-            "--data.val_from_train null evaluates on the other split",
-            len(source),
-        )
+        _log_held_out(config, checkpoint, len(source))
     given = bool(data.class_names or data.classes)
     check_class_order(source, given, data.labels, config.model.num_classes)
     if real is not None:
         ranks.require_agreement("labels of ReaL", real)
         return LabeledSplit(*apply_real_labels(source, real))
     return LabeledSplit(apply_v2_names(source) if data.labels == "v2" else source)
+
+
+def _log_held_out(config: Config, checkpoint: str, count: int) -> None:
+    """Log that some training images are evaluated: the key may come from the run's config.yaml."""
+    run, path = _settings_of_run(checkpoint), config.data.path
+    trained_on = run and run.data.path
+    if path and trained_on and Path(path).expanduser().resolve() != Path(trained_on).resolve():
+        logger.warning(
+            "%s: is not the folder of the training, %s, but only %d of its images are evaluated; "
+            "if these are other images, add --data.val_from_train null (and --data.val_folder . "
+            "if the class folders lie directly in it)", path, trained_on, count,
+        )  # fmt: skip
+        return
+    logger.info(
+        "evaluating on %d images held out from the training images (data.val_from_train); "
+        "--data.val_from_train null evaluates on the other split", count,
+    )  # fmt: skip
 
 
 def _check_imagenet_classes(config: Config) -> None:

@@ -131,6 +131,8 @@ def validate(config: Config, ranks: Ranks, finetune: str | None = None) -> Sourc
     source, held_out = open_split(config, "train"), open_quietly(config, "val")
     if not len(held_out):
         raise UserError(f"{held_out.title}: no image to evaluate on; add images")
+    if ranks.is_first:
+        _warn_same_folder(config)
     config = resolve_classes(config, source)
     TrainLoader(config, source, ranks)
     with contextlib.nullcontext() if finetune else uninitialised():
@@ -139,6 +141,19 @@ def validate(config: Config, ranks: Ranks, finetune: str | None = None) -> Sourc
     if finetune:
         load_pretrained(net, finetune, config)
     return source
+
+
+def _warn_same_folder(config: Config) -> None:
+    """Warn if the run would measure its accuracy on the images that it trains on."""
+    data = config.data
+    if data.source not in ("imagefolder", "mindrecord") or data.val_from_train is not None:
+        return
+    root = Path(os.path.expanduser(data.path))
+    if (root / data.train_folder).resolve() == (root / data.val_folder).resolve():
+        logger.warning(
+            "data.train_folder and data.val_folder are the same folder, so accuracy is measured on "
+            "the training images; hold some out with --data.val_from_train N"
+        )
 
 
 # Files whose content does not show that a run wrote them; the image index's does.

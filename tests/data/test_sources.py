@@ -1,5 +1,6 @@
 """Data sets are written to a temporary folder byte by byte and read back; faults must be named."""
 
+import functools
 import logging
 import os
 
@@ -78,6 +79,28 @@ def test_folder_names_can_be_chosen(folder):
     (folder / "val").rename(folder / "test")
     refused("imagefolder", folder, "val", match="no folder 'val' .* there is test, train;")
     assert len(open_source("imagefolder", str(folder), "val", val_folder="test")) == 6
+
+
+def test_one_folder_of_classes_is_told_its_options(folder):
+    """Most people's photographs lie in class folders, without train and val."""
+    photos = folder / "train"
+    words = "if these are the classes, add "
+    refused("imagefolder", photos, match=words + "--data.train_folder . --data.val_from_train N$")
+    with pytest.raises(UserError, match=words + "--data.val_from_train N$"):
+        open_source("imagefolder", str(photos), "val", train_folder=".")
+    names = ("ant", "bee", "cat")
+    refused(
+        "imagefolder", photos, "val", class_names=names,
+        match=words + "--data.val_folder .$",
+    )  # fmt: skip
+
+
+def test_a_test_set_inside_the_training_folder_can_be_evaluated(folder):
+    names = ("ant", "bee", "cat")
+    open_val = functools.partial(open_source, "imagefolder", str(folder), "val", train_folder=".")
+    assert len(open_val(names)) == 6
+    with pytest.raises(UserError, match="contains the other split's folder"):
+        open_val()  # the class names would be "train" and "val"
 
 
 def test_other_files_are_counted_hidden_ones_ignored(folder, caplog):

@@ -123,6 +123,21 @@ def test_held_out_training_images_are_said_to_be(tmp_path, caplog):
     assert "50 images held out from the training images (data.val_from_train)" in caplog.text
 
 
+@pytest.mark.parametrize("moved", [True, False])
+def test_held_out_images_of_another_folder_are_warned_of(tmp_path, caplog, moved):
+    """A test set in class folders would be evaluated in part only."""
+    for number in range(4):
+        (tmp_path / "test" / "ab"[number % 2]).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "test" / "ab"[number % 2] / f"{number}.png")
+    config = config_of(tmp_path / "test", train_folder=".", val_from_train=2)
+    path = str(tmp_path / "photos") if moved else config.data.path
+    run = dataclasses.replace(config, data=dataclasses.replace(config.data, path=path))
+    save_config(run, tmp_path / "run" / "config.yaml")
+    assert len(open_labeled_split(config, str(tmp_path / "run")).source) == 2
+    warned = "test: is not the folder of the training" in caplog.text
+    assert warned is moved and caplog.text.count("--data.val_folder .") == moved
+
+
 def test_a_class_of_another_set_is_named(imagenet, tmp_path, caplog):
     (tmp_path / "val").mkdir()
     for folder in (imagenet / "val").iterdir():

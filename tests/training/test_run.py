@@ -8,16 +8,20 @@ from types import SimpleNamespace
 import mindspore as ms
 import numpy as np
 import pytest
+from PIL import Image
 
 from src import splits
 from src.build import build_model
+from src.config import DataConfig
 from src.config_io import load_config, save_config
 from src.data.loader import resolve_num_workers
 from src.device import log_to, setup
+from src.distributed import SINGLE_PROCESS
 from src.errors import UserError
 from src.splits import open_split
-from src.training.run import _require_equal_settings, train
+from src.training.run import _require_equal_settings, train, validate
 from src.training.trainer import Trainer
+from tests.conftest import tiny_config
 from tests.training.runs import assert_equal_runs, small, small_cvt
 
 
@@ -312,6 +316,21 @@ def test_cheap_checks_come_before_the_images_are_read(
     with pytest.raises(UserError, match=words):
         train(config, tmp_path / "run", finetune=finetune)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_accuracy_on_the_training_images_is_warned_of(tmp_path, caplog, same):
+    for split in ("train", "val"):
+        for name in "ab":
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.new("RGB", (16, 16)).save(tmp_path / split / name / "1.png")
+    settings = tiny_config()
+    settings.data = DataConfig(
+        path=str(tmp_path), val_folder="val/../train" if same else "val", workers=1
+    )
+    settings.model.num_classes, settings.training.batch_size = None, 2
+    validate(settings, SINGLE_PROCESS)
+    assert ("the same folder, so accuracy is measured on the training" in caplog.text) is same
 
 
 def test_the_check_leaves_the_generators_as_they_were(trained, few_digits, tmp_path, monkeypatch):
