@@ -170,6 +170,7 @@ def open_checked(
         files, Path(os.path.expanduser(data.path)), index,
         write=keep, workers=data.workers, progress=progress_bar, ranks=ranks,
     )  # fmt: skip
+    source.set_sizes([entry.size for entry in entries])
     faults = {k: entry.fault for k, entry in enumerate(entries) if entry.fault}
     turned = sum(entry.turned for entry in entries)
     source.inflated = bool(turned)

@@ -99,6 +99,10 @@ class Source:
         """Continue a checksum by what identifies the images wherever they lie."""
         return _digest_texts(map(self.describe, range(len(self))), number)
 
+    def digest_content(self) -> int:
+        """Return a checksum of what the images hold, as far as it is quick; 0 if it is not."""
+        return 0
+
 
 def _digest_texts(texts: Iterable[str], number: int) -> int:
     for text in texts:
@@ -123,6 +127,10 @@ class ArraySource(Source):
         image = self._images[item]
         return np.repeat(image[:, :, None], 3, axis=2) if image.ndim == 2 else image
 
+    def digest_content(self) -> int:
+        """Return a checksum of all pixels."""
+        return zlib.crc32(self._images[self.items])
+
 
 class FileSource(Source):
     """Image files, read on access.
@@ -134,6 +142,7 @@ class FileSource(Source):
     """
 
     encoded = True
+    sizes: np.ndarray | None = None  # int64 [N], bytes of each of `files`; None if unknown
 
     def __init__(
         self,
@@ -179,6 +188,15 @@ class FileSource(Source):
         """Continue a checksum over the files' paths within the folder."""
         names = map(self.name, range(len(self)))
         return _digest_texts(names, number)
+
+    def set_sizes(self, sizes: Sequence[int]) -> None:
+        """Store the sizes of these images' files in bytes."""
+        self.sizes = np.full(len(self._files), -1, np.int64)
+        self.sizes[self.items] = sizes
+
+    def digest_content(self) -> int:
+        """Return a checksum of the files' sizes, if they are known."""
+        return 0 if self.sizes is None else zlib.crc32(self.sizes[self.items])
 
 
 def escape_undecodable(name: str) -> str:

@@ -205,8 +205,15 @@ def check_compatible(saved: Progress, current: Progress, output: Path, accept: b
         changed.append(
             f"other training images or labels than those of {new['data.path'] or 'this data set'}"
         )
+    elif 0 not in (saved.content, current.content) and saved.content != current.content:
+        changed.append("other content of the training images, whose names are the same")
     if saved.held_out not in (0, current.held_out):
         changed.append("other evaluation images or labels")
+    elif (
+        0 not in (saved.held_out_content, current.held_out_content)
+        and saved.held_out_content != current.held_out_content
+    ):
+        changed.append("other evaluation images: their content, not their names")
     if changed and not accept:
         raise UserError(
             f"{output}: was trained with {'; '.join(changed)}. Resume with the settings in its "

@@ -43,7 +43,8 @@ class Progress:
         best_sha256: checksum of best.ckpt with these weights; "" if there is none.
         settings: every key of the configuration.
         data: checksum of the training images' names and labels.
-        held_out: the same of the evaluation images; 0 if unknown.
+        content: checksum of the training images' content; 0 if unknown.
+        held_out, held_out_content: the same of the evaluation images; 0 if unknown.
         world: number of devices.
         device: "CPU", "GPU" or "Ascend"; "" if unknown.
         workers: threads that prepare images.
@@ -59,7 +60,9 @@ class Progress:
     best_sha256: str = ""
     settings: dict = field(default_factory=dict)
     data: int = 0
+    content: int = 0
     held_out: int = 0
+    held_out_content: int = 0
     world: int = 1
     device: str = ""
     workers: int = 1

@@ -88,7 +88,9 @@ class Trainer:
         self.progress = Progress(
             settings=flatten(config),
             data=source.digest(),
+            content=source.digest_content(),
             held_out=held_out.digest(),
+            held_out_content=held_out.digest_content(),
             world=ranks.world,
             device=current_device(),
             workers=resolve_num_workers(config.data.workers),

@@ -1,5 +1,6 @@
 """Saved states: exact resume within an epoch, falling back, and what is refused."""
 
+import dataclasses
 import errno
 import fcntl
 import json
@@ -180,6 +181,13 @@ def test_a_run_goes_on_with_its_images_moved(trained, tmp_path, monkeypatch):
     assert config.data.path == str(tmp_path / "data")
     (tmp_path / "data").rename(tmp_path / "moved")
     config.data.path = str(tmp_path / "moved")
+    shutil.copytree(tmp_path / "moved", tmp_path / "other")
+    for name in ("train/1/1.png", "val/0/0.png"):
+        Image.new("L", (32, 32)).save(tmp_path / "other" / name)
+    other = load_config(tmp_path / "run/config.yaml")
+    other.data.path = str(tmp_path / "other")
+    with pytest.raises(UserError, match="content of the training.*evaluation images: their cont"):
+        train(other, tmp_path / "run", resume=True)
     train(config, tmp_path / "run", resume=True)
     assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 2
 
@@ -253,6 +261,19 @@ def test_other_data_under_the_same_path_is_noticed(trained, few_digits, tmp_path
     monkeypatch.setattr(ArraySource, "digest", lambda self, **_: next(digests))
     with pytest.raises(UserError, match="other training images or labels.*evaluation images"):
         train(small(trained, training__epochs=1), tmp_path / "run", resume=True)
+
+
+def test_pixels_that_changed_are_noticed_unless_a_state_is_too_old_to_know_them(tmp_path):
+    images, labels = np.zeros((4, 2, 2), np.uint8), np.zeros(4)
+    source = ArraySource(images, labels, ("a", "b"), "grey")
+    part = source.subset(np.array([0, 2]))
+    before = Progress(content=source.digest_content(), held_out_content=part.digest_content())
+    images[3] = 1  # not in the part
+    assert part.digest_content() == before.held_out_content
+    now = dataclasses.replace(before, content=source.digest_content())
+    with pytest.raises(UserError, match=r"with other content of the training images, .* same\."):
+        check_compatible(before, now, tmp_path, accept=False)
+    assert check_compatible(Progress(), now, tmp_path, accept=False) == []
 
 
 def test_a_state_that_is_not_finite_is_not_saved(trained, tmp_path):
