@@ -51,6 +51,8 @@ def parse(
         return None, _expand_arguments(parser.read(argv))
     add_keys(parser, schema)
     add_arguments(parser)
+    if sum(word.partition("=")[0] == "--config" for word in argv) > 1:
+        raise UserError("--config: is given twice; give one file, and options for other values")
     argv, config = take_option(list(argv), "--config")
     if config is None and config_beside:
         _, checkpoint = take_option(argv, f"--{config_beside}")

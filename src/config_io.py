@@ -6,17 +6,18 @@ Unknown keys and values of a wrong type are rejected.
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 from argparse import SUPPRESS
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
 
-from src.config import Config, DataConfig
+from src.config import Config, DataConfig, RuntimeOnly
 from src.errors import UserError, shorten
 from src.files import write_text
 from src.hints import nearest_key
@@ -146,6 +147,23 @@ def load_config(path: Path) -> Config:
     return config
 
 
+def parse_runtime(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """Check some keys of the group `runtime` as those of a command line are.
+
+    Raises:
+        UserError: a key or value is invalid.
+    """
+    parser = ConfigParser(allow_abbrev=False)
+    add_keys(parser, RuntimeOnly)
+    words = (
+        value if isinstance(value, str) else json.dumps(value, default=repr)
+        for value in keys.values()
+    )
+    options = [f"--runtime.{key}={word}" for key, word in zip(keys, words)]
+    settings, _ = read_settings(parser, options, RuntimeOnly, None)
+    return {key: getattr(settings.runtime, key) for key in keys}
+
+
 def save_config(config: Config, path: Path) -> None:
     """Write every key of a resolved configuration as YAML that `load_config` reads back."""
     plain = dataclasses.asdict(config, dict_factory=_plain)
@@ -189,7 +207,7 @@ def read_settings(
             _check_file(file, schema)  # raises if the fault is the file's
         raise error
     values = {
-        key.name: key.type(**vars(namespace.pop(key.name)))
+        key.name: key.type(**vars(namespace.pop(key.name) or Namespace()))
         if dataclasses.is_dataclass(key.type)
         else namespace.pop(key.name)
         for key in dataclasses.fields(schema)
@@ -244,16 +262,19 @@ def _check_mapping(path: Path, schema: type) -> None:
             f"--config {path}: expected keys and values, found {type(content).__name__}"
         )
     for group in dataclasses.fields(schema):
-        if dataclasses.is_dataclass(group.type) and not isinstance(
-            content.get(group.name, {}), dict
-        ):
+        keys = content.get(group.name)
+        if keys is None or not dataclasses.is_dataclass(group.type):
+            continue
+        if not isinstance(keys, dict):
             raise UserError(f"--config {path}: {group.name} is a group of keys, not a value")
+        apart = next((key for key in content if str(key).startswith(f"{group.name}.")), None)
+        if apart is not None:  # the parser would keep one of the two
+            raise UserError(
+                f"--config {path}: {apart} is outside its group; move it into the group"
+            )
     groups, dotted = [key.name for key in dataclasses.fields(schema)], _dotted_keys(schema)
     for key, value in content.items():
         # The parser would take options here too, such as eval.py's --json: files to overwrite.
-        group, _, within = str(key).partition(".")
-        if key in dotted and within in content.get(group, {}):
-            raise UserError(f"--config {path}: {key} is given twice; keep one")
         if key not in groups and key not in dotted:
             name = f"{key}.{next(iter(value))}" if isinstance(value, dict) and value else str(key)
             near = nearest_key(name, dotted)
@@ -265,6 +286,14 @@ def _check_mapping(path: Path, schema: type) -> None:
                 + "; if the file is another program's, give a recipe with --config"
                 * is_foreign
             )
+    given = dict(content)
+    for group, keys in content.items():
+        if isinstance(keys, dict):
+            given.update((f"{group}.{key}", value) for key, value in keys.items())
+    single = [key.name for key in dataclasses.fields(schema) if not _takes_null(key.type)]
+    for key in (*single, *_dotted_keys(schema, required=True)):  # the parser overlooks null
+        if key in given and given[key] is None:
+            raise UserError(f"--config {path}: {key} is null; give a value, or remove the key")
     groups = [content, *(group for group in content.values() if isinstance(group, dict))]
     for key, value in (item for group in groups for item in group.items()):
         is_long = str(key).rpartition(".")[2] in _LONG_LISTS
@@ -275,14 +304,20 @@ def _check_mapping(path: Path, schema: type) -> None:
             )
 
 
-def _dotted_keys(schema: type) -> list[str]:
-    """Return every key of a schema by its name within its group: "model.name"."""
+def _dotted_keys(schema: type, required: bool = False) -> list[str]:
+    """Return the keys of a schema's groups as "model.name": all, or those that can't be null."""
     return [
         f"{group.name}.{key.name}"
         for group in dataclasses.fields(schema)
         if dataclasses.is_dataclass(group.type)
         for key in dataclasses.fields(group.type)
+        if not (required and _takes_null(key.type))
     ]
+
+
+def _takes_null(kind: Any) -> bool:
+    """Return whether a key of this type may be null; a group of keys may be empty."""
+    return type(None) in get_args(kind) or dataclasses.is_dataclass(kind)
 
 
 _MAX_VALUES = 1000  # jsonargparse takes time in proportion to the square of a list's length

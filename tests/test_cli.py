@@ -8,7 +8,7 @@ import yaml
 
 import infer
 from src.cli import parse, require_free_port
-from src.config import Config, DataConfig, RuntimeOnly, Study
+from src.config import Config, DataConfig, OptimizerConfig, RuntimeOnly, Study
 from src.config_io import is_run_config, load_config, run_config_of, save_config
 from src.data.headers import MAX_PIXELS
 from src.errors import UserError
@@ -126,7 +126,6 @@ def test_a_value_is_not_appended():
         ("optimiser: {lr: 1}", "unknown key optimiser.lr: did you mean optimizer.lr?"),
         ("lr: 1", "unknown key lr"),
         ("optimizer: 3", "optimizer is a group of keys"),
-        ("optimizer:", "optimizer is a group of keys"),
         ("a: [", "invalid YAML"),
         ("- 1", "expected keys and values"),
         ("", "expected keys and values"),
@@ -145,7 +144,11 @@ def test_a_value_is_not_appended():
         ("json: /victim", "unknown key json: .*a recipe has the groups runtime, model"),
         ("{force: true}", "unknown key force"),
         ("config: other.yaml", "unknown key config"),
-        ("{model.name: cvt_13, model: {name: cvt_21}}", "model.name is given twice"),
+        ("{model.name: cvt_13, model: {name: cvt_21}}", "model.name is outside its group; move"),
+        ("{optimizer: {lr: 1}, optimizer.eps: 1}", "optimizer.eps is outside its group; move"),
+        ("{optimizer: {lr: null}}", "optimizer.lr is null; give a value, or remove the key"),
+        ("{data: {mean: }}", "data.mean is null"),
+        ("{training.epochs: ~}", "training.epochs is null"),
         ("{model.name: cvt_13, model: 5}", "model is a group of keys"),
     ],
 )
@@ -155,11 +158,17 @@ def test_recipes_that_are_refused(tmp_path, text, words):
     assert "\n" not in str(caught.value) and ".yaml: " in str(caught.value)
 
 
+def test_a_group_whose_keys_are_commented_out_is_empty(tmp_path):
+    config, _ = read(recipe(tmp_path, "optimizer:\n  # lr: 1\nmodel: {name: cvt_13}\n"))
+    assert config.optimizer == OptimizerConfig() and config.model.name == "cvt_13"
+
+
 @pytest.mark.parametrize(
     "argv, words",
     [
         (["--config", "/nowhere/x.yaml"], "/nowhere/x.yaml: No such file"),
         (["--config"], "--config: expected a value"),
+        (["--config", "a.yaml", "--optimizer.lr=1", "--config=b.yaml"], "--config: is given twice"),
         (["--model.imagesize", "3"], "did you mean model.image_size"),
         (["--training.epochs"], "--training.epochs: expected one argument"),
         (["--training.epochs", "many"], "training.epochs: .*many"),

@@ -51,8 +51,8 @@ class Session:
             Logits, float32 [B, num_classes].
 
         Raises:
-            UserError: the engine fails on these images, or this process is a fork of the one that
-                opened the model.
+            UserError: the engine fails on these images or returns another number of rows, or this
+                process is a fork of the one that opened the model.
         """
         if os.getpid() != self._process:  # engines' threads do not survive a fork
             raise UserError(
@@ -62,7 +62,7 @@ class Session:
             )
         with self._lock:
             try:
-                return np.asarray(self._run(images), np.float32)
+                logits = np.asarray(self._run(images), np.float32)
             except Exception as error:  # engines raise many kinds
                 if self._file is None:
                     raise
@@ -70,6 +70,12 @@ class Session:
                     f"{self._file}: {self.engine} can't run it on images {list(images.shape)}: "
                     f"{_reason(error)}"
                 ) from error
+        if logits.shape[:1] != images.shape[:1]:  # OpenVINO: an earlier call's output
+            raise UserError(
+                f"{self._file}: {self.engine} returned {list(logits.shape)} for images "
+                f"{list(images.shape)}"
+            )
+        return logits
 
 
 def open_model(path: str | Path, engine: str = "auto", threads: int | None = None) -> Session:
@@ -229,12 +235,14 @@ def _open_openvino(path: Path, threads: int | None) -> Session:
         compiled = openvino.Core().compile_model(str(path), "CPU", settings)
     except Exception as error:
         raise UserError(f"{path}: OpenVINO rejects it: {_reason(error)}") from error
-    dtype = compiled.input(0).element_type.to_dtype()
+    dtype, shape = compiled.input(0).element_type.to_dtype(), compiled.input(0).partial_shape
     local = threading.local()  # an infer request runs one batch at a time
 
     def run(images: np.ndarray) -> np.ndarray:
         if not hasattr(local, "request"):
             local.request = compiled.create_infer_request()
+        if not shape.compatible(openvino.PartialShape(list(images.shape))):
+            raise ValueError(f"it takes {shape}")  # OpenVINO may return its last output instead
         return local.request.infer({0: images.astype(dtype, copy=False)})[0].copy()
 
     return Session(run, "openvino", path)

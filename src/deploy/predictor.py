@@ -19,7 +19,7 @@ from src.build import (
     build_preprocessing,
     without_flash_attention,
 )
-from src.config_io import find_checkpoint, load_config, run_config_of
+from src.config_io import find_checkpoint, load_config, parse_runtime, run_config_of
 from src.data import Preprocessing
 from src.data.headers import SERVED_PIXELS, check_size
 from src.data.images import to_rgb
@@ -236,7 +236,7 @@ class Predictor:
         """Return the logits of prepared images.
 
         Args:
-            inputs: float32 [N, 3, H, W], N <= `batch_size`.
+            inputs: floating-point [N, 3, H, W], N <= `batch_size`; computed in float32.
             max_padded: pad to a compiled batch size up to this, however few the images are; set it
                 for the last batch of a stream.
 
@@ -244,11 +244,13 @@ class Predictor:
             float32 [N, num_classes].
 
         Raises:
-            UserError: the logits are not finite, or N exceeds the file's batch size.
+            UserError: the inputs have another type or shape than prepared images, the logits are
+                not finite, or N exceeds the file's batch size.
         """
+        inputs = self._check_inputs(inputs)
         count = len(inputs)
         if not count:  # kernels divide by the batch size
-            return self.logits(np.zeros((1, *np.shape(inputs)[1:]), np.float32))[:0]
+            return self.logits(np.zeros((1, *inputs.shape[1:]), np.float32))[:0]
         size = self._padded_size(count, max_padded)
         if size < count:
             raise UserError(f"{self._path}: takes {size} images at once, not {count}")
@@ -261,6 +263,29 @@ class Predictor:
                 "names: its .json or config.yaml belongs to another model"
             )
         return logits
+
+    def _check_inputs(self, inputs: np.ndarray) -> np.ndarray:
+        """Return prepared images as float32; a network itself takes other sizes, a file does not.
+
+        Raises:
+            UserError: another type or shape.
+        """
+        inputs = np.asarray(inputs)
+        height, width = self.preprocessing.image_size
+        if inputs.dtype.kind != "f":
+            raise UserError(
+                f"{self._path}: takes prepared images in floating point, not {inputs.dtype}; "
+                "`prepare` converts an image, and calling the Predictor takes images as they are"
+            )
+        is_file = self._model.network is None
+        if inputs.shape[1:] != (3, height, width) and (
+            is_file or inputs.ndim != 4 or inputs.shape[1] != 3
+        ):
+            size = f"{height}, {width}" if is_file else "H, W"
+            raise UserError(
+                f"{self._path}: takes prepared images [N, 3, {size}], not {list(inputs.shape)}"
+            )
+        return np.ascontiguousarray(inputs, np.float32)
 
     def _padded_size(self, count: int, max_padded: int) -> int:
         """Return the batch size to pad to: a compiled one if that avoids a compilation.
@@ -316,7 +341,7 @@ def _open_weights(
         raise UserError(f"runtime.{key}: choose from {', '.join(RUNTIME_OF_WEIGHTS)}")
     if not runtime.get("flash_attention"):
         settings = without_flash_attention(settings)
-    settings.runtime = dataclasses.replace(settings.runtime, **runtime)
+    settings.runtime = dataclasses.replace(settings.runtime, **parse_runtime(runtime))
     claim_mindspore()
     settings.runtime = inference_runtime(settings.runtime, current_device(), runtime)
     require_precision(settings.runtime.precision, current_device())

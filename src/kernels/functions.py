@@ -32,8 +32,14 @@ def _operator(
         recompute: whether a training step in graph mode computes the outputs again in the backward
             pass instead of keeping them, for large and cheap outputs.
     """
-    types = mstype.float32 if outputs == 1 else (mstype.float32,) * outputs
-    made = ops.Custom(f"{library}:{name}", shapes, lambda *_: types, func_type="aot", bprop=bprop)
+
+    def types(*given):
+        for each in given:
+            if each.element_type() != mstype.float32:  # its bytes would be read as float32
+                raise TypeError(f"the compiled operators take float32, not {each}")
+        return mstype.float32 if outputs == 1 else (mstype.float32,) * outputs
+
+    made = ops.Custom(f"{library}:{name}", shapes, types, func_type="aot", bprop=bprop)
     return made.add_prim_attr("recompute", recompute)
 
 

@@ -240,6 +240,13 @@ def test_images_that_a_file_does_not_take(files, engine):
         session(np.zeros((1, 3, 9, 9), np.float32))
 
 
+def test_the_output_of_an_earlier_call_is_refused():
+    session = Session(lambda images: np.zeros((1, 7), np.float32), "openvino", "t.onnx")
+    assert session(np.zeros((1, 3, 4, 4), np.float32)).shape == (1, 7)
+    with pytest.raises(UserError, match=r"t.onnx: openvino returned \[1, 7\] for images \[5, 3,"):
+        session(np.zeros((5, 3, 4, 4), np.float32))
+
+
 def test_the_reason_of_an_engine_is_told(tmp_path, weight):
     model = onnx_model(weight)
     model.graph.node[0].op_type = "NoSuchOperator"

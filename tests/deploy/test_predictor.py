@@ -75,6 +75,24 @@ def test_no_images_give_no_results(trained, exported):
         predict.prepare(bytearray(b"\xff" * 99))
 
 
+def test_prepared_images_of_other_types_and_shapes(trained, exported):
+    """The compiled operators would read other types as float32, and OpenVINO repeats old output."""
+    images = np.random.default_rng(0).standard_normal((2, 3, 32, 32))
+    for model in (exported / "any.mindir", trained):
+        predict = Predictor(model)
+        expected = predict.logits(images.astype(np.float32))
+        assert np.array_equal(predict.logits(images), expected)
+        np.testing.assert_allclose(predict.logits(images.astype(np.float16)), expected, atol=0.05)
+        with pytest.raises(UserError, match="in floating point, not uint8; `prepare` converts"):
+            predict.logits(np.zeros((2, 3, 32, 32), np.uint8))
+        for shape in ((3, 32, 32), (2, 1, 32, 32)):
+            with pytest.raises(UserError, match=r"takes prepared images \[N, 3, .*, not \["):
+                predict.classify(np.zeros(shape, np.float32))
+    with pytest.raises(UserError, match=r"\[N, 3, 32, 32\], not \[1, 3, 48, 32\]"):
+        Predictor(exported / "any.mindir").logits(np.zeros((1, 3, 48, 32), np.float32))
+    assert Predictor(trained).logits(np.zeros((1, 3, 48, 32), np.float32)).shape == (1, 10)
+
+
 def test_paths_images_and_arrays_give_the_same(exported, digits):
     arrays, paths = digits
     predict = Predictor(exported / "four.mindir")
@@ -251,6 +269,9 @@ def test_arguments_without_effect_are_refused(trained, exported):
         (trained, {"runtime": {"seed": 1}}, "runtime.seed: choose from mode, precision"),
         (trained, {"runtime": {"flash_attention": True}}, "flash_attention: is for Ascend"),
         (trained, {"runtime": {"precision": "bfloat16"}}, "bfloat16: the CPU has no such"),
+        (trained, {"runtime": {"precision": "fp16"}}, "runtime.precision.*Got value: fp16"),
+        (trained, {"runtime": {"compiled_ops": False}}, "runtime.compiled_ops.*Got value: false"),
+        (trained, {"runtime": {"mode": "Pynative"}}, "runtime.mode.*Got value: Pynative"),
     ):
         with pytest.raises(UserError, match=complaint):
             Predictor(model, **options)

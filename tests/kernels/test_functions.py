@@ -238,3 +238,11 @@ def test_shapes_that_do_not_belong_together_raise(built):
             Tensor(normal(1, 4, 8)), Tensor(normal(8, 1, 3, 3)), Tensor(normal(8)),
             Tensor(normal(8)), 9, 9,
         ).asnumpy()  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float16, np.int32, np.uint8])
+def test_other_types_raise(built, dtype):
+    """The operators would read their bytes as float32."""
+    operator = functions.Softmax(built, 1.0)
+    with pytest.raises(TypeError, match="take float32, not Tensor"):
+        operator(Tensor(np.ones((4, 8), dtype))).asnumpy()
