@@ -30,8 +30,8 @@ from src.weights import WeightsMismatch
 logger = logging.getLogger("cvt")
 _ABANDONED = re.compile(r"abandoned-(\d+)-.+")
 
-# Beginnings of changes, as `check_compatible` names them, after which an accuracy is another one.
-_OF_EVALUATION = ("data.", "model.", "other evaluation")
+_HELD_OUT_IMAGES = "evaluation images"
+# Keys of `data` and `model` that leave the accuracy of given weights unchanged.
 _OF_TRAINING = ("data.train_images", "model.drop_path_rate", "model.drop_rate")
 # Keys that change rounding only; the log says so.
 ROUNDING = ("runtime.depthwise", "runtime.jit_level", "runtime.deterministic")
@@ -88,15 +88,15 @@ def restore(
         if not changes:
             raise
         raise UserError(
-            f"{state}: does not fit the current settings ({'; '.join(changes)}); start a "
+            f"{state}: does not fit the current settings ({'; '.join(changes.values())}); start a "
             f"new run from its weights with --finetune {state}"
         ) from None
     scale = "training.loss_scale"
     if scale in saved.settings and saved.settings[scale] != current.settings[scale]:
         step.reset_loss_scale()
     remeasured = any(
-        change.startswith(_OF_EVALUATION) and not change.startswith(_OF_TRAINING)
-        for change in changes
+        key == _HELD_OUT_IMAGES or key.startswith(("data.", "model.")) and key not in _OF_TRAINING
+        for key in changes
     )
     if remeasured:
         saved.best_top1, saved.best_sha256 = -1.0, ""
@@ -181,11 +181,13 @@ def flatten(config: Config) -> dict:
     }
 
 
-def check_compatible(saved: Progress, current: Progress, output: Path, accept: bool) -> list[str]:
+def check_compatible(
+    saved: Progress, current: Progress, output: Path, accept: bool
+) -> dict[str, str]:
     """Compare a state's settings and images with those of this process.
 
     Returns:
-        The differences that change what is computed, each as "key old, not new".
+        The differences that change what is computed: by key, "key old, not new".
 
     Raises:
         UserError: a difference that changes what is computed, unless `accept`.
@@ -196,23 +198,23 @@ def check_compatible(saved: Progress, current: Progress, output: Path, accept: b
             f"{saved.world} devices"
         )
     old, new = saved.settings, current.settings
-    changed = [
-        f"{key} {shorten(old.get(key))}, not {shorten(new.get(key))}"
+    changed = {
+        key: f"{key} {shorten(old.get(key))}, not {shorten(new.get(key))}"
         for key in {**old, **new}
         if old.get(key) != new.get(key) and key not in FREE_TO_CHANGE
-    ]
+    }
     if saved.data != current.data:
-        changed.append(
+        changed["training images"] = (
             f"other training images or labels than those of {new['data.path'] or 'this data set'}"
         )
     if saved.held_out not in (0, current.held_out):
-        changed.append("other evaluation images or labels")
+        changed[_HELD_OUT_IMAGES] = "other evaluation images or labels"
     if changed and not accept:
         raise UserError(
-            f"{output}: was trained with {'; '.join(changed)}. Resume with the settings in its "
-            "config.yaml, or add --accept_changes"
+            f"{output}: was trained with {'; '.join(changed.values())}. Resume with the settings "
+            "in its config.yaml, or add --accept_changes"
         )
-    for change in changed:
+    for change in changed.values():
         logger.warning("was trained with %s", change)
     by_worker = new.get("augment.crop") == "random_resized" or new.get("augment.color_jitter")
     if by_worker and saved.workers != current.workers:
