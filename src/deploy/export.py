@@ -86,18 +86,7 @@ def export(
     if options.quantize:
         check_quantizer()
     run = run_config_of(checkpoint)
-    if config.model.num_classes is None and run is not None:
-        with contextlib.suppress(UserError):  # another program's config.yaml
-            config = _with_classes_of(config, load_config(run))
-    if config.model.num_classes is None:
-        config = with_class_names(config, checkpoint)
-        config = resolve_classes(config, open_split(config, "val"))
-    given = config.data.class_names
-    if given and len(given) != config.model.num_classes:
-        raise UserError(
-            f"data.class_names has {len(given)} names, but the network {config.model.num_classes} "
-            "outputs; name every class"
-        )
+    config = _with_num_classes(config, checkpoint, run)
     preprocessing = build_preprocessing(config)
     compare_preprocessing(checkpoint, preprocessing)
     shape = (options.batch_size, 3, *preprocessing.image_size)
@@ -142,6 +131,27 @@ def _is_utf_8(path: Path) -> bool:
         return bool(str(path.resolve()).encode())
     except UnicodeEncodeError:
         return False
+
+
+def _with_num_classes(config: Config, checkpoint: Path, run: Path | None) -> Config:
+    """Return a recipe with the number of classes: its own, the run's, or that of its images.
+
+    Raises:
+        UserError: it is unknown, or not the number of class names.
+    """
+    if config.model.num_classes is None and run is not None:
+        with contextlib.suppress(UserError):  # another program's config.yaml
+            config = _with_classes_of(config, load_config(run))
+    if config.model.num_classes is None:
+        config = with_class_names(config, checkpoint)
+        config = resolve_classes(config, open_split(config, "val"))
+    given = config.data.class_names
+    if given and len(given) != config.model.num_classes:
+        raise UserError(
+            f"data.class_names has {len(given)} names, but the network {config.model.num_classes} "
+            "outputs; name every class"
+        )
+    return config
 
 
 def _with_classes_of(config: Config, run: Config) -> Config:
