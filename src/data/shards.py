@@ -10,7 +10,7 @@ from typing import Any
 from mindspore.mindrecord import FileWriter
 
 from src.errors import UserError
-from src.files import sha256_of
+from src.files import is_utf8, sha256_of
 
 _REMEDY = "convert it again with tools.records, or copy it again"
 _SCHEMA = {"image": {"type": "bytes"}, "file": {"type": "string"}, "label": {"type": "int32"}}
@@ -22,12 +22,10 @@ def require_utf8(folder: Path) -> None:
     Raises:
         UserError: it is not.
     """
-    try:
-        str(folder).encode()
-    except UnicodeEncodeError:
+    if not is_utf8(folder):
         raise UserError(
             f"{folder}: MindRecord takes only paths in UTF-8; give a folder of another name"
-        ) from None
+        )
 
 
 def open_writer(path: Path, sizes: list[int], description: str) -> FileWriter:

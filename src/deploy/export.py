@@ -26,7 +26,7 @@ from src.deploy.quantize import check_quantizer, quantize
 from src.deploy.writers import check_format, installed_engines, write_model
 from src.errors import UserError
 from src.evaluation.labels import compare_preprocessing, with_class_names
-from src.files import replacing, sha256_of, write_json
+from src.files import is_utf8, replacing, sha256_of, write_json
 from src.splits import open_split, resolve_classes
 from src.weights import load_weights, weight_files
 
@@ -81,7 +81,7 @@ def export(
             differ from the checkpoint's.
     """
     check_format(options.file_format, options.batch_size, device)
-    if not _is_utf_8(output):
+    if not is_utf8(output.resolve()):
         raise UserError(f"--output {output}: engines open only names in UTF-8; give another")
     if options.quantize:
         check_quantizer()
@@ -124,13 +124,6 @@ def export(
         raise UserError(f"{output}: {error.strerror}; give another --output") from error
     size = output.stat().st_size / 2**20
     logger.info("wrote %s (%.1f MiB) and %s.json", output, size, output.name)
-
-
-def _is_utf_8(path: Path) -> bool:
-    try:
-        return bool(str(path.resolve()).encode())
-    except UnicodeEncodeError:
-        return False
 
 
 def _with_num_classes(config: Config, checkpoint: Path, run: Path | None) -> Config:
