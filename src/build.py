@@ -97,7 +97,10 @@ def set_attention(net: nn.Cell, runtime: RuntimeConfig) -> nn.Cell:
             "runtime.flash_attention: the kernel has no float32; set runtime.precision to float16 "
             "or bfloat16"
         )
-    return use_flash_attention(net)
+    try:
+        return use_flash_attention(net)
+    except UserError as error:
+        raise UserError(f"runtime.flash_attention: {error}") from None
 
 
 def uses_compiled(runtime: RuntimeConfig) -> bool:
@@ -143,7 +146,10 @@ def accelerate(net: nn.Cell, runtime: RuntimeConfig) -> nn.Cell:
         UserError: they are required but not available.
     """
     if runtime.depthwise == "shifts":
-        use_shifts(net)
+        try:
+            use_shifts(net)
+        except UserError as error:
+            raise UserError(f"runtime.depthwise shifts: {error}") from None
     path = compiled_library(runtime)
     if path is not None:
         use_compiled(net, path)

@@ -110,7 +110,7 @@ def attention_maps(net: nn.Cell, images: Tensor) -> AttentionMaps:
     """
     if not isinstance(net, CvT) or not net.stage2.has_cls_token:
         raise UserError(
-            "attention maps need a CvT with a class token (model.cls_token); this network has none"
+            "attention maps need a CvT with a class token (cls_token); this network has none"
         )
     if ms.get_context("mode") != ms.PYNATIVE_MODE:
         raise UserError("attention maps need PyNative mode: ms.set_context(mode=ms.PYNATIVE_MODE)")

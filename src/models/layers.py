@@ -188,7 +188,7 @@ def use_shifts(net: nn.Cell) -> nn.Cell:
     """
     cells = [cell for _, cell in net.cells_and_names()]
     if not any(isinstance(cell, ConvProjection) for cell in cells):
-        raise UserError("runtime.depthwise shifts: this network has no convolutional projection")
+        raise UserError("this network has no convolutional projection")
     for cell in cells:
         if isinstance(cell, ConvProjection):
             cell.shifts = ShiftedDepthwise(cell.conv.stride[0])
