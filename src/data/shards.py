@@ -52,7 +52,7 @@ def _power_of_two(size: int) -> int:
     return max(1 << 16, 1 << (size - 1).bit_length())
 
 
-def seal(path: Path, folder: Path) -> dict[str, Any]:
+def commit_shard(path: Path, folder: Path) -> dict[str, Any]:
     """Move a written shard into place, flushed to disk; return its sizes and checksums."""
     entry = {"head": header_sha256(path)}
     for file, prefix in ((database(path), "index_"), (path, "")):

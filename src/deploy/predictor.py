@@ -35,7 +35,7 @@ from src.deploy.engines import (
 )
 from src.device import current_device, inference_runtime, require_precision
 from src.errors import UserError
-from src.forks import claim_mindspore
+from src.forks import register_mindspore_use
 from src.weights import load_weights, weight_files
 
 EXPORTED_SUFFIXES = (".mindir", ".onnx")
@@ -317,7 +317,7 @@ def _open_weights(
     if not runtime.get("flash_attention"):
         settings = without_flash_attention(settings)
     settings.runtime = dataclasses.replace(settings.runtime, **runtime)
-    claim_mindspore()
+    register_mindspore_use()
     settings.runtime = inference_runtime(settings.runtime, current_device(), runtime)
     require_precision(settings.runtime.precision, current_device())
     with MINDSPORE_LOCK:

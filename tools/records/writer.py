@@ -22,7 +22,7 @@ from src.cores import cpu_count
 from src.data.base import Source
 from src.data.images import find_fault, is_decodable
 from src.data.records import FORMAT, INDEX, UNFINISHED, load_index
-from src.data.shards import open_writer, require_utf8, seal, verify_shard
+from src.data.shards import commit_shard, open_writer, require_utf8, verify_shard
 from src.data.sources import open_source
 from src.errors import UserError
 from src.files import remove_unfinished, write_json
@@ -318,7 +318,7 @@ class _Conversion:
             # MindSpore drops a record that it finds invalid with only a warning.
             if ds.MindDataset([str(path)]).get_dataset_size() != len(labels):
                 raise RuntimeError("MindSpore has not written every record")
-            entry = seal(path, self._folder)
+            entry = commit_shard(path, self._folder)
         except (OSError, RuntimeError, MindRecordException) as error:
             text = " ".join(str(error).split())[:300]
             raise UserError(f"{self._folder}: cannot write {path.name}: {text}") from error
