@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+from collections.abc import Container
 from pathlib import Path
 
 from src.config import Config
@@ -181,6 +182,15 @@ def flatten(config: Config) -> dict:
     }
 
 
+def changed_settings(old: dict, new: dict, free: Container[str]) -> dict[str, str]:
+    """Return the keys with other values, except `free` ones: by key, "key old, not new"."""
+    return {
+        key: f"{key} {shorten(old.get(key))}, not {shorten(new.get(key))}"
+        for key in {**old, **new}
+        if old.get(key) != new.get(key) and key not in free
+    }
+
+
 def check_compatible(
     saved: Progress, current: Progress, output: Path, accept: bool
 ) -> dict[str, str]:
@@ -198,11 +208,7 @@ def check_compatible(
             f"{saved.world} devices"
         )
     old, new = saved.settings, current.settings
-    changed = {
-        key: f"{key} {shorten(old.get(key))}, not {shorten(new.get(key))}"
-        for key in {**old, **new}
-        if old.get(key) != new.get(key) and key not in FREE_TO_CHANGE
-    }
+    changed = changed_settings(old, new, FREE_TO_CHANGE)
     if saved.data != current.data:
         changed["training images"] = (
             f"other training images or labels than those of {new['data.path'] or 'this data set'}"
