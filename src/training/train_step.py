@@ -289,7 +289,7 @@ class _Parts:
         self.update = _Update(step, sums, loss_sum, before)
 
 
-class _Add(nn.Cell):
+class _Part(nn.Cell):
     def __init__(
         self, step: TrainStep, sums: ParameterTuple, loss_sum: Parameter, before: Parameter
     ) -> None:
@@ -297,6 +297,8 @@ class _Add(nn.Cell):
         self.step = step
         self.sums, self.loss_sum, self.before = sums, loss_sum, before
 
+
+class _Add(_Part):
     def construct(
         self,
         images: Tensor,
@@ -314,14 +316,7 @@ class _Add(nn.Cell):
         return self.step.updates.accumulate(keep, self.sums, gradients)
 
 
-class _Update(nn.Cell):
-    def __init__(
-        self, step: TrainStep, sums: ParameterTuple, loss_sum: Parameter, before: Parameter
-    ) -> None:
-        super().__init__(auto_prefix=False)
-        self.step = step
-        self.sums, self.loss_sum, self.before = sums, loss_sum, before
-
+class _Update(_Part):
     def construct(self) -> tuple[Tensor, Tensor]:
         """Loss and gradient norm of the step."""
         return self.step.update(self.loss_sum, self.sums, self.before)
