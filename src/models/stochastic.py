@@ -58,8 +58,8 @@ def uniform(bits: Tensor) -> Tensor:
     return ops.bitwise_and(bits, Tensor(0xFFFFFF, mstype.int32)).astype(mstype.float32) * 2.0**-24
 
 
-class DropPath(nn.Cell):
-    """Stochastic depth (Huang et al., 2016): drops residual branches per sample.
+class _Drop(nn.Cell):
+    """What drops at random in training.
 
     Args:
         rate: probability of dropping.
@@ -70,6 +70,10 @@ class DropPath(nn.Cell):
         super().__init__()
         self.rate = rate
         self.slot = slot
+
+
+class DropPath(_Drop):
+    """Stochastic depth (Huang et al., 2016): drops residual branches per sample."""
 
     def factors(self, bits: Tensor | None) -> Tensor | None:
         """bits [slots, B] -> float32 [B], 0 or 1 / (1 - rate); None if nothing is dropped."""
@@ -85,18 +89,8 @@ class DropPath(nn.Cell):
         return x * factors.astype(x.dtype).reshape((-1,) + (1,) * (x.ndim - 1))
 
 
-class Dropout(nn.Cell):
-    """Dropout of single elements, with random bits as for `DropPath`.
-
-    Args:
-        rate: probability of dropping.
-        slot: this cell's row of the model's random bits.
-    """
-
-    def __init__(self, rate: float, slot: int) -> None:
-        super().__init__()
-        self.rate = rate
-        self.slot = slot
+class Dropout(_Drop):
+    """Dropout of single elements, with random bits as for `DropPath`."""
 
     def construct(self, x: Tensor, bits: Tensor | None) -> Tensor:
         """x [B, N, C], bits [slots, B] -> [B, N, C]; kept elements are scaled by 1 / (1 - rate)."""

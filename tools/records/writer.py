@@ -162,7 +162,7 @@ class _Conversion:
                 os.replace(index, unfinished)  # from now on readers reject the folder
         except OSError as error:
             raise UserError(f"{self._folder}: {error.strerror}; give another --dst") from error
-        self._write_index(shards, unfinished)  # before the first shard, to mark the folder as ours
+        write_json(self._index(shards), unfinished)  # before the first shard: the folder is ours
         bar = progress_bar(len(self._source), f"convert {self._folder.name}")
         with ThreadPoolExecutor(self._workers) as pool, bar:
             for number, positions in enumerate(self._ranges):
@@ -170,11 +170,8 @@ class _Conversion:
                     bar.update(len(positions))
                 else:
                     shards[number] = self._write_shard(number, positions, pool, bar)
-                    self._write_index(shards, unfinished)
-        self._write_index(shards, index)
-
-    def _write_index(self, shards: dict[int, dict[str, Any]], file: Path) -> None:
-        write_json(self._index(shards), file)
+                    write_json(self._index(shards), unfinished)
+        write_json(self._index(shards), index)
 
     def _index(self, shards: dict[int, dict[str, Any]]) -> dict[str, Any]:
         images = sum(shard["images"] for shard in shards.values())
