@@ -198,15 +198,11 @@ def _stage(stage: Stage, size: tuple[int, int], count: _Count) -> tuple[int, int
 
 def _attention(cell: Attention, grid: tuple[int, int], count: _Count) -> None:
     """Count the projections and both products of an attention over a grid of tokens (H, W)."""
-    kv_grid = grid
     if cell.qkv_projection == "conv":
-        count.add_convolution(cell.conv_proj_q.conv, grid)
-        kv_grid = count.add_convolution(cell.conv_proj_k.conv, grid)
-        count.add_convolution(cell.conv_proj_v.conv, grid)
-    elif cell.qkv_projection == "avg":
-        kv_grid = [len(cell.pool_kv.windows(edge)[1]) for edge in grid]
+        for projection in (cell.conv_proj_q, cell.conv_proj_k, cell.conv_proj_v):
+            count.add_convolution(projection.conv, grid)
     tokens = cell.has_cls_token + math.prod(grid)
-    kv_tokens = cell.has_cls_token + math.prod(kv_grid)
+    kv_tokens = cell.has_cls_token + math.prod(cell.kv_grid(grid))
     count.add_linear(cell.proj_q, tokens)
     count.add_linear(cell.proj_k, kv_tokens)
     count.add_linear(cell.proj_v, kv_tokens)

@@ -143,14 +143,10 @@ def _block(block: Block, grid: tuple[int, int], tokens: int, compute: int) -> in
 
 
 def _attention(cell: Attention, grid: tuple[int, int], tokens: int, compute: int) -> int:
-    dim, kv_grid, total = cell.num_heads * cell.head_dim, grid, 0
+    dim, kv_grid, total = cell.num_heads * cell.head_dim, cell.kv_grid(grid), 0
     if cell.qkv_projection == "conv":
-        stride = cell.conv_proj_k.conv.stride[0]
-        kv_grid = [(edge - 1) // stride + 1 for edge in grid]
         total += compute * dim * math.prod(grid)  # the input of all three convolutions
         total += FLOAT32 * dim * (math.prod(grid) + 2 * math.prod(kv_grid))  # BatchNorms' inputs
-    elif cell.qkv_projection == "avg":
-        kv_grid = [len(cell.pool_kv.windows(edge)[1]) for edge in grid]
     kv_tokens = math.prod(kv_grid) + (tokens - math.prod(grid))
     projections = compute * dim * (tokens + 2 * kv_tokens)
     heads = projections + _product(cell.attend, tokens, kv_tokens, compute)
