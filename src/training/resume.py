@@ -222,6 +222,13 @@ def check_compatible(
         )
     for change in changed.values():
         logger.warning("was trained with %s", change)
+    _warn_if_inexact(saved, current)
+    return changed
+
+
+def _warn_if_inexact(saved: Progress, current: Progress) -> None:
+    """Log why a run under the same settings may still differ from an uninterrupted one."""
+    old, new = saved.settings, current.settings
     by_worker = new.get("augment.crop") == "random_resized" or new.get("augment.color_jitter")
     if by_worker and saved.workers != current.workers:
         logger.warning(
@@ -252,4 +259,3 @@ def check_compatible(
             "results equal an uninterrupted run except for rounding",
             *("with" if compiled else "without" for compiled in (saved.compiled, current.compiled)),
         )
-    return changed
