@@ -30,7 +30,7 @@ class CellState:
     finished: bool
 
 
-def read_state(cell: Cell, folder: Path) -> CellState:
+def read_cell_state(cell: Cell, folder: Path) -> CellState:
     """Read how far a cell is.
 
     A finished cell needs only config.yaml and metrics.jsonl, so results can be committed and the
