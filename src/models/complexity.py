@@ -92,12 +92,14 @@ class Complexity:
             rows.append(
                 [row.name, grid, f"{row.parameters:,}", *(f"{count / size:.3f}" for count in macs)]
             )
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = []
-        for name, *cells in rows:
-            cells = [cell.rjust(width) for cell, width in zip(cells, widths[1:])]
-            lines.append("  ".join([name.ljust(widths[0]), *cells]))
-        return "\n".join(lines)
+        return format_table(rows)
+
+
+def format_table(rows: Sequence[Sequence[str]]) -> str:
+    """Align the columns of a table: the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows)
+    return "\n".join("  ".join(line).rstrip() for line in lines)
 
 
 def complexity(net: nn.Cell, image_size: int | Sequence[int]) -> Complexity:
