@@ -12,11 +12,7 @@ from mindspore import dtype as mstype
 from mindspore import nn
 
 from src.config import Config, ModelConfig, RuntimeConfig
-from src.data import (
-    Mixing,
-    Preprocessing,
-    create_train_operations,
-)
+from src.data import Mixing, Preprocessing, create_train_operations
 from src.device import cache_folder, current_device, mindspore_version
 from src.errors import UserError
 from src.kernels.library import BuildError, library

@@ -13,12 +13,7 @@ import numpy as np
 from mindspore import nn
 from PIL import Image
 
-from src.build import (
-    accelerate,
-    build_for_weights,
-    build_preprocessing,
-    without_flash_attention,
-)
+from src.build import accelerate, build_for_weights, build_preprocessing, without_flash_attention
 from src.config_io import find_checkpoint, load_config, run_config_of
 from src.data import Preprocessing
 from src.data.headers import SERVED_PIXELS, check_size
@@ -26,13 +21,7 @@ from src.data.images import to_rgb
 from src.data.transforms import pad_batch
 from src.deploy.class_names import known_class_names
 from src.deploy.description import read_description
-from src.deploy.engines import (
-    MINDSPORE_LOCK,
-    Session,
-    check_engine,
-    mindspore_session,
-    open_model,
-)
+from src.deploy.engines import MINDSPORE_LOCK, Session, check_engine, mindspore_session, open_model
 from src.device import current_device, inference_runtime, require_precision
 from src.errors import UserError
 from src.forks import register_mindspore_use
