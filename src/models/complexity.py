@@ -76,10 +76,7 @@ class Complexity:
 
     def to_dict(self) -> dict[str, list | dict]:
         """Return plain values for JSON: the list `stages`, and `total`."""
-        return {
-            "stages": [stage.to_dict() for stage in self.stages],
-            "total": self.total.to_dict(),
-        }
+        return {"stages": [stage.to_dict() for stage in self.stages], "total": self.total.to_dict()}
 
     def __str__(self) -> str:
         """Return an aligned table; MACs in units of 10^9 (G), or 10^6 (M) for small networks."""

@@ -146,11 +146,7 @@ class TrainStep(nn.Cell):
         return self.parts.update() if part == self.accumulate - 1 else None
 
     def construct(
-        self,
-        images: Tensor,
-        labels: Tensor,
-        mix: Tensor | None = None,
-        boxes: Tensor | None = None,
+        self, images: Tensor, labels: Tensor, mix: Tensor | None = None, boxes: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """A whole step of one batch; arguments and result as in `run_batch`."""
         before = self.copy_statistics()
