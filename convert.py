@@ -63,13 +63,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--dst {target}: is the source file; give another name")
     setup(keys.runtime)
     done = convert(
-        source,
-        target,
-        arguments.model,
-        config,
-        arguments.verify,
-        arguments.entry,
-        arguments.force,
+        source, target, arguments.model, config, arguments.verify, arguments.entry, arguments.force
     )
     print(f"{done.report.table()}\n\n{done.model}: {done.report}")
     if done.verified is not None:

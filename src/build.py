@@ -12,11 +12,7 @@ from mindspore import dtype as mstype
 from mindspore import nn
 
 from src.config import Config, ModelConfig, RuntimeConfig
-from src.data import (
-    Mixing,
-    Preprocessing,
-    create_train_operations,
-)
+from src.data import Mixing, Preprocessing, create_train_operations
 from src.device import cache_folder, current_device, mindspore_version
 from src.errors import UserError
 from src.kernels.library import BuildError, library
@@ -97,7 +93,10 @@ def set_attention(net: nn.Cell, runtime: RuntimeConfig) -> nn.Cell:
             "runtime.flash_attention: the kernel has no float32; set runtime.precision to float16 "
             "or bfloat16"
         )
-    return use_flash_attention(net)
+    try:
+        return use_flash_attention(net)
+    except UserError as error:
+        raise UserError(f"runtime.flash_attention: {error}") from None
 
 
 def uses_compiled(runtime: RuntimeConfig) -> bool:
@@ -143,7 +142,10 @@ def accelerate(net: nn.Cell, runtime: RuntimeConfig) -> nn.Cell:
         UserError: they are required but not available.
     """
     if runtime.depthwise == "shifts":
-        use_shifts(net)
+        try:
+            use_shifts(net)
+        except UserError as error:
+            raise UserError(f"runtime.depthwise shifts: {error}") from None
     path = compiled_library(runtime)
     if path is not None:
         use_compiled(net, path)

@@ -46,7 +46,7 @@ class ConfigParser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         groups, names = self.key_groups(), [action.dest for action in self._actions]
-        raise UserError(_one_line(message, [name for name in names if name not in groups]))
+        raise UserError(_simplify(message, [name for name in names if name not in groups]))
 
     def key_groups(self) -> set[str]:
         """Return the groups of dotted keys; jsonargparse makes each an option that reads a file."""
@@ -78,7 +78,7 @@ _UNKNOWN_KEY = (
 )
 
 
-def _one_line(message: str, known: Sequence[str]) -> str:
+def _simplify(message: str, known: Sequence[str]) -> str:
     message = " ".join(message.split())
     for pattern in _UNKNOWN_KEY:
         found = pattern.search(message)

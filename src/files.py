@@ -87,6 +87,11 @@ def write_text(text: str, path: str | Path) -> None:
         raise UserError(f"{path}: {error.strerror}; give a writable file") from None
 
 
+def is_utf8(path: Path) -> bool:
+    """Return whether a path is UTF-8; Python holds other bytes of a file name as surrogates."""
+    return str(path).encode(errors="replace").decode() == str(path)
+
+
 def require_writable(path: str | Path, option: str) -> None:
     """Check early that an output file can be written.
 

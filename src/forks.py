@@ -33,8 +33,8 @@ if hasattr(os, "register_at_fork"):  # not on Windows
     os.register_at_fork(before=_before_fork)
 
 
-def claim_mindspore() -> None:
-    """Record that MindSpore runs in this process, and refuse to run it in a fork, where it hangs.
+def register_mindspore_use() -> None:
+    """Record that MindSpore runs in this process, and refuse it in a fork, where it hangs.
 
     Raises:
         UserError: this process was forked from one in which MindSpore had run.

@@ -111,7 +111,7 @@ def test_a_device_whose_int32_saturates_takes_no_drop_path(monkeypatch, rates):
         product = x.asnumpy().astype(np.int64) * factor
         return ms.Tensor(np.clip(product, -(2**31), 2**31 - 1).astype(np.int32))
 
-    monkeypatch.setattr("src.models.stochastic._times", saturating)
+    monkeypatch.setattr("src.models.stochastic._multiply", saturating)
     with pytest.raises(UserError, match="does not multiply int32 modulo"):
         check_arithmetic(config_of(model=rates))
     check_arithmetic(config_of())

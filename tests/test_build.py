@@ -81,7 +81,7 @@ def test_flash_attention_is_chosen_by_one_key(monkeypatch):
     with pytest.raises(UserError, match="runs on (CPU|GPU); leave it out"):
         build_model(asked)
     monkeypatch.setattr(build, "current_device", lambda: "Ascend")
-    with pytest.raises(UserError, match="the model has 8; "):
+    with pytest.raises(UserError, match="runtime.flash_attention: .* the model has 8; "):
         build_model(asked)
     sizes = {"model": {"embed_dims": (16, 32, 64)}}
     full = config(runtime=RuntimeConfig(flash_attention=True), **sizes)
@@ -92,6 +92,12 @@ def test_flash_attention_is_chosen_by_one_key(monkeypatch):
         net = build_model(settings)
         blocks = [*net.stage0.blocks, *net.stage1.blocks, *net.stage2.blocks]
         assert {block.attn.attend.flash for block in blocks} == {expected}
+
+
+def test_a_network_without_depthwise_convolutions_has_no_shifts():
+    net = build_model(config(model={"qkv_projection": "avg"}))
+    with pytest.raises(UserError, match="runtime.depthwise shifts: .*no convolutional projection"):
+        accelerate(net, RuntimeConfig(depthwise="shifts"))
 
 
 def test_a_network_for_weights_initialises_none_of_them(tmp_path, monkeypatch):

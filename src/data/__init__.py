@@ -6,26 +6,13 @@
 from src.data.augment import create_train_operations
 from src.data.base import ArraySource, FileSource, Source
 from src.data.image_index import check_files
-from src.data.loader import (
-    DataLoader,
-    create_eval_loader,
-    create_train_loader,
-    epoch_indices,
-    find_broken_image,
-)
+from src.data.loader import DataLoader, create_eval_loader, create_train_loader
 from src.data.mixing import Mixing
-from src.data.sources import SOURCES, open_source
-from src.data.subset import (
-    balanced_subset,
-    drop_broken,
-    hold_out,
-    missing_classes,
-    select_classes,
-)
+from src.data.sources import open_source
+from src.data.subset import balanced_subset, drop_broken, hold_out, missing_classes, select_classes
 from src.data.transforms import Preprocessing
 
 __all__ = [
-    "SOURCES",
     "ArraySource",
     "DataLoader",
     "FileSource",
@@ -38,8 +25,6 @@ __all__ = [
     "create_train_loader",
     "create_train_operations",
     "drop_broken",
-    "epoch_indices",
-    "find_broken_image",
     "hold_out",
     "missing_classes",
     "open_source",

@@ -113,13 +113,7 @@ def create_train_loader(
             "resume with the batch size, devices and data of the interrupted run"
         )
     order = epoch_indices(
-        len(source),
-        seed=seed,
-        epoch=epoch,
-        rank=rank,
-        world=world,
-        repeats=repeats,
-        length=length,
+        len(source), seed=seed, epoch=epoch, rank=rank, world=world, repeats=repeats, length=length
     )
     return DataLoader(
         source.subset(order[: batches * batch_size]),

@@ -10,7 +10,7 @@ from typing import Any
 from mindspore.mindrecord import FileWriter
 
 from src.errors import UserError
-from src.files import sha256_of
+from src.files import is_utf8, sha256_of
 
 _REMEDY = "convert it again with tools.records, or copy it again"
 _SCHEMA = {"image": {"type": "bytes"}, "file": {"type": "string"}, "label": {"type": "int32"}}
@@ -22,12 +22,10 @@ def require_utf8(folder: Path) -> None:
     Raises:
         UserError: it is not.
     """
-    try:
-        str(folder).encode()
-    except UnicodeEncodeError:
+    if not is_utf8(folder):
         raise UserError(
             f"{folder}: MindRecord takes only paths in UTF-8; give a folder of another name"
-        ) from None
+        )
 
 
 def open_writer(path: Path, sizes: list[int], description: str) -> FileWriter:
@@ -54,7 +52,7 @@ def _power_of_two(size: int) -> int:
     return max(1 << 16, 1 << (size - 1).bit_length())
 
 
-def seal(path: Path, folder: Path) -> dict[str, Any]:
+def commit_shard(path: Path, folder: Path) -> dict[str, Any]:
     """Move a written shard into place, flushed to disk; return its sizes and checksums."""
     entry = {"head": header_sha256(path)}
     for file, prefix in ((database(path), "index_"), (path, "")):

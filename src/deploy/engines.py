@@ -14,7 +14,7 @@ import numpy as np
 
 from src.deploy.file_checks import check_mindir, check_onnx
 from src.errors import UserError
-from src.forks import KERNEL_THREADS, claim_mindspore, thread_names
+from src.forks import KERNEL_THREADS, register_mindspore_use, thread_names
 from src.kernels.library import set_threads
 
 ENGINES = ("auto", "openvino", "onnxruntime", "mindspore")
@@ -127,7 +127,7 @@ def mindspore_session(
     """
     import mindspore as ms
 
-    claim_mindspore()
+    register_mindspore_use()
     _set_mindspore_threads(threads)
     run = ms.jit(network) if compiled else network
     bound = _limit_cores(lambda images: run(ms.Tensor(images)).asnumpy(), threads)
@@ -183,7 +183,7 @@ def _set_cores(task: int, cores: Iterable[int]) -> None:
 def _open_mindspore(path: Path, threads: int | None) -> Session:
     import mindspore as ms
 
-    claim_mindspore()
+    register_mindspore_use()
     _set_mindspore_threads(threads)
     try:
         with MINDSPORE_LOCK:

@@ -26,7 +26,7 @@ from src.deploy.quantize import check_quantizer, quantize
 from src.deploy.writers import check_format, installed_engines, write_model
 from src.errors import UserError
 from src.evaluation.labels import compare_preprocessing, with_class_names
-from src.files import replacing, sha256_of, write_json
+from src.files import is_utf8, replacing, sha256_of, write_json
 from src.splits import open_split, resolve_classes
 from src.weights import load_weights, weight_files
 
@@ -81,23 +81,12 @@ def export(
             differ from the checkpoint's.
     """
     check_format(options.file_format, options.batch_size, device)
-    if not _is_utf_8(output):
+    if not is_utf8(output.resolve()):
         raise UserError(f"--output {output}: engines open only names in UTF-8; give another")
     if options.quantize:
         check_quantizer()
     run = run_config_of(checkpoint)
-    if config.model.num_classes is None and run is not None:
-        with contextlib.suppress(UserError):  # another program's config.yaml
-            config = _with_classes_of(config, load_config(run))
-    if config.model.num_classes is None:
-        config = with_class_names(config, checkpoint)
-        config = resolve_classes(config, open_split(config, "val"))
-    given = config.data.class_names
-    if given and len(given) != config.model.num_classes:
-        raise UserError(
-            f"data.class_names has {len(given)} names, but the network {config.model.num_classes} "
-            "outputs; name every class"
-        )
+    config = _with_num_classes(config, checkpoint, run)
     preprocessing = build_preprocessing(config)
     compare_preprocessing(checkpoint, preprocessing)
     shape = (options.batch_size, 3, *preprocessing.image_size)
@@ -137,11 +126,25 @@ def export(
     logger.info("wrote %s (%.1f MiB) and %s.json", output, size, output.name)
 
 
-def _is_utf_8(path: Path) -> bool:
-    try:
-        return bool(str(path.resolve()).encode())
-    except UnicodeEncodeError:
-        return False
+def _with_num_classes(config: Config, checkpoint: Path, run: Path | None) -> Config:
+    """Return a recipe with the number of classes: its own, the run's, or that of its images.
+
+    Raises:
+        UserError: it is unknown, or not the number of class names.
+    """
+    if config.model.num_classes is None and run is not None:
+        with contextlib.suppress(UserError):  # another program's config.yaml
+            config = _with_classes_of(config, load_config(run))
+    if config.model.num_classes is None:
+        config = with_class_names(config, checkpoint)
+        config = resolve_classes(config, open_split(config, "val"))
+    given = config.data.class_names
+    if given and len(given) != config.model.num_classes:
+        raise UserError(
+            f"data.class_names has {len(given)} names, but the network {config.model.num_classes} "
+            "outputs; name every class"
+        )
+    return config
 
 
 def _with_classes_of(config: Config, run: Config) -> Config:

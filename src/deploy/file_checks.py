@@ -98,17 +98,12 @@ def _parse(model: Any, path: Path, kind: str) -> Any:
         model.ParseFromString(path.read_bytes())
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
-    except (ValueError, RuntimeError) as error:
-        raise _damaged(path, kind) from error
     except Exception as error:  # protobuf's DecodeError derives from Exception
-        if type(error).__name__ != "DecodeError":
+        known = isinstance(error, (ValueError, RuntimeError))
+        if not known and type(error).__name__ != "DecodeError":
             raise
-        raise _damaged(path, kind) from error
+        raise UserError(f"{path}: damaged, or not {kind}; export again") from error
     return model
-
-
-def _damaged(path: Path, kind: str) -> UserError:
-    return UserError(f"{path}: damaged, or not {kind}; export again")
 
 
 def _tensors(model: Any) -> Iterator[Any]:

@@ -19,7 +19,7 @@ from src.deploy.onnx_graph import INPUT, OnnxGraph
 from src.errors import UserError
 from src.models.cvt import CvT, Stage
 from src.models.layers import KERNEL_SIZE, PADDING, Attention
-from src.models.resnet import ConvBatchNorm, Residual, ResNet
+from src.models.resnet import Residual, ResNet
 from src.models.vit import VisionTransformer
 
 MAX_BYTES = 2**31 - 2**20  # of a protobuf message, with room for the nodes
@@ -45,7 +45,7 @@ def write_onnx(
     Raises:
         UserError: the network is not supported, or too large for a single file.
     """
-    write = next((write for kind, write in _WRITERS.items() if type(net) is kind), None)
+    write = _WRITERS.get(type(net))
     if write is None:
         raise UserError(
             f"--format onnx: {type(net).__name__} is not supported; use --format mindir"
@@ -90,7 +90,7 @@ def _cvt_stage(
         x = _to_tokens(graph, _conv(graph, x, "proj", stage.patch_embed.proj), stage.dim, grid)
         x = _norm(graph, x, "norm", stage.patch_embed.norm)
     if stage.pos_embed_grid is not None:
-        x = graph.add(x, graph.constant("pos_embed", _value(stage.pos_embed)))
+        x = graph.add(x, graph.constant("pos_embed", stage.pos_embed.asnumpy()))
     if stage.has_cls_token:
         x = _with_cls_token(graph, x, stage.cls_token)
     for j, block in enumerate(stage.blocks):
@@ -216,7 +216,7 @@ def _vit(graph: OnnxGraph, net: VisionTransformer, size: tuple[int, int]) -> str
             graph, _conv(graph, INPUT, "proj", net.patch_embed.proj), net.embed_dim, grid
         )
     x = _with_cls_token(graph, x, net.cls_token)
-    x = graph.add(x, graph.constant("pos_embed", _value(net.pos_embed)))
+    x = graph.add(x, graph.constant("pos_embed", net.pos_embed.asnumpy()))
     for j, block in enumerate(net.blocks):
         alone = j == len(net.blocks) - 1
 
@@ -236,7 +236,7 @@ def _vit(graph: OnnxGraph, net: VisionTransformer, size: tuple[int, int]) -> str
 
 def _resnet(graph: OnnxGraph, net: ResNet, size: tuple[int, int]) -> str:
     with graph.scope("stem"):
-        x = graph.node("Relu", _conv_batch_norm(graph, INPUT, net.stem))
+        x = graph.node("Relu", _conv(graph, INPUT, "conv", net.stem.conv))
         if net.pools:
             window = {"kernel_shape": [3, 3], "strides": [2, 2], "pads": [1, 1, 1, 1]}
             x = graph.node("MaxPool", x, **window)
@@ -253,34 +253,30 @@ def _residual(graph: OnnxGraph, block: Residual, x: str) -> str:
     y = x
     for i, layer in enumerate(block.layers):
         with graph.scope(f"layer{i}"):
-            y = _conv_batch_norm(graph, graph.node("Relu", y) if i else y, layer)
+            y = _conv(graph, graph.node("Relu", y) if i else y, "conv", layer.conv)
     if block.projects:
         with graph.scope("shortcut"):
-            x = _conv_batch_norm(graph, x, block.shortcut)
+            x = _conv(graph, x, "conv", block.shortcut.conv)
     return graph.node("Relu", graph.add(x, y))
-
-
-def _conv_batch_norm(graph: OnnxGraph, x: str, cell: ConvBatchNorm) -> str:
-    return _conv(graph, x, "conv", cell.conv)
 
 
 def _with_cls_token(graph: OnnxGraph, x: str, token: Parameter) -> str:
     """Tokens [B, N, C] -> [B, 1 + N, C]; zeros computed from x broadcast the token to the batch."""
     x = graph.cast(x, "float32")
     zeros = graph.node("Mul", graph.slice_tokens(x, 0, 1), graph.constant("zero", 0.0))
-    return graph.concat(graph.add(zeros, graph.constant("cls_token", _value(token))), x)
+    return graph.concat(graph.add(zeros, graph.constant("cls_token", token.asnumpy())), x)
 
 
 def _conv(graph: OnnxGraph, x: str, name: str, conv: nn.Conv2d) -> str:
-    bias = _value(conv.bias) if conv.has_bias else None
+    bias = conv.bias.asnumpy() if conv.has_bias else None
     padding = (conv.padding,) * 4 if isinstance(conv.padding, int) else conv.padding
     top, bottom, left, right = padding
     pads = (top, left, bottom, right)
-    return graph.conv(x, name, _value(conv.weight), bias, conv.stride[0], pads, conv.group)
+    return graph.conv(x, name, conv.weight.asnumpy(), bias, conv.stride[0], pads, conv.group)
 
 
 def _norm(graph: OnnxGraph, x: str, name: str, norm: nn.LayerNorm, single: bool = False) -> str:
-    gamma, beta = _value(norm.gamma), _value(norm.beta)
+    gamma, beta = norm.gamma.asnumpy(), norm.beta.asnumpy()
     return graph.layer_norm(x, name, gamma, beta, norm.epsilon, single)
 
 
@@ -309,11 +305,7 @@ def _num_features(net: nn.Cell) -> int:
 
 
 def _affine(linear: nn.Dense) -> tuple[np.ndarray, np.ndarray | None]:
-    return _value(linear.weight), _value(linear.bias) if linear.has_bias else None
-
-
-def _value(parameter: Parameter) -> np.ndarray:
-    return parameter.asnumpy()
+    return linear.weight.asnumpy(), linear.bias.asnumpy() if linear.has_bias else None
 
 
 _WRITERS = {CvT: _cvt, VisionTransformer: _vit, ResNet: _resnet}

@@ -13,12 +13,7 @@ import numpy as np
 from mindspore import nn
 from PIL import Image
 
-from src.build import (
-    accelerate,
-    build_for_weights,
-    build_preprocessing,
-    without_flash_attention,
-)
+from src.build import accelerate, build_for_weights, build_preprocessing, without_flash_attention
 from src.config_io import find_checkpoint, load_config, parse_runtime, run_config_of
 from src.data import Preprocessing
 from src.data.headers import SERVED_PIXELS, check_size
@@ -26,16 +21,10 @@ from src.data.images import to_rgb
 from src.data.transforms import pad_batch
 from src.deploy.class_names import known_class_names
 from src.deploy.description import read_description
-from src.deploy.engines import (
-    MINDSPORE_LOCK,
-    Session,
-    check_engine,
-    mindspore_session,
-    open_model,
-)
+from src.deploy.engines import MINDSPORE_LOCK, Session, check_engine, mindspore_session, open_model
 from src.device import current_device, inference_runtime, require_precision
 from src.errors import UserError
-from src.forks import claim_mindspore
+from src.forks import register_mindspore_use
 from src.weights import load_weights, weight_files
 
 EXPORTED_SUFFIXES = (".mindir", ".onnx")
@@ -342,7 +331,7 @@ def _open_weights(
     if not runtime.get("flash_attention"):
         settings = without_flash_attention(settings)
     settings.runtime = dataclasses.replace(settings.runtime, **parse_runtime(runtime))
-    claim_mindspore()
+    register_mindspore_use()
     settings.runtime = inference_runtime(settings.runtime, current_device(), runtime)
     require_precision(settings.runtime.precision, current_device())
     with MINDSPORE_LOCK:

@@ -59,8 +59,32 @@ def quantize(
     Raises:
         UserError: the images are not available, or their classes are not the network's.
     """
-    from onnxruntime import quantization as ort
+    training, held_out = _open_samples(config, run)
+    _quantize_file(path, quantized, _batches(training, preprocessing, batch_size))
+    before, after = (_top1(file, held_out, preprocessing, batch_size)
+                     for file in (path, quantized))  # fmt: skip
+    logger.info(
+        "int8: calibrated on %d training images; top-1 on %d held-out images %.2f %% in float32, "
+        "%.2f %% in int8",
+        len(training), len(held_out), before, after,
+    )  # fmt: skip
+    if before - after > MAX_DROP:
+        logger.warning("int8 loses %.2f points of top-1", before - after)
+    return {
+        "type": "int8",
+        "calibration_images": len(training),
+        "images": len(held_out),
+        "top1_float32": before,
+        "top1_int8": after,
+    }
 
+
+def _open_samples(config: Config, run: Path | None) -> tuple[Source, Source]:
+    """Open the training images for the calibration and the held-out ones for the comparison.
+
+    Raises:
+        UserError: as `quantize`.
+    """
     # data.broken_share is for whole splits; of so few images, any share may be broken.
     data = dataclasses.replace(config.data, broken="skip", broken_share=1.0)
     config = dataclasses.replace(config, data=data)
@@ -80,13 +104,16 @@ def quantize(
                 f"--quantize int8: needs the training images for calibration and the held-out "
                 f"ones for comparison: {error}"
             ) from error
+    return splits["train"], splits["val"]
+
+
+def _quantize_file(path: Path, quantized: Path, batches: Iterator[tuple]) -> None:
+    """Write `quantized`; the ranges of activations are those of `batches`, as `_batches` yields."""
+    from onnxruntime import quantization as ort
 
     class Reader(ort.CalibrationDataReader):
-        def __init__(self) -> None:
-            self.batches = _batches(splits["train"], preprocessing, batch_size)
-
         def get_next(self) -> dict[str, np.ndarray] | None:
-            images, _, _ = next(self.batches, (None, None, 0))
+            images, _, _ = next(batches, (None, None, 0))
             return None if images is None else {"images": images}
 
     handlers = list(logging.root.handlers)
@@ -105,22 +132,6 @@ def quantize(
     finally:
         logging.disable(logging.NOTSET)
         logging.root.handlers[:] = handlers  # onnxruntime adds one, which would repeat our lines
-    before, after = (_top1(file, splits["val"], preprocessing, batch_size)
-                     for file in (path, quantized))  # fmt: skip
-    logger.info(
-        "int8: calibrated on %d training images; top-1 on %d held-out images %.2f %% in float32, "
-        "%.2f %% in int8",
-        len(splits["train"]), len(splits["val"]), before, after,
-    )  # fmt: skip
-    if before - after > MAX_DROP:
-        logger.warning("int8 loses %.2f points of top-1", before - after)
-    return {
-        "type": "int8",
-        "calibration_images": len(splits["train"]),
-        "images": len(splits["val"]),
-        "top1_float32": before,
-        "top1_int8": after,
-    }
 
 
 def _weighted_nodes(path: Path) -> list[str]:

@@ -135,11 +135,7 @@ def write_report(
         _per_class(source.labels, outcomes.correct1, names),
         folder / "per_class.csv",
     )
-    write_csv(
-        TABLES["worst_images.csv"],
-        _worst(images, outcomes),
-        folder / "worst_images.csv",
-    )
+    write_csv(TABLES["worst_images.csv"], _worst(images, outcomes), folder / "worst_images.csv")
     if len(names) > MAX_CLASSES:
         logger.warning("no confusion matrix: %d classes, more than %d", len(names), MAX_CLASSES)
         return

@@ -128,13 +128,15 @@ class Statistics(nn.Cell):
             (WRITE, number),  # by reference: READ would copy each one
             shape=lambda *shapes: [sum(math.prod(shape) for shape in shapes)],
         )
-        self.write = _in_place(library, "settle", (READ, 3), (WRITE, number))
+        self.write = _in_place(library, "keep_finite", (READ, 3), (WRITE, number))
 
     def construct(self, statistics: tuple) -> Tensor:
         """Return a copy of all statistics, float32 [n]."""
         return self.read(*statistics)
 
-    def settle(self, finite: Tensor, before: Tensor, after: Tensor, statistics: tuple) -> Tensor:
+    def keep_finite(
+        self, finite: Tensor, before: Tensor, after: Tensor, statistics: tuple
+    ) -> Tensor:
         """Set the statistics to `after` [n], or to `before` [n] where `after` is not finite.
 
         With finite = 0 (a float32 scalar, 0 or 1) all are set to `before`.

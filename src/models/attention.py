@@ -41,12 +41,12 @@ class ScaledDotProductAttention(nn.Cell):
             raise UserError(
                 f"flash attention needs {HEAD_DIM_MULTIPLE}, {2 * HEAD_DIM_MULTIPLE}, ... "
                 f"{HEAD_DIM_MAX} channels per head, the model has {self.head_dim}; change "
-                "model.embed_dims or model.num_heads, or leave out runtime.flash_attention"
+                "embed_dims or num_heads, or leave out flash attention"
             )
         if self.num_heads > HEADS_MAX:
             raise UserError(
                 f"flash attention supports at most {HEADS_MAX} heads, the model has "
-                f"{self.num_heads}; change model.num_heads, or leave out runtime.flash_attention"
+                f"{self.num_heads}; change num_heads, or leave out flash attention"
             )
         self.flash = True
 
@@ -82,7 +82,7 @@ def use_flash_attention(net: nn.Cell) -> nn.Cell:
     """
     cells = [c for _, c in net.cells_and_names() if isinstance(c, ScaledDotProductAttention)]
     if not cells:
-        raise UserError("runtime.flash_attention: the model has no attention; leave the key out")
+        raise UserError("the model has no attention; leave out flash attention")
     for cell in cells:
         cell.use_flash()
     return net

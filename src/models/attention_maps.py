@@ -110,7 +110,7 @@ def attention_maps(net: nn.Cell, images: Tensor) -> AttentionMaps:
     """
     if not isinstance(net, CvT) or not net.stage2.has_cls_token:
         raise UserError(
-            "attention maps need a CvT with a class token (model.cls_token); this network has none"
+            "attention maps need a CvT with a class token (cls_token); this network has none"
         )
     if ms.get_context("mode") != ms.PYNATIVE_MODE:
         raise UserError("attention maps need PyNative mode: ms.set_context(mode=ms.PYNATIVE_MODE)")
@@ -155,12 +155,9 @@ def _key_positions(cell: Attention, edge: int) -> np.ndarray:
     """Return the keys' centres along an axis of `edge` queries, in units of queries."""
     if cell.qkv_projection == "linear":
         return np.arange(edge)
-    if cell.qkv_projection == "avg":
-        stride, count = cell.pool_kv.stride, len(cell.pool_kv.windows(edge)[1])
-    else:
-        stride = cell.conv_proj_k.conv.stride[0]
-        count = (edge - 1) // stride + 1  # a kernel of 3 and a padding of 1
-    return stride * np.arange(count)
+    is_pooled = cell.qkv_projection == "avg"
+    stride = cell.pool_kv.stride if is_pooled else cell.conv_proj_k.conv.stride[0]
+    return stride * np.arange(cell.kv_grid((edge,))[0])
 
 
 def token_centres(patches: Sequence[tuple[int, int, int]], positions: np.ndarray) -> np.ndarray:

@@ -76,10 +76,7 @@ class Complexity:
 
     def to_dict(self) -> dict[str, list | dict]:
         """Return plain values for JSON: the list `stages`, and `total`."""
-        return {
-            "stages": [stage.to_dict() for stage in self.stages],
-            "total": self.total.to_dict(),
-        }
+        return {"stages": [stage.to_dict() for stage in self.stages], "total": self.total.to_dict()}
 
     def __str__(self) -> str:
         """Return an aligned table; MACs in units of 10^9 (G), or 10^6 (M) for small networks."""
@@ -92,12 +89,14 @@ class Complexity:
             rows.append(
                 [row.name, grid, f"{row.parameters:,}", *(f"{count / size:.3f}" for count in macs)]
             )
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = []
-        for name, *cells in rows:
-            cells = [cell.rjust(width) for cell, width in zip(cells, widths[1:])]
-            lines.append("  ".join([name.ljust(widths[0]), *cells]))
-        return "\n".join(lines)
+        return format_table(rows)
+
+
+def format_table(rows: Sequence[Sequence[str]]) -> str:
+    """Align the columns of a table: the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows)
+    return "\n".join("  ".join(line).rstrip() for line in lines)
 
 
 def complexity(net: nn.Cell, image_size: int | Sequence[int]) -> Complexity:
@@ -198,15 +197,11 @@ def _stage(stage: Stage, size: tuple[int, int], count: _Count) -> tuple[int, int
 
 def _attention(cell: Attention, grid: tuple[int, int], count: _Count) -> None:
     """Count the projections and both products of an attention over a grid of tokens (H, W)."""
-    kv_grid = grid
     if cell.qkv_projection == "conv":
-        count.add_convolution(cell.conv_proj_q.conv, grid)
-        kv_grid = count.add_convolution(cell.conv_proj_k.conv, grid)
-        count.add_convolution(cell.conv_proj_v.conv, grid)
-    elif cell.qkv_projection == "avg":
-        kv_grid = [len(cell.pool_kv.windows(edge)[1]) for edge in grid]
+        for projection in (cell.conv_proj_q, cell.conv_proj_k, cell.conv_proj_v):
+            count.add_convolution(projection.conv, grid)
     tokens = cell.has_cls_token + math.prod(grid)
-    kv_tokens = cell.has_cls_token + math.prod(kv_grid)
+    kv_tokens = cell.has_cls_token + math.prod(cell.kv_grid(grid))
     count.add_linear(cell.proj_q, tokens)
     count.add_linear(cell.proj_k, kv_tokens)
     count.add_linear(cell.proj_v, kv_tokens)

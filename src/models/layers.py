@@ -8,7 +8,7 @@ moving_mean and moving_variance.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from mindspore import Parameter, Tensor, nn, ops
@@ -188,7 +188,7 @@ def use_shifts(net: nn.Cell) -> nn.Cell:
     """
     cells = [cell for _, cell in net.cells_and_names()]
     if not any(isinstance(cell, ConvProjection) for cell in cells):
-        raise UserError("runtime.depthwise shifts: this network has no convolutional projection")
+        raise UserError("this network has no convolutional projection")
     for cell in cells:
         if isinstance(cell, ConvProjection):
             cell.shifts = ShiftedDepthwise(cell.conv.stride[0])
@@ -275,6 +275,14 @@ class Attention(nn.Cell):
             q = ops.depend(cls, q) if only_cls else ops.cat((cls, q), 1)
             k, v = ops.cat((cls, k), 1), ops.cat((cls, v), 1)
         return q, k, v
+
+    def kv_grid(self, grid: Sequence[int]) -> tuple[int, ...]:
+        """Return the grid (H', W') of keys and values for a grid (H, W) of tokens."""
+        if self.qkv_projection == "linear":
+            return tuple(grid)
+        if self.qkv_projection == "avg":
+            return tuple(len(self.pool_kv.windows(edge)[1]) for edge in grid)
+        return tuple((edge - 1) // self.conv_proj_k.conv.stride[0] + 1 for edge in grid)
 
     def split_heads(self, x: Tensor) -> Tensor:
         """Reshape [B, T, C] to [B, h, T, C / h]."""

@@ -19,7 +19,7 @@ _MULTIPLIER_1 = 0x7FEB352D
 _MULTIPLIER_2 = 0x846CA68B - 2**32
 
 
-def _times(x: Tensor, factor: int) -> Tensor:
+def _multiply(x: Tensor, factor: int) -> Tensor:
     """Return the int32 product modulo 2**32."""
     return x * Tensor(factor, mstype.int32)
 
@@ -37,19 +37,19 @@ def hash_bits(x: Tensor) -> Tensor:
 
     Source: the 32-bit finaliser "lowbias32" of C. Wellons' hash-prospector (2018).
     """
-    x = _times(ops.bitwise_xor(x, _shift_right(x, 16)), _MULTIPLIER_1)
-    x = _times(ops.bitwise_xor(x, _shift_right(x, 15)), _MULTIPLIER_2)
+    x = _multiply(ops.bitwise_xor(x, _shift_right(x, 16)), _MULTIPLIER_1)
+    x = _multiply(ops.bitwise_xor(x, _shift_right(x, 15)), _MULTIPLIER_2)
     return ops.bitwise_xor(x, _shift_right(x, 16))
 
 
 def sample_keys(key: Tensor, positions: Tensor) -> Tensor:
     """Return an int32 key for each of the int32 positions [B] from an int32 scalar key."""
-    return hash_bits(ops.bitwise_xor(_times(positions, _GOLDEN_RATIO), hash_bits(key)))
+    return hash_bits(ops.bitwise_xor(_multiply(positions, _GOLDEN_RATIO), hash_bits(key)))
 
 
 def random_bits(keys: Tensor, slots: int) -> Tensor:
     """Return random bits int32 [slots, B] for int32 keys [B], one per image."""
-    counter = _times(ops.arange(slots).astype(mstype.int32), _GOLDEN_RATIO).reshape((-1, 1))
+    counter = _multiply(ops.arange(slots).astype(mstype.int32), _GOLDEN_RATIO).reshape((-1, 1))
     return hash_bits(ops.bitwise_xor(counter, hash_bits(keys).reshape((1, -1))))
 
 
@@ -58,8 +58,8 @@ def uniform(bits: Tensor) -> Tensor:
     return ops.bitwise_and(bits, Tensor(0xFFFFFF, mstype.int32)).astype(mstype.float32) * 2.0**-24
 
 
-class DropPath(nn.Cell):
-    """Stochastic depth (Huang et al., 2016): drops residual branches per sample.
+class _Drop(nn.Cell):
+    """What drops at random in training.
 
     Args:
         rate: probability of dropping.
@@ -70,6 +70,10 @@ class DropPath(nn.Cell):
         super().__init__()
         self.rate = rate
         self.slot = slot
+
+
+class DropPath(_Drop):
+    """Stochastic depth (Huang et al., 2016): drops residual branches per sample."""
 
     def factors(self, bits: Tensor | None) -> Tensor | None:
         """bits [slots, B] -> float32 [B], 0 or 1 / (1 - rate); None if nothing is dropped."""
@@ -85,25 +89,15 @@ class DropPath(nn.Cell):
         return x * factors.astype(x.dtype).reshape((-1,) + (1,) * (x.ndim - 1))
 
 
-class Dropout(nn.Cell):
-    """Dropout of single elements, with random bits as for `DropPath`.
-
-    Args:
-        rate: probability of dropping.
-        slot: this cell's row of the model's random bits.
-    """
-
-    def __init__(self, rate: float, slot: int) -> None:
-        super().__init__()
-        self.rate = rate
-        self.slot = slot
+class Dropout(_Drop):
+    """Dropout of single elements, with random bits as for `DropPath`."""
 
     def construct(self, x: Tensor, bits: Tensor | None) -> Tensor:
         """x [B, N, C], bits [slots, B] -> [B, N, C]; kept elements are scaled by 1 / (1 - rate)."""
         if self.rate == 0.0 or bits is None or not self.training:
             return x
         counter = ops.arange(x.shape[1] * x.shape[2]).astype(mstype.int32)
-        counter = _times(counter, _GOLDEN_RATIO)
+        counter = _multiply(counter, _GOLDEN_RATIO)
         sample = bits[self.slot].reshape((-1, 1))
         element = hash_bits(ops.bitwise_xor(counter.reshape((1, -1)), sample))  # [B, N * C]
         keep = (uniform(element) >= self.rate).astype(x.dtype).reshape(x.shape)

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+from collections.abc import Container
 from pathlib import Path
 
 from src.config import Config
@@ -30,8 +31,8 @@ from src.weights import WeightsMismatch
 logger = logging.getLogger("cvt")
 _ABANDONED = re.compile(r"abandoned-(\d+)-.+")
 
-# Beginnings of changes, as `check_compatible` names them, after which an accuracy is another one.
-_OF_EVALUATION = ("data.", "model.", "other evaluation")
+_HELD_OUT_IMAGES = "evaluation images"
+# Keys of `data` and `model` that leave the accuracy of given weights unchanged.
 _OF_TRAINING = ("data.train_images", "model.drop_path_rate", "model.drop_rate")
 # Keys that change rounding only; the log says so.
 ROUNDING = ("runtime.depthwise", "runtime.jit_level", "runtime.deterministic")
@@ -88,15 +89,15 @@ def restore(
         if not changes:
             raise
         raise UserError(
-            f"{state}: does not fit the current settings ({'; '.join(changes)}); start a "
+            f"{state}: does not fit the current settings ({'; '.join(changes.values())}); start a "
             f"new run from its weights with --finetune {state}"
         ) from None
     scale = "training.loss_scale"
     if scale in saved.settings and saved.settings[scale] != current.settings[scale]:
         step.reset_loss_scale()
     remeasured = any(
-        change.startswith(_OF_EVALUATION) and not change.startswith(_OF_TRAINING)
-        for change in changes
+        key == _HELD_OUT_IMAGES or key.startswith(("data.", "model.")) and key not in _OF_TRAINING
+        for key in changes
     )
     if remeasured:
         saved.best_top1, saved.best_sha256 = -1.0, ""
@@ -181,11 +182,22 @@ def flatten(config: Config) -> dict:
     }
 
 
-def check_compatible(saved: Progress, current: Progress, output: Path, accept: bool) -> list[str]:
+def changed_settings(old: dict, new: dict, free: Container[str]) -> dict[str, str]:
+    """Return the keys with other values, except `free` ones: by key, "key old, not new"."""
+    return {
+        key: f"{key} {shorten(old.get(key))}, not {shorten(new.get(key))}"
+        for key in {**old, **new}
+        if old.get(key) != new.get(key) and key not in free
+    }
+
+
+def check_compatible(
+    saved: Progress, current: Progress, output: Path, accept: bool
+) -> dict[str, str]:
     """Compare a state's settings and images with those of this process.
 
     Returns:
-        The differences that change what is computed, each as "key old, not new".
+        The differences that change what is computed: by key, "key old, not new".
 
     Raises:
         UserError: a difference that changes what is computed, unless `accept`.
@@ -196,31 +208,36 @@ def check_compatible(saved: Progress, current: Progress, output: Path, accept: b
             f"{saved.world} devices"
         )
     old, new = saved.settings, current.settings
-    changed = [
-        f"{key} {shorten(old.get(key))}, not {shorten(new.get(key))}"
-        for key in {**old, **new}
-        if old.get(key) != new.get(key) and key not in FREE_TO_CHANGE
-    ]
+    changed = changed_settings(old, new, FREE_TO_CHANGE)
     if saved.data != current.data:
-        changed.append(
+        changed["training images"] = (
             f"other training images or labels than those of {new['data.path'] or 'this data set'}"
         )
     elif 0 not in (saved.content, current.content) and saved.content != current.content:
-        changed.append("other content of the training images, whose names are the same")
+        changed["training images"] = (
+            "other content of the training images, whose names are the same"
+        )
     if saved.held_out not in (0, current.held_out):
-        changed.append("other evaluation images or labels")
+        changed[_HELD_OUT_IMAGES] = "other evaluation images or labels"
     elif (
         0 not in (saved.held_out_content, current.held_out_content)
         and saved.held_out_content != current.held_out_content
     ):
-        changed.append("other evaluation images: their content, not their names")
+        changed[_HELD_OUT_IMAGES] = "other evaluation images: their content, not their names"
     if changed and not accept:
         raise UserError(
-            f"{output}: was trained with {'; '.join(changed)}. Resume with the settings in its "
-            "config.yaml, or add --accept_changes"
+            f"{output}: was trained with {'; '.join(changed.values())}. Resume with the settings "
+            "in its config.yaml, or add --accept_changes"
         )
-    for change in changed:
+    for change in changed.values():
         logger.warning("was trained with %s", change)
+    _warn_if_inexact(saved, current)
+    return changed
+
+
+def _warn_if_inexact(saved: Progress, current: Progress) -> None:
+    """Log why a run under the same settings may still differ from an uninterrupted one."""
+    old, new = saved.settings, current.settings
     by_worker = new.get("augment.crop") == "random_resized" or new.get("augment.color_jitter")
     if by_worker and saved.workers != current.workers:
         logger.warning(
@@ -251,4 +268,3 @@ def check_compatible(saved: Progress, current: Progress, output: Path, accept: b
             "results equal an uninterrupted run except for rounding",
             *("with" if compiled else "without" for compiled in (saved.compiled, current.compiled)),
         )
-    return changed

@@ -17,12 +17,10 @@ from mindspore.common.initializer import initializer
 from src.models.stochastic import hash_bits, sample_keys
 from src.training.buckets import pack, unpack
 from src.training.optimizer import SGD, AdamW
-from src.training.updates import CompiledUpdates, PlainUpdates
+from src.training.updates import CompiledUpdates, PlainUpdates, mul_no_nan
 
 FIRST_DYNAMIC_SCALE, LARGEST_SCALE, GROWTH_STEPS = 2.0**16, 2.0**24, 2000
 STATISTICS = (".moving_mean", ".moving_variance")
-
-_times = ops.MulNoNan()  # 0 if a factor is 0, even if the other is infinite or NaN
 
 
 class TrainStep(nn.Cell):
@@ -81,7 +79,8 @@ class TrainStep(nn.Cell):
         self.dynamic = loss_scale is None
         self.first_scale = loss_scale or FIRST_DYNAMIC_SCALE
         self.loss_scale = _state("loss_scale", self.first_scale, mstype.float32)
-        self.steady = _state("steady", 0, mstype.int32)  # steps since the scale changed
+        # Finite steps since the scale changed (GradScaler's name); saved states call it "steady".
+        self.growth_tracker = _state("steady", 0, mstype.int32)
         self.ema_net = ema_net
         self.ema_decay = ema_decay
         self.statistics = ParameterTuple(
@@ -106,7 +105,7 @@ class TrainStep(nn.Cell):
     def reset_loss_scale(self) -> None:
         """Begin with the configured loss scale again, for a run resumed with another one."""
         self.loss_scale.set_data(Tensor(self.first_scale, mstype.float32))
-        self.steady.set_data(Tensor(0, mstype.int32))
+        self.growth_tracker.set_data(Tensor(0, mstype.int32))
 
     def align_schedule(self, done: int) -> None:
         """Let the next step have the learning rate that follows `done` steps of the schedule.
@@ -147,11 +146,7 @@ class TrainStep(nn.Cell):
         return self.parts.update() if part == self.accumulate - 1 else None
 
     def construct(
-        self,
-        images: Tensor,
-        labels: Tensor,
-        mix: Tensor | None = None,
-        boxes: Tensor | None = None,
+        self, images: Tensor, labels: Tensor, mix: Tensor | None = None, boxes: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """A whole step of one batch; arguments and result as in `run_batch`."""
         before = self.copy_statistics()
@@ -211,7 +206,7 @@ class TrainStep(nn.Cell):
         loss = loss * factor
         finite = ops.logical_and(ops.isfinite(loss), ops.isfinite(norm))
         if len(self.statistics) > 0:
-            self.updates.settle_statistics(finite, before, after)
+            self.updates.keep_finite_statistics(finite, before, after)
         if self.clip_norm > 0.0:  # as torch.nn.utils.clip_grad_norm_
             factor = factor * ops.clamp(self.clip_norm / (norm + 1e-6), max=1.0)
         lr = ops.gather(self.learning_rates, self.step, 0)
@@ -237,9 +232,9 @@ class TrainStep(nn.Cell):
         device's reductions need not be repeatable: a last bit of difference in the clipping factor
         would drive the weights apart.
         """
-        own = (loss, _times(norm, self.is_first), after)
+        own = (loss, mul_no_nan(norm, self.is_first), after)
         loss, norm, after = unpack(self.all_reduce(pack(own)), (0, 1, 2), own)
-        return loss, norm, _times(after, self.fraction)
+        return loss, norm, mul_no_nan(after, self.fraction)
 
     def _update_average(self, finite: Tensor) -> None:
         time = (self.step - self.skipped).astype(mstype.float32)
@@ -248,11 +243,11 @@ class TrainStep(nn.Cell):
         self.updates.average(decay)
 
     def _update_scale(self, finite: Tensor) -> None:
-        """Halve the scale at an overflow, double it after a long steady time."""
-        scale, steady = self.loss_scale, self.steady + 1
-        grown = ops.where(steady >= GROWTH_STEPS, ops.clamp(scale * 2.0, max=LARGEST_SCALE), scale)
-        steady = ops.where(steady >= GROWTH_STEPS, Tensor(0, mstype.int32), steady)
-        ops.assign(self.steady, ops.where(finite, steady, Tensor(0, mstype.int32)))
+        """Halve the scale at an overflow, double it after GROWTH_STEPS finite steps."""
+        scale, steps = self.loss_scale, self.growth_tracker + 1
+        grown = ops.where(steps >= GROWTH_STEPS, ops.clamp(scale * 2.0, max=LARGEST_SCALE), scale)
+        steps = ops.where(steps >= GROWTH_STEPS, Tensor(0, mstype.int32), steps)
+        ops.assign(self.growth_tracker, ops.where(finite, steps, Tensor(0, mstype.int32)))
         ops.assign(self.loss_scale, ops.where(finite, grown, ops.clamp(scale / 2.0, min=1.0)))
 
 
@@ -290,7 +285,7 @@ class _Parts:
         self.update = _Update(step, sums, loss_sum, before)
 
 
-class _Add(nn.Cell):
+class _Part(nn.Cell):
     def __init__(
         self, step: TrainStep, sums: ParameterTuple, loss_sum: Parameter, before: Parameter
     ) -> None:
@@ -298,6 +293,8 @@ class _Add(nn.Cell):
         self.step = step
         self.sums, self.loss_sum, self.before = sums, loss_sum, before
 
+
+class _Add(_Part):
     def construct(
         self,
         images: Tensor,
@@ -311,18 +308,11 @@ class _Add(nn.Cell):
         images = ops.depend(images, self.before)
         loss, gradients = self.step.backward(images, labels, mix, part, boxes)
         keep = (part > 0).astype(mstype.float32)
-        ops.assign(self.loss_sum, _times(self.loss_sum, keep) + loss)
+        ops.assign(self.loss_sum, mul_no_nan(self.loss_sum, keep) + loss)
         return self.step.updates.accumulate(keep, self.sums, gradients)
 
 
-class _Update(nn.Cell):
-    def __init__(
-        self, step: TrainStep, sums: ParameterTuple, loss_sum: Parameter, before: Parameter
-    ) -> None:
-        super().__init__(auto_prefix=False)
-        self.step = step
-        self.sums, self.loss_sum, self.before = sums, loss_sum, before
-
+class _Update(_Part):
     def construct(self) -> tuple[Tensor, Tensor]:
         """Loss and gradient norm of the step."""
         return self.step.update(self.loss_sum, self.sums, self.before)

@@ -32,14 +32,7 @@ from src.progress import progress_bar
 from src.splits import open_checked
 from src.training.resume import flatten, restore
 from src.training.setup import build_training
-from src.training.state import (
-    VERSION,
-    Progress,
-    metrics_match,
-    metrics_text,
-    save_best,
-    save_state,
-)
+from src.training.state import VERSION, Progress, metrics_match, metrics_text, save_best, save_state
 from src.training.stop_signal import StopSignal
 from src.training.train_loader import TrainLoader
 

@@ -19,7 +19,7 @@ from src.training.optimizer import SGD, AdamW
 
 ROW = 1024  # elements per partial sum: summing millions in float32 loses digits
 
-_times = ops.MulNoNan()  # 0 if a factor is 0, even if the other is NaN
+mul_no_nan = ops.MulNoNan()  # 0 if a factor is 0, even if the other is infinite or NaN
 _square_sum = ops.MultitypeFuncGraph("square_sum")
 _scale = ops.MultitypeFuncGraph("scale")
 _average = ops.MultitypeFuncGraph("average")
@@ -34,7 +34,7 @@ def _square_sum_bucket(bucket):
 
 @_scale.register("Tensor", "Tensor")
 def _scale_tensor(factor, gradient):
-    return _times(gradient, factor)
+    return mul_no_nan(gradient, factor)
 
 
 @_average.register("Tensor", "Tensor", "Tensor")
@@ -51,7 +51,7 @@ def _assign_tensor(parameter, value):
 
 @_accumulate.register("Tensor", "Tensor", "Tensor")
 def _accumulate_tensor(keep, total, gradient):
-    ops.assign(total, _times(total, keep) + gradient)  # the last step's total may be NaN
+    ops.assign(total, mul_no_nan(total, keep) + gradient)  # the last step's total may be NaN
     return True
 
 
@@ -113,13 +113,13 @@ class PlainUpdates(nn.Cell):
         """Return a copy of all running statistics, float32 [n]."""
         return pack(self.statistics)
 
-    def settle_statistics(self, finite: Tensor, before: Tensor, after: Tensor) -> bool:
+    def keep_finite_statistics(self, finite: Tensor, before: Tensor, after: Tensor) -> bool:
         """Set the statistics to `after`, or to `before` if `after` or the step is not finite."""
         # A variance can overflow although loss and gradients are finite; it would stay infinite.
         usable = ops.logical_and(finite, ops.isfinite(after))
-        settled = ops.where(usable, after, before)
-        settled = unpack(settled, self.statistic_offsets, self.statistics)
-        return self.map(_assign, self.statistics, settled)
+        kept = ops.where(usable, after, before)
+        kept = unpack(kept, self.statistic_offsets, self.statistics)
+        return self.map(_assign, self.statistics, kept)
 
 
 class CompiledUpdates(nn.Cell):
@@ -187,8 +187,8 @@ class CompiledUpdates(nn.Cell):
         """See `PlainUpdates`."""
         return self.all_statistics(self.statistics)
 
-    def settle_statistics(self, finite: Tensor, before: Tensor, after: Tensor) -> Tensor:
+    def keep_finite_statistics(self, finite: Tensor, before: Tensor, after: Tensor) -> Tensor:
         """See `PlainUpdates`."""
-        return self.all_statistics.settle(
+        return self.all_statistics.keep_finite(
             finite.astype(mstype.float32), before, after, self.statistics
         )

@@ -24,14 +24,7 @@ import numpy as np
 from src.errors import UserError
 from src.weights.content import AGAIN, RESAVE, WIDENED, Content, KeyPath, short, short_names, widen
 from src.weights.kinds import MAX_TENSORS, TORCH_LEGACY, TORCH_ZIP, kind_of
-from src.weights.torch_pickle import (
-    BFLOAT16,
-    REFUSED,
-    Interpreter,
-    Storage,
-    StoredTensor,
-    Stream,
-)
+from src.weights.torch_pickle import BFLOAT16, REFUSED, Interpreter, Storage, StoredTensor, Stream
 
 _MAX_PICKLE = 4 << 20  # CvT-W24's, with its average and AdamW's state, takes 0.5 MB
 _MAX_DIRECTORY, _MAX_DEPTH, _MAX_LIST = 4 << 20, 5, 16

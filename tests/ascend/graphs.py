@@ -107,7 +107,7 @@ GRAPHS: dict[str, Callable[[], None]] = {
     "evaluation": _evaluation,
 }
 # One process compiles each group: starting MindSpore takes as long as a small graph. The first
-# group has what tests/tools/test_estimate.py reads; the groups take about the same time.
+# group has what tests/tools/benchmark/test_estimate.py reads; the groups take about the same time.
 GROUPS = (
     ("training-adamw", "training-sgd-float16-flash"),
     ("training-mixed-two-ranks", "training-parts", "training-parts-update", "evaluation", "faulty"),

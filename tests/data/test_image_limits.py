@@ -11,9 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from src.data import (
-    Preprocessing,
-)
+from src.data import Preprocessing
 from src.data.headers import MAX_PIXELS, SERVED_PIXELS, check_header
 from src.data.images import decode
 from src.deploy import Predictor

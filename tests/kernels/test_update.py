@@ -111,15 +111,15 @@ def test_sums_of_parts_start_anew_whatever_is_left_in_them(built):
 
 
 @pytest.mark.parametrize("kind", ["plain", "compiled"])
-def test_statistics_settle_on_finite_values(built, kind):
+def test_statistics_stay_finite(built, kind):
     """Those of the step where it is finite, single ones that are not keep their value before."""
     statistics = parameters()
     own = updates(built, SGD(parameters(3)), kind, statistics=statistics)
     before = own.copy_statistics()
     after = before.asnumpy() + 1
     after[[7, -1]] = np.inf, np.nan
-    own.settle_statistics(Tensor(False), before, Tensor(after))
+    own.keep_finite_statistics(Tensor(False), before, Tensor(after))
     assert all(np.array_equal(a, b) for a, b in zip(arrays(statistics), values(0)))
-    own.settle_statistics(Tensor(True), before, Tensor(after))
+    own.keep_finite_statistics(Tensor(True), before, Tensor(after))
     expected = np.where(np.isfinite(after), after, before.asnumpy())
     assert np.array_equal(np.concatenate([v.ravel() for v in arrays(statistics)]), expected)

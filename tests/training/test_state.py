@@ -273,7 +273,7 @@ def test_pixels_that_changed_are_noticed_unless_a_state_is_too_old_to_know_them(
     now = dataclasses.replace(before, content=source.digest_content())
     with pytest.raises(UserError, match=r"with other content of the training images, .* same\."):
         check_compatible(before, now, tmp_path, accept=False)
-    assert check_compatible(Progress(), now, tmp_path, accept=False) == []
+    assert check_compatible(Progress(), now, tmp_path, accept=False) == {}
 
 
 def test_a_state_that_is_not_finite_is_not_saved(trained, tmp_path):

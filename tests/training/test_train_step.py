@@ -262,13 +262,13 @@ def test_statistics_that_overflow_alone_keep_their_last_finite_value(pynative_mo
     assert variance[1] == 1 and (variance[[0, 2]] != 1).all()
 
 
-def test_the_dynamic_scale_grows_after_a_steady_time(pynative_mode):
+def test_the_dynamic_scale_grows_after_many_finite_steps(pynative_mode):
     step = tiny_step(loss_scale=None)
-    step.steady.set_data(ms.Tensor(GROWTH_STEPS - 1, ms.int32))
+    step.growth_tracker.set_data(ms.Tensor(GROWTH_STEPS - 1, ms.int32))
     step(*next(batches(1, image=32)))
-    assert float(step.loss_scale.asnumpy()) == 2**17 and int(step.steady.asnumpy()) == 0
+    assert float(step.loss_scale.asnumpy()) == 2**17 and int(step.growth_tracker.asnumpy()) == 0
     step(*next(batches(1, image=32)))
-    assert float(step.loss_scale.asnumpy()) == 2**17 and int(step.steady.asnumpy()) == 1
+    assert float(step.loss_scale.asnumpy()) == 2**17 and int(step.growth_tracker.asnumpy()) == 1
 
 
 @pytest.mark.parametrize("operators", ["plain", "compiled"])

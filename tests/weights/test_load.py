@@ -19,13 +19,7 @@ from src.config import Config, ModelConfig
 from src.config_io import save_config
 from src.errors import UserError
 from src.models import create_model
-from src.weights import (
-    WeightsMismatch,
-    load_state,
-    load_weights,
-    save_checkpoint,
-    save_weights,
-)
+from src.weights import WeightsMismatch, load_state, load_weights, save_checkpoint, save_weights
 from src.weights.load import _assume_grid, interpolate_pos_embed
 from src.weights.names import from_huggingface, from_official
 from tests.conftest import ROOT, TINY

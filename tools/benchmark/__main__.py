@@ -33,7 +33,7 @@ def main(argv: list[str]) -> None:
         f"Count or measure a network. model.num_classes null means {IMAGENET_CLASSES} here. MACs "
         "are those of convolutions, Linears and both attention products; norms, softmax, "
         "activations, biases and pooling are not counted. The paper's FLOPs are these MACs. Mode "
-        "scaling runs nothing; tools/estimate.py has its formulas."
+        "scaling runs nothing; tools/benchmark/estimate.py has its formulas."
     )
     config, arguments = parse(argv, "-m tools.benchmark", description, add_arguments)
     config.model.num_classes = config.model.num_classes or IMAGENET_CLASSES

@@ -9,7 +9,7 @@ from src.config import Config
 from src.models import uninitialised
 from src.models.attention import use_flash_attention
 from src.models.complexity import complexity
-from tools.estimate import ASCEND_910, all_reduce_seconds, step_memory
+from tools.benchmark.estimate import ASCEND_910, all_reduce_seconds, step_memory
 
 CARDS = (8, 16, 32, 64, 128, 256, 512, 1024)
 

@@ -19,12 +19,7 @@ from src.errors import UserError
 from src.models import uninitialised
 from src.models.complexity import complexity
 from tools.benchmark.process import BenchmarkProcess, select_cores
-from tools.benchmark.table import (
-    print_compile,
-    print_measured,
-    summarise,
-    warn_of_idle_work,
-)
+from tools.benchmark.table import print_compile, print_measured, summarise, warn_of_idle_work
 from tools.benchmark.workload import Options, make_job, plan_matmul, plan_sides
 
 MATMUL_SECONDS = 1.0

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import statistics
-from collections.abc import Sequence
 from typing import Any
 
+from src.models.complexity import format_table
 from tools.benchmark.worker import MATMUL_SIZE
 
 logger = logging.getLogger("cvt")
@@ -106,7 +106,7 @@ def print_measured(result: dict[str, Any]) -> None:
                 f"{100 * side['fraction_of_peak']:.1f} %",
             ]
         rows.append(cells)
-    _print_table(rows)
+    print(format_table(rows))
     for side in result["sides"]:
         print(f"{side['name']}: {side['what']}")
 
@@ -127,7 +127,7 @@ def print_compile(result: dict[str, Any]) -> None:
                 f"{side['peak_memory'] / 1e6:.0f} MB",
             ]
         )
-    _print_table(rows)
+    print(format_table(rows))
 
 
 def _print_title(result: dict[str, Any]) -> None:
@@ -137,10 +137,3 @@ def _print_title(result: dict[str, Any]) -> None:
         f"{result['mode']}: {network}image {height} x {width}, batch {result['batch_size']}, "
         f"cores for each side: {result['threads']}, medians of rounds: {result['rounds']}"
     )
-
-
-def _print_table(rows: Sequence[Sequence[str]]) -> None:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for name, *cells in rows:
-        cells = [cell.rjust(width) for cell, width in zip(cells, widths[1:])]
-        print("  ".join([name.ljust(widths[0]), *cells]).rstrip())

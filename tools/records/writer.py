@@ -22,7 +22,7 @@ from src.cores import cpu_count
 from src.data.base import Source
 from src.data.images import find_fault, is_decodable
 from src.data.records import FORMAT, INDEX, UNFINISHED, load_index
-from src.data.shards import open_writer, require_utf8, seal, verify_shard
+from src.data.shards import commit_shard, open_writer, require_utf8, verify_shard
 from src.data.sources import open_source
 from src.errors import UserError
 from src.files import remove_unfinished, write_json
@@ -162,7 +162,7 @@ class _Conversion:
                 os.replace(index, unfinished)  # from now on readers reject the folder
         except OSError as error:
             raise UserError(f"{self._folder}: {error.strerror}; give another --dst") from error
-        self._write_index(shards, unfinished)  # before the first shard, to mark the folder as ours
+        write_json(self._index(shards), unfinished)  # before the first shard: the folder is ours
         bar = progress_bar(len(self._source), f"convert {self._folder.name}")
         with ThreadPoolExecutor(self._workers) as pool, bar:
             for number, positions in enumerate(self._ranges):
@@ -170,11 +170,8 @@ class _Conversion:
                     bar.update(len(positions))
                 else:
                     shards[number] = self._write_shard(number, positions, pool, bar)
-                    self._write_index(shards, unfinished)
-        self._write_index(shards, index)
-
-    def _write_index(self, shards: dict[int, dict[str, Any]], file: Path) -> None:
-        write_json(self._index(shards), file)
+                    write_json(self._index(shards), unfinished)
+        write_json(self._index(shards), index)
 
     def _index(self, shards: dict[int, dict[str, Any]]) -> dict[str, Any]:
         images = sum(shard["images"] for shard in shards.values())
@@ -318,7 +315,7 @@ class _Conversion:
             # MindSpore drops a record that it finds invalid with only a warning.
             if ds.MindDataset([str(path)]).get_dataset_size() != len(labels):
                 raise RuntimeError("MindSpore has not written every record")
-            entry = seal(path, self._folder)
+            entry = commit_shard(path, self._folder)
         except (OSError, RuntimeError, MindRecordException) as error:
             text = " ".join(str(error).split())[:300]
             raise UserError(f"{self._folder}: cannot write {path.name}: {text}") from error

@@ -26,9 +26,7 @@ def main(argv: list[str]) -> None:
             help="train only the cells with these names (model-images-seed), e.g. 'cvt_nano-250-*'",
         )
         parser.add_argument(
-            "--dry_run",
-            action="store_true",
-            help="check everything, list the cells, do not train",
+            "--dry_run", action="store_true", help="check everything, list the cells, do not train"
         )
 
     argv, options = take_keys(argv)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from src.config_io import load_config
-from src.errors import UserError, shorten
-from src.training.resume import FREE_TO_CHANGE, flatten
+from src.errors import UserError
+from src.training.resume import FREE_TO_CHANGE, changed_settings, flatten
 from src.training.state import has_state
 from tools.study.cells import Cell
 
@@ -30,7 +30,7 @@ class CellState:
     finished: bool
 
 
-def read_state(cell: Cell, folder: Path) -> CellState:
+def read_cell_state(cell: Cell, folder: Path) -> CellState:
     """Read how far a cell is.
 
     A finished cell needs only config.yaml and metrics.jsonl, so results can be committed and the
@@ -60,13 +60,9 @@ def _read_metrics(file: Path) -> list[dict]:
 def _require_same_settings(cell: Cell, folder: Path) -> None:
     before, now = flatten(load_config(folder / "config.yaml")), flatten(cell.config)
     free = {key for key in RESOLVED if now[key] is None} | set(FREE_TO_CHANGE)
-    changed = [
-        f"{key} {shorten(before[key])}, not {shorten(now[key])}"
-        for key in now
-        if key not in free and before[key] != now[key]
-    ]
+    changed = changed_settings(before, now, free)
     if changed:
         raise UserError(
-            f"{folder}: was trained with {'; '.join(changed)}. Give another --output, or remove "
-            "this folder to train the cell again"
+            f"{folder}: was trained with {'; '.join(changed.values())}. Give another --output, or "
+            "remove this folder to train the cell again"
         )

@@ -14,7 +14,7 @@ import numpy as np
 from src.errors import UserError
 from src.files import write_csv, write_text
 from src.training.run import lock_folder
-from tools.study.cell_state import CellState, read_state
+from tools.study.cell_state import CellState, read_cell_state
 from tools.study.cells import Cell
 from tools.study.networks import Network, check_networks
 from tools.study.plots import plot_by_cost, plot_by_images, plot_curves
@@ -53,7 +53,7 @@ class StudyRunner:
         if not self.chosen:
             raise UserError(f"--only {only}: matches no cell; one is {cells[0].name}")
         self.states: dict[str, CellState] = {
-            cell.name: read_state(cell, self._folder(cell)) for cell in cells
+            cell.name: read_cell_state(cell, self._folder(cell)) for cell in cells
         }
         self.networks: dict[str, Network] = check_networks(cells)
 
@@ -121,7 +121,7 @@ class StudyRunner:
             arguments.append("--resume")
         logger.info("python train.py %s", shlex.join(arguments))
         code = process.run(arguments)
-        self.states[cell.name] = read_state(cell, folder)
+        self.states[cell.name] = read_cell_state(cell, folder)
         if code:
             logger.error("%s: train.py exited with code %d", cell.name, code)
 

@@ -209,7 +209,7 @@ AOT(pack) {
 
 // finite, before [n], after [n], tensors of n elements -> [1]; they become `after`, but `before`
 // where that is not finite, or everywhere if `finite` is 0
-AOT(settle) {
+AOT(keep_finite) {
   REQUIRE(params > 4);
   VECTOR(0, 1);
   const Tensors tensors{p, ndims, s, 3, params - 4};

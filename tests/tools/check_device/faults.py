@@ -25,11 +25,11 @@ def saturating_hash() -> None:
     """int32 products stop at the largest number instead of wrapping."""
     from src.models import stochastic
 
-    def times(x, factor):
+    def multiply(x, factor):
         product = x.astype(mstype.float32) * float(factor)
         return ops.clamp(product, -(2.0**31), 2.0**31 - 129).astype(mstype.int32)
 
-    stochastic._times = times
+    stochastic._multiply = multiply
 
 
 def labels_not_reversed() -> None:
@@ -50,12 +50,12 @@ def statistics_not_restored() -> None:
     """A skipped step leaves its running statistics behind."""
     from src.training import updates
 
-    def settle(self, finite, before, after):
-        return self.original_settle(finite, after, after)
+    def keep_all(self, finite, before, after):
+        return self.original_keep(finite, after, after)
 
     for each in (updates.PlainUpdates, updates.CompiledUpdates):
-        each.original_settle = each.settle_statistics
-        each.settle_statistics = settle
+        each.original_keep = each.keep_finite_statistics
+        each.keep_finite_statistics = keep_all
 
 
 def norm_of_each_rank() -> None:

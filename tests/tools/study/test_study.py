@@ -14,7 +14,7 @@ from PIL import Image
 
 from src.errors import UserError
 from tests.tools.study.conftest import calls
-from tools.study.cell_state import read_state
+from tools.study.cell_state import read_cell_state
 from tools.study.cells import expand_study
 from tools.study.runner import RESULT_FILES, StudyRunner
 from tools.study.train_process import TrainProcess
@@ -111,7 +111,7 @@ def test_finished_cells_need_neither_checkpoints_nor_the_same_path(cells, output
         shutil.rmtree(folder / "checkpoints")
     data = dataclasses.replace(cells[0].config.data, path="elsewhere")
     moved = dataclasses.replace(cells[0], config=dataclasses.replace(cells[0].config, data=data))
-    assert read_state(moved, output / "cells" / moved.name).finished
+    assert read_cell_state(moved, output / "cells" / moved.name).finished
     StudyRunner(cells, output).run()
     assert calls(pretender) == []
     file = output / "cells/conv-40-0/metrics.jsonl"
@@ -146,7 +146,7 @@ def test_a_stopped_study_goes_on_where_it_was(cells, output, pretender):
     ]  # fmt: skip
     runner.run()
     assert calls(pretender) == ["linear-40-0 --resume", *NAMES[2:]]
-    assert all(read_state(cell, output / "cells" / cell.name).finished for cell in cells)
+    assert all(read_cell_state(cell, output / "cells" / cell.name).finished for cell in cells)
 
 
 @pytest.mark.usefixtures("started")

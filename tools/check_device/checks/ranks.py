@@ -112,10 +112,7 @@ def data_parallel(setting: Setting) -> Finding:
             "losses": relative(found[0]["losses"], alone["losses"]),
             "gradient norms": relative(found[0]["norms"], alone["norms"]),
         },
-        {
-            "losses": LIMITS["loss"][column],
-            "gradient norms": 10 * LIMITS["gradient norm"][column],
-        },
+        {"losses": LIMITS["loss"][column], "gradient norms": 10 * LIMITS["gradient norm"][column]},
     )
     checksums = [each["checksum"] for each in found]
     different = [rank for rank, checksum in enumerate(checksums) if checksum != checksums[0]]

@@ -8,7 +8,7 @@ from src.errors import UserError
 from src.models import create_model
 from src.models.attention import use_flash_attention
 from tests.ascend.graphs import BATCH, DROP_RATE, IMAGE, SIZES
-from tools.estimate import (
+from tools.benchmark.estimate import (
     ASCEND_910,
     Cluster,
     activation_bytes,
