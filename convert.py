@@ -7,7 +7,7 @@ from pathlib import Path
 from src.cli import parse, take_keys
 from src.config import RuntimeOnly
 from src.config_io import is_run_config, load_config, run_config_of
-from src.device import log_to, prepare_environment, setup
+from src.device import import_mindspore, log_to, prepare_environment, setup
 from src.errors import UserError, executable
 from src.files import require_writable
 
@@ -54,6 +54,7 @@ def main(argv: list[str]) -> None:
     config = load_config(Path(arguments.config)) if arguments.config else None
     prepare_environment()
     log_to()
+    import_mindspore()
     from src.deploy.convert import convert
     from src.files import sha256_of
     from src.weights import weight_files

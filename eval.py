@@ -6,7 +6,14 @@ from pathlib import Path
 
 from src.cli import parse, require_recipe
 from src.config_io import find_checkpoint
-from src.device import choose_device, inference_runtime, log_to, prepare_environment, setup
+from src.device import (
+    choose_device,
+    import_mindspore,
+    inference_runtime,
+    log_to,
+    prepare_environment,
+    setup,
+)
 from src.errors import executable
 from src.files import require_replaceable, write_json
 
@@ -37,6 +44,7 @@ def main(argv: list[str]) -> None:
     arguments.ckpt = str(find_checkpoint(Path(arguments.ckpt)))
     prepare_environment()
     log_to()
+    import_mindspore()
     from src.evaluation.evaluator import evaluate_checkpoint
     from src.evaluation.report import calibrate, check_report, is_result, write_report
 

@@ -10,7 +10,7 @@ from jsonargparse.typing import PositiveFloat
 from src.cli import parse, require_recipe
 from src.config import RuntimeConfig
 from src.config_io import find_checkpoint
-from src.device import log_to, prepare_environment, setup
+from src.device import import_mindspore, log_to, prepare_environment, setup
 from src.errors import UserError, executable
 
 FORMATS = ("mindir", "onnx", "air")
@@ -81,6 +81,7 @@ def main(argv: list[str]) -> None:
         )
     prepare_environment()
     log_to()
+    import_mindspore()
     from src.deploy.export import ExportOptions, export
 
     device, _ = setup(_runtime(config.runtime, arguments.format))

@@ -8,7 +8,7 @@ from jsonargparse.typing import PositiveInt
 
 from src.cli import parse
 from src.config import RuntimeOnly
-from src.device import log_to, prepare_environment, setup
+from src.device import import_mindspore, log_to, prepare_environment, setup
 from src.errors import executable
 
 
@@ -19,6 +19,7 @@ def main(argv: list[str]) -> None:
     keys, arguments = parse(argv, "infer.py", description, add_arguments, schema=RuntimeOnly)
     prepare_environment()
     log_to()
+    import_mindspore()
     from src.data.headers import MAX_PIXELS
     from src.deploy.attention_image import check_attention, save_attention
     from src.deploy.classify import check_outputs, classify_files

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from src.cli import find_resumed_run, parse
 from src.config_io import default_output
-from src.device import log_to, prepare_environment
+from src.device import import_mindspore, log_to, prepare_environment
 from src.errors import UserError, executable
 
 
@@ -48,6 +48,7 @@ def main(argv: list[str]) -> None:
     output = Path(arguments.output or default_output(arguments.config))
     prepare_environment()
     log_to()
+    import_mindspore()
     from src.training.run import train  # late: importing MindSpore takes seconds
 
     resume = Path(state) if state and state.is_file() else state is not None

@@ -10,6 +10,7 @@ import logging.handlers
 import os
 import random
 import shutil
+import signal
 import stat
 import tempfile
 from collections.abc import Collection
@@ -51,6 +52,18 @@ def prepare_environment() -> None:
     missing = [name for name in SCRATCH if name not in os.environ]
     if missing:
         os.environ.update(dict.fromkeys(missing, str(_scratch_folder())))
+
+
+def import_mindspore() -> None:
+    """Import MindSpore so that Ctrl-C ends the process; an exception would crash the import."""
+    handler = signal.getsignal(signal.SIGINT)
+    if handler is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        import mindspore  # noqa: F401
+    finally:
+        if handler is signal.default_int_handler:
+            signal.signal(signal.SIGINT, handler)
 
 
 def _require_compatible_numpy() -> None:

@@ -1,8 +1,10 @@
 """Device, seeds, environment and logging."""
 
+import builtins
 import dataclasses
 import logging
 import os
+import signal
 import stat
 import tempfile
 from pathlib import Path
@@ -15,7 +17,7 @@ import pytest
 from src import device
 from src.config import RuntimeConfig
 from src.cores import usable_cores
-from src.device import log_to, prepare_environment, setup
+from src.device import import_mindspore, log_to, prepare_environment, setup
 from src.errors import UserError
 
 
@@ -85,6 +87,27 @@ def test_the_environment_of_the_user_stays(monkeypatch):
     prepare_environment()
     assert os.environ["GLOG_v"] == "1"
     assert os.path.isabs(os.environ["MS_OM_PATH"])
+
+
+@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN])
+def test_an_interrupt_during_the_import_ends_the_process_unless_it_is_ignored(monkeypatch, handler):
+    """An exception within MindSpore's import aborts with a dump of its threads."""
+    seen, before = [], signal.signal(signal.SIGINT, handler)
+    real = builtins.__import__
+
+    def spy(name, *arguments):
+        if name == "mindspore":
+            seen.append(signal.getsignal(signal.SIGINT))
+        return real(name, *arguments)
+
+    monkeypatch.setattr(builtins, "__import__", spy)
+    try:
+        import_mindspore()
+        after = signal.getsignal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    ends = signal.SIG_IGN if handler is signal.SIG_IGN else signal.SIG_DFL
+    assert seen == [ends] and after is handler
 
 
 def test_the_log_goes_to_the_console_and_a_file(tmp_path, capsys):

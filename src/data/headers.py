@@ -96,12 +96,13 @@ def _find_format(content: bytes) -> str | None:
 
 
 def check_size(width: int, height: int, max_pixels: int = MAX_PIXELS) -> None:
-    """Refuse an image that is too large or too narrow.
+    """Refuse an image that is empty, too large or too narrow.
 
     Raises:
         UserError: names the size and the limits.
     """
-    if width * height > max_pixels or max(width, height) > MAX_ASPECT * min(width, height):
+    narrow = max(width, height) > MAX_ASPECT * min(width, height)
+    if not 1 <= width * height <= max_pixels or narrow:
         raise UserError(
             f"{width} x {height} pixels; at most {max_pixels} pixels are decoded, and sides of at "
             f"most {MAX_ASPECT} : 1"

@@ -107,7 +107,10 @@ def find_images(inputs: str | Path | Sequence[str | Path]) -> list[str]:
             raise UserError(f"--input {path}: no such file or folder")
         images, others = list_images(path)
         if others:
-            logger.warning("%s: left out %d files that are not images", path, len(others))
+            logger.warning(
+                "%s: left out %d files that are not %s, such as %s",
+                path, len(others), " ".join(IMAGE_EXTENSIONS), others[0],
+            )  # fmt: skip
         if not images:
             raise UserError(f"--input {path}: no images in it ({' '.join(IMAGE_EXTENSIONS)})")
         found.update(dict.fromkeys(images))

@@ -29,6 +29,16 @@ def check_rate(name: str, rate: float) -> None:
         raise UserError(f"{name} {rate}: must be a number in [0, 1)")
 
 
+def check_flag(name: str, value: bool) -> None:
+    """Check a switch.
+
+    Raises:
+        UserError: it is not True or False.
+    """
+    if not isinstance(value, bool):
+        raise UserError(f"{name} {value!r}: must be True or False")
+
+
 def check_count(name: str, value: int) -> None:
     """Check a positive integer.
 
@@ -43,7 +53,7 @@ def check_num_classes(num_classes: int) -> None:
     """Check the number of classes.
 
     Raises:
-        UserError: it is negative.
+        UserError: it is not an integer, or negative.
     """
-    if num_classes < 0:
-        raise UserError(f"num_classes {num_classes}: must be 0 (no head) or more")
+    if not isinstance(num_classes, int) or num_classes < 0:
+        raise UserError(f"num_classes {num_classes}: must be an integer, 0 (no head) or more")

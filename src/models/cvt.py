@@ -18,7 +18,7 @@ from mindspore import dtype as mstype
 from mindspore.common.initializer import Uniform
 
 from src.errors import UserError
-from src.models.arguments import as_size, check_num_classes, check_rate
+from src.models.arguments import as_size, check_count, check_flag, check_num_classes, check_rate
 from src.models.layers import (
     Block,
     ConvEmbed,
@@ -140,6 +140,9 @@ class CvT(StochasticNet):
         )
         _check_choices(embed_dims, mlp_ratio, kv_stride, qkv_projection, patch_embed)
         check_num_classes(num_classes)
+        check_count("in_channels", in_channels)
+        for name, flag in (("cls_token", cls_token), *(("pos_embed", each) for each in pos_embeds)):
+            check_flag(name, flag)
         for rate in drop_path_rates:
             check_rate("drop_path_rate", rate)
         check_rate("drop_rate", drop_rate)

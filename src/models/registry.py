@@ -7,7 +7,9 @@ import difflib
 import inspect
 import typing
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 from mindspore import nn
 
 from src.errors import UserError, shorten
@@ -65,7 +67,15 @@ def create_model(name: str, num_classes: int = 1000, **kwargs) -> nn.Cell:
         raise UserError(
             f"model {name} has no {', '.join(unknown)}: leave it out; it has {', '.join(known)}"
         )
-    return _MODELS[name](num_classes=num_classes, **kwargs)
+    arguments = {"num_classes": num_classes, **kwargs}
+    return _MODELS[name](**{key: _without_numpy(value) for key, value in arguments.items()})
+
+
+def _without_numpy(value: Any) -> Any:
+    """Return a number or a list of numbers in Python's own types, such as that of labels.max()."""
+    if isinstance(value, (np.ndarray, np.generic)):
+        return value.tolist()
+    return [_without_numpy(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 def _arguments(build: Callable[..., nn.Cell]) -> list[str]:

@@ -146,6 +146,7 @@ class ResNet(StochasticNet):
             raise UserError(f"stem {stem!r}: choose from {STEMS}")
         check_count("width", width)
         check_num_classes(num_classes)
+        check_count("in_channels", in_channels)
         check_rate("drop_path_rate", drop_path_rate)
         check_rate("drop_rate", drop_rate)
         self.pools = stem == "conv7"

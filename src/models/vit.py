@@ -125,6 +125,7 @@ class VisionTransformer(StochasticNet):
         if not 1 <= embed_dim * mlp_ratio < float("inf"):
             raise UserError(f"mlp_ratio {mlp_ratio}: must give at least one hidden channel")
         check_num_classes(num_classes)
+        check_count("in_channels", in_channels)
         check_rate("drop_path_rate", drop_path_rate)
         check_rate("drop_rate", drop_rate)
         self.image_size = as_size(image_size)

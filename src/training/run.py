@@ -28,6 +28,7 @@ from src.training.setup import load_pretrained
 from src.training.state import BEST, LAST, has_state
 from src.training.train_loader import TrainLoader
 from src.training.trainer import Trainer
+from src.weights.origin import run_settings
 
 logger = logging.getLogger("cvt")
 LOCK = ".lock"
@@ -133,6 +134,8 @@ def validate(config: Config, ranks: Ranks, finetune: str | None = None) -> Sourc
         raise UserError(f"{held_out.title}: no image to evaluate on; add images")
     if ranks.is_first:
         _warn_same_folder(config)
+        if finetune:
+            _warn_trained_before(config, held_out, finetune)
     config = resolve_classes(config, source)
     TrainLoader(config, source, ranks)
     with contextlib.nullcontext() if finetune else uninitialised():
@@ -154,6 +157,33 @@ def _warn_same_folder(config: Config) -> None:
             "data.train_folder and data.val_folder are the same folder, so accuracy is measured on "
             "the training images; hold some out with --data.val_from_train N"
         )
+
+
+def _warn_trained_before(config: Config, held_out: Source, finetune: str) -> None:
+    """Warn if the run of the weights trained on images that now measure accuracy.
+
+    With other classes or another number, `data.val_from_train` holds out other images.
+    """
+    data = config.data
+    path = data.path and str(Path(data.path).expanduser().resolve())
+    try:
+        run = run_settings(finetune)
+        same = run is not None and (run.data.source, run.data.path) == (data.source, path)
+        if data.val_from_train is None or not same:
+            return
+        trained = open_quietly(run, "train")
+    except UserError:  # another program's config.yaml, or images that have changed since
+        return
+    before, now = (
+        {source.file(k) or int(source.items[k]) for k in range(len(source))}
+        for source in (trained, held_out)
+    )
+    if before & now:
+        logger.warning(
+            "%s: its run trained on %d of the %d images that data.val_from_train %d now holds out, "
+            "so accuracy is too high; evaluate on other images, or start from other weights",
+            finetune, len(before & now), len(now), data.val_from_train,
+        )  # fmt: skip
 
 
 # Files whose content does not show that a run wrote them; the image index's does.

@@ -327,6 +327,8 @@ def test_a_limit_of_pixels(exported, digits):
     for image in (large.getvalue(), Image.open(large)):
         with pytest.raises(UserError, match="at most 1100 pixels"):
             predict([image])
+    with pytest.raises(UserError, match="0 x 0 pixels"):
+        predict([Image.new("RGB", (0, 0))])
 
 
 def test_class_names_of_another_model(exported, digits, tmp_path):

@@ -179,6 +179,8 @@ def test_initialisation_is_the_official_one():
         ({"mlp_ratio": 0}, "mlp_ratio"),
         ({"pos_embed": True}, "image_size"),
         ({"num_classes": -1}, "num_classes"),
+        ({"cls_token": "False"}, "cls_token 'False': must be True or False"),
+        ({"pos_embed": [True, "no", False], "image_size": 32}, "pos_embed 'no': must be"),
     ],
 )
 def test_arguments_that_make_no_network_are_refused(options, message):

@@ -1,5 +1,6 @@
 """Names of models."""
 
+import numpy as np
 import pytest
 
 from src.errors import UserError
@@ -21,3 +22,27 @@ def test_an_argument_of_another_model_is_named_with_what_there_is():
 def test_an_unknown_name_names_the_nearest():
     with pytest.raises(UserError, match="did you mean cvt_13"):
         create_model("cvt13")
+
+
+def test_numbers_of_numpy_are_taken():
+    """labels.max() + 1 is how most scripts count the classes."""
+    arrays = {"embed_dims": np.array([8, 16, 32]), "drop_path_rate": np.linspace(0, 0.1, 3)}
+    net = create_model(
+        "cvt_nano", np.int64(5), num_heads=[np.int32(1), 2, 4], depths=[1, 1, 1], **arrays
+    )
+    assert net.head.weight.shape == (5, 32)
+    assert create_model("vit_nano", np.int64(3), drop_rate=np.float32(0.1)).num_classes == 3
+
+
+@pytest.mark.parametrize("name", ["cvt_nano", "vit_nano", "resnet_nano"])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"num_classes": None}, "num_classes None: must be an integer"),
+        ({"num_classes": "5"}, "num_classes 5: must be an integer"),
+        ({"in_channels": 0}, "in_channels 0: must be one integer"),
+    ],
+)
+def test_arguments_of_a_wrong_type_are_named(name, options, words):
+    with pytest.raises(UserError, match=words):
+        create_model(name, **options)

@@ -21,6 +21,7 @@ from src.errors import UserError
 from src.splits import open_split
 from src.training.run import _require_equal_settings, train, validate
 from src.training.trainer import Trainer
+from src.weights import save_weights
 from tests.conftest import tiny_config
 from tests.training.runs import assert_equal_runs, small, small_cvt
 
@@ -331,6 +332,19 @@ def test_accuracy_on_the_training_images_is_warned_of(tmp_path, caplog, same):
     settings.model.num_classes, settings.training.batch_size = None, 2
     validate(settings, SINGLE_PROCESS)
     assert ("the same folder, so accuracy is measured on the training" in caplog.text) is same
+
+
+@pytest.mark.parametrize("classes", [["7", "2"], None])
+def test_images_that_the_weights_were_trained_on_are_told(tmp_path, caplog, classes):
+    """20 held-out images of two classes are ten of each, while the run held out two of each."""
+    settings = tiny_config(data=DataConfig(source="digits", val_from_train=20))
+    settings.model.num_classes = 10
+    weights = tmp_path / "run/best.ckpt"
+    save_config(settings, tmp_path / "run/config.yaml")
+    save_weights(build_model(settings), weights)
+    settings.data.classes, settings.model.num_classes = classes, None
+    validate(settings, SINGLE_PROCESS, str(weights))
+    assert ("of the 20 images that data.val_from_train 20 now" in caplog.text) is bool(classes)
 
 
 def test_the_check_leaves_the_generators_as_they_were(trained, few_digits, tmp_path, monkeypatch):
