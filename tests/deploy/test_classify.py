@@ -55,7 +55,7 @@ def test_a_line_per_image_and_json(folder, tmp_path, capsys):
 def test_files_of_other_kinds_are_left_out_by_name(folder, caplog):
     """A phone's HEIC is no image here, but its owner expects a line for it."""
     (folder / "sub0/phone.heic").write_bytes(b"x")
-    classify_files(Brightness(), str(folder), 1)
+    classify_files(Brightness(), str(folder), 1, None)
     assert "left out 1 files that are not .jpg" in caplog.text and "phone.heic" in caplog.text
 
 
