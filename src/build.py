@@ -26,7 +26,7 @@ logger = logging.getLogger("cvt")
 
 MIXING_KEYS = ("mixup", "cutmix", "mixup_prob", "mixup_switch_prob")  # as Mixing's fields
 SLOW_CONVOLUTIONS = (2, 9)  # from this version of MindSpore
-MAX_SIDE = 8192  # pixels of a network's input
+MAX_SIDE = 4096  # pixels of an image before and after the crop; exported files have this limit
 
 
 def image_size(config: ModelConfig) -> tuple[int, int]:
@@ -185,14 +185,17 @@ def build_preprocessing(config: Config) -> Preprocessing:
         UserError: a value is out of range.
     """
     size = image_size(config.model)
-    if max(size) > MAX_SIDE:
-        raise UserError(f"model.image_size {config.model.image_size}: at most {MAX_SIDE} pixels")
     _check_normalisation("data.mean", config.data.mean, 0.0)
     _check_normalisation("data.std", config.data.std, 1e-6)
     ratio = config.data.crop_ratio
     if ratio is not None and not 0.05 <= ratio <= 1:
         raise UserError(f"data.crop_ratio {ratio}: must be from 0.05 to 1, or null for no crop")
     resize = None if ratio is None else tuple(int(side / ratio) for side in size)
+    if max(resize or size) > MAX_SIDE:
+        raise UserError(
+            f"model.image_size {config.model.image_size}: images would be resized to "
+            f"{max(resize or size)} pixels, at most {MAX_SIDE} are possible; lower it"
+        )
     if resize is not None and resize[0] == resize[1]:
         resize = resize[0]
     return Preprocessing(size, resize, config.data.mean, config.data.std, config.data.interpolation)

@@ -199,7 +199,8 @@ WRONG_VALUES = {
     "augment.ratio .1.0, 1000000000.0.: must lie in": {"augment": {"ratio": (1.0, 1e9)}},
     "augment.scale .0.5, 0.1.": {"augment": {"scale": (0.5, 0.1)}},
     "augment.rand_augment rand-m9-n99": {"augment": {"rand_augment": "rand-m9-n99-inc1"}},
-    "model.image_size 1000000: at most 8192": {"model": {"image_size": 1000000}},
+    "model.image_size 1000000: .* at most 4096": {"model": {"image_size": 1000000}},
+    "image_size 4000: images would be resized to 4571 pixels": {"model": {"image_size": 4000}},
     "data.class_names: names a more than once; name each class once": {
         "data": {"class_names": ["a", "b", "a"]}
     },

@@ -10,13 +10,13 @@ import math
 from pathlib import Path
 from typing import Any
 
+from src.build import MAX_SIDE
 from src.data import Preprocessing
 from src.errors import UserError
 from src.files import sha256_of
 from src.json_reader import read_json
 from src.weights.origin import MAX_BYTES, check_class_names
 
-_MAX_EDGE = 4096  # pixels
 _MAX_FLOATS = 1 << 26  # in a batch: 256 MiB, 445 images of 224 px
 
 
@@ -96,8 +96,8 @@ def _preprocessing(values: Any) -> Preprocessing:
         for size in sizes if isinstance(sizes, list) else [sizes]:
             if size is None and key == "resize":
                 continue
-            if type(size) is not int or not 1 <= size <= _MAX_EDGE:
-                raise ValueError(f"preprocessing.{key} must lie in 1..{_MAX_EDGE} pixels")
+            if type(size) is not int or not 1 <= size <= MAX_SIDE:
+                raise ValueError(f"preprocessing.{key} must lie in 1..{MAX_SIDE} pixels")
     for key in ("mean", "std"):
         numbers = values.get(key)
         if not isinstance(numbers, list) or not all(
