@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from src.cli import parse, take_keys
@@ -74,7 +75,8 @@ def main(argv: list[str]) -> None:
     print(f"result  {sha256_of(target)}  {target}")
     found = run_config_of(files[0])  # with the classes and the preprocessing of the run
     recipe = found if found and is_run_config(found) else "RECIPE"
-    print(f"next: python eval.py --ckpt {target} --config {recipe} --data.path FOLDER")
+    words = shlex.join(["--ckpt", str(target), "--config", str(recipe)])
+    print(f"next: python eval.py {words} --data.path FOLDER")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
 set -euo pipefail
 # shellcheck source=scripts/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+case ${OUTPUT-} in "" | /*) ;; *) OUTPUT=$PWD/$OUTPUT ;; esac # before the cd
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 environment requirements.txt
 

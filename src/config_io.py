@@ -99,10 +99,17 @@ def _simplify(message: str, known: Sequence[str]) -> str:
 
 
 def run_config_of(checkpoint: str) -> Path | None:
-    """Return the config.yaml of a checkpoint's or folder's run: beside it, or one level above."""
-    place = Path(checkpoint).resolve()
-    folder = place if place.is_dir() else place.parent
-    return next((p for p in (folder / CONFIG, folder.parent / CONFIG) if p.is_file()), None)
+    """Return the config.yaml of a checkpoint's or folder's run: beside it, or one level above.
+
+    If the checkpoint is a link, as in the caches of Hugging Face and DVC, the link's place counts
+    first.
+    """
+    for place in (Path(os.path.abspath(checkpoint)), Path(checkpoint).resolve()):
+        folder = place if place.is_dir() else place.parent
+        for file in (folder / CONFIG, folder.parent / CONFIG):
+            if file.is_file():
+                return file
+    return None
 
 
 def is_run_config(path: Path) -> bool:

@@ -102,6 +102,15 @@ def test_the_config_of_a_run_is_found_beside_its_checkpoint(tmp_path):
     (folder / "best.ckpt").touch()
     assert run_config_of(folder / "best.ckpt") is None
     save_config(read("--optimizer.lr=0.5")[0], tmp_path / "run" / "config.yaml")
+    (tmp_path / "blobs").mkdir()  # a cache of files by their checksums
+    (folder / "best.ckpt").rename(tmp_path / "blobs" / "sha")
+    (folder / "best.ckpt").symlink_to(tmp_path / "blobs" / "sha")
+    assert run_config_of(folder / "best.ckpt") == tmp_path / "run" / "config.yaml"
+    (tmp_path / "link.ckpt").symlink_to(folder / "best.ckpt")
+    assert run_config_of(tmp_path / "link.ckpt") is None, "the file's own place has none"
+    (folder / "best.ckpt").unlink()
+    (folder / "best.ckpt").touch()
+    assert run_config_of(tmp_path / "link.ckpt") == tmp_path / "run" / "config.yaml"
 
     def words(parser):
         parser.add_argument("--ckpt")

@@ -25,7 +25,7 @@ from src.deploy.engines import Run, open_model
 from src.deploy.quantize import check_quantizer, quantize
 from src.deploy.writers import check_format, installed_engines, write_model
 from src.errors import UserError
-from src.evaluation.labels import compare_preprocessing, with_class_names
+from src.evaluation.labels import compare_with_run, with_class_names
 from src.files import is_utf8, replacing, sha256_of, write_json
 from src.splits import open_split, resolve_classes
 from src.weights import load_weights, weight_files
@@ -88,7 +88,7 @@ def export(
     run = run_config_of(checkpoint)
     config = _with_num_classes(config, checkpoint, run)
     preprocessing = build_preprocessing(config)
-    compare_preprocessing(checkpoint, preprocessing)
+    compare_with_run(checkpoint, preprocessing, config.data.class_names)
     shape = (options.batch_size, 3, *preprocessing.image_size)
     names = config.data.class_names or known_class_names(checkpoint, config.model.num_classes)
     check_readable(list(shape), preprocessing, names)
@@ -106,7 +106,7 @@ def export(
             _check_file(net, partial, images, options)
             quantization = None
             if options.quantize:
-                floating = partial.rename(partial.with_name("float32.onnx"))
+                floating = partial.rename(partial.with_name(f"float32-{partial.name}"))
                 size = options.batch_size or CHECKED_IMAGES
                 quantization = quantize(
                     floating,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -24,10 +25,12 @@ from src.deploy.description import read_description
 from src.deploy.engines import MINDSPORE_LOCK, Session, check_engine, mindspore_session, open_model
 from src.device import current_device, inference_runtime, require_precision
 from src.errors import UserError
+from src.evaluation.labels import compare_with_run
 from src.forks import register_mindspore_use
 from src.weights import load_weights, weight_files
 
 EXPORTED_SUFFIXES = (".mindir", ".onnx")
+MAX_THREADS = 1024
 RUNTIME_OF_WEIGHTS = ("mode", "precision", "flash_attention", "compiled_ops", "depthwise")
 ImageLike = Union[str, os.PathLike, bytes, Image.Image, np.ndarray]
 
@@ -97,10 +100,13 @@ class Predictor:
         runtime: Mapping[str, Any] | None = None,
     ):
         path = find_checkpoint(Path(os.path.expanduser(path)))
-        numbers = {"batch_size": batch_size, "threads": threads, "max_pixels": max_pixels}
-        for name, number in numbers.items():
-            if number is not None and number < 1:
-                raise UserError(f"{name} {number}: must be 1 or more")
+        for name, number, most in (
+            ("batch_size", batch_size, sys.maxsize),
+            ("threads", threads, MAX_THREADS),
+            ("max_pixels", max_pixels, sys.maxsize),
+        ):
+            if number is not None and not (isinstance(number, int) and 1 <= number <= most):
+                raise UserError(f"{name} {number}: must be a whole number from 1 to {most}")
         if not path.exists():
             raise UserError(f"{path}: no such file; give a .mindir, an .onnx or weights")
         check_engine(path, engine)
@@ -245,6 +251,10 @@ class Predictor:
             raise UserError(f"{self._path}: takes {size} images at once, not {count}")
         logits = self._model.session(pad_batch(inputs, size))[:count]
         if not np.isfinite(logits).all():
+            if not np.isfinite(inputs).all():
+                raise UserError(
+                    f"{self._path}: the prepared images have values that are not finite"
+                )
             raise UserError(f"{self._path}: its output is not finite: the weights are damaged")
         if self.class_names and logits.shape[1:] != (len(self.class_names),):
             raise UserError(
@@ -314,6 +324,7 @@ def _open_weights(
     path: Path, config: str | Path | None, threads: int | None, runtime: Mapping[str, Any]
 ) -> _Model:
     weight_files(path)  # raises UserError for files of any other kind
+    named = config is not None
     config = config or run_config_of(path)
     if config is None:
         raise UserError(
@@ -341,4 +352,7 @@ def _open_weights(
     compiled = runtime.get("mode") != "pynative"
     session = mindspore_session(net, threads, compiled=compiled)
     names = settings.data.class_names or known_class_names(path, settings.model.num_classes) or []
-    return _Model(session, net, build_preprocessing(settings), names, None)
+    preprocessing = build_preprocessing(settings)
+    if named:
+        compare_with_run(path, preprocessing, settings.data.class_names)
+    return _Model(session, net, preprocessing, names, None)

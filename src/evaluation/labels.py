@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from src.data.imagenet_labels import (
     synsets,
 )
 from src.distributed import SINGLE_PROCESS, Ranks
-from src.errors import UserError
+from src.errors import UserError, join_names
 from src.splits import open_checked
 from src.weights.origin import are_imagenet, class_names_of, run_settings
 
@@ -59,8 +60,10 @@ def with_class_names(config: Config, checkpoint: str | Path) -> Config:
     return dataclasses.replace(config, data=dataclasses.replace(config.data, class_names=names))
 
 
-def compare_preprocessing(checkpoint: str | Path, used: Preprocessing) -> None:
-    """Log a warning if the run that the weights are from had other preprocessing."""
+def compare_with_run(
+    checkpoint: str | Path, used: Preprocessing, class_names: Sequence[str] | None = None
+) -> None:
+    """Log a warning if the run of the weights had other preprocessing or other class names."""
     run = _settings_of_run(checkpoint)
     if run is None:
         return
@@ -70,6 +73,9 @@ def compare_preprocessing(checkpoint: str | Path, used: Preprocessing) -> None:
         for key, value in dataclasses.asdict(used).items()
         if before[key] != value
     ]
+    names = run.data.class_names
+    if class_names and names and [*class_names] != names:
+        changed.append(f"the classes {join_names(names)}, not {join_names(class_names)}")
     if changed:
         logger.warning("%s: its run had %s", checkpoint, "; ".join(changed))
 

@@ -227,7 +227,9 @@ class _Job:
 def _environment(plan: Plan) -> dict[str, str]:
     """Return the environment of msrun, which its ranks inherit."""
     ours = {k: v for k, v in plan.environment.items() if k not in SET_BY_MSRUN}
-    environ = {**os.environ, **ours, "PYTHONUNBUFFERED": "1"}
+    # A container's LOCAL_WORLD_SIZE would divide each rank's cores again (`_bind_to_own_cores`).
+    given = {k: v for k, v in os.environ.items() if k != "LOCAL_WORLD_SIZE"}
+    environ = {**given, **ours, "PYTHONUNBUFFERED": "1"}
     environ["PATH"] = f"{Path(msrun_interpreter()).parent}{os.pathsep}{environ.get('PATH', '')}"
     # msrun logs a rank's failure at level 3 (error), which a higher level would hide.
     environ["GLOG_v"] = min(environ.get("GLOG_v", "3"), "3")

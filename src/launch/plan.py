@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import ipaddress
+import itertools
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -121,7 +122,9 @@ def visible_devices(target: str, environ: Mapping[str, str]) -> list[int]:
         return usable_cores()
     variable = "ASCEND_RT_VISIBLE_DEVICES" if target == "Ascend" else "CUDA_VISIBLE_DEVICES"
     if environ.get(variable):
-        return list(range(len(environ[variable].split(","))))
+        entries = map(str.strip, environ[variable].split(","))
+        named = itertools.takewhile(lambda entry: entry[:1] not in ("", "-"), entries)
+        return list(range(sum(entry != "NoDevFiles" for entry in named)))
     pattern = "/dev/davinci[0-9]*" if target == "Ascend" else "/dev/nvidia[0-9]*"
     prefix = pattern.partition("[")[0]
     return sorted(int(p[len(prefix) :]) for p in glob.glob(pattern) if p[len(prefix) :].isdigit())

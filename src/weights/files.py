@@ -28,9 +28,11 @@ from src.weights.torch_file import read_torch_file
 _READERS = {CHECKPOINT: read_checkpoint, SAFETENSORS: read_safetensors}
 _READERS |= dict.fromkeys((TORCH_ZIP, TORCH_LEGACY), read_torch_file)
 _INDEX = ".index.json"
-# File names that Hugging Face's libraries look for, in their order, then those of a training run.
-_IN_FOLDER = ("model.safetensors", f"model.safetensors{_INDEX}", "pytorch_model.bin")
-_IN_FOLDER += (f"pytorch_model.bin{_INDEX}", "checkpoints/best.ckpt", "best.ckpt")
+# A training run's files, as `find_checkpoint` looks for them, and Hugging Face's libraries'.
+_IN_FOLDER = (
+    "checkpoints/best.ckpt", "best.ckpt", "model.safetensors", f"model.safetensors{_INDEX}",
+    "pytorch_model.bin", f"pytorch_model.bin{_INDEX}", "checkpoints/last.ckpt",
+)  # fmt: skip
 _SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".tar")
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.")
 _MAX_INDEX, _MAX_SHARDS = 4 << 20, 1000

@@ -89,7 +89,9 @@ def check_class_names(names: Any) -> list[str]:
 def _hugging_face_names(file: Path, outputs: int | None) -> list[str] | None:
     try:
         labels = read_json(file, MAX_BYTES)["id2label"]
-        count = len(labels) if outputs is None else outputs
+        count = len(labels)
+        if outputs not in (None, count):  # of another network, such as one with its old head
+            return None
         names = check_class_names([labels[str(label)] for label in range(count)])
     except (OSError, ValueError, KeyError, TypeError):  # another program's file
         return None

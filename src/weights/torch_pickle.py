@@ -370,6 +370,8 @@ def _call(target: Any, arguments: Any) -> Any:
         return first
     if name in _TENSORS and type(first) is Storage:
         offset, shape, strides = arguments[1:4]
+        if any(type(each) is dict and each for each in arguments[6:]):  # such as {"neg": True}
+            raise UserError(f"the pickle calls {name} with attributes of the tensor; {REFUSED}")
         tensor = StoredTensor(first, *_sizes((offset,)), _sizes(shape), _sizes(strides))
         if len(tensor.shape) == len(tensor.strides):
             return tensor

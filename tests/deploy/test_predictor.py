@@ -78,6 +78,8 @@ def test_no_images_give_no_results(trained, exported):
 def test_prepared_images_of_other_types_and_shapes(trained, exported):
     """The compiled operators would read other types as float32, and OpenVINO repeats old output."""
     images = np.random.default_rng(0).standard_normal((2, 3, 32, 32))
+    with pytest.raises(UserError, match="the prepared images are not finite$"):
+        Predictor(trained).logits(np.full((1, 3, 32, 32), np.nan))
     for model in (exported / "any.mindir", trained):
         predict = Predictor(model)
         expected = predict.logits(images.astype(np.float32))
@@ -263,8 +265,10 @@ def test_arguments_without_effect_are_refused(trained, exported):
     for model, options, complaint in (
         (mindir, {"runtime": {"precision": "float16"}}, "runtime.precision: is for weights only"),
         (mindir, {"engine": "openvino"}, "engine openvino: .mindir is run by mindspore"),
-        (mindir, {"threads": 0}, "threads 0: must be 1 or more"),
-        (mindir, {"max_pixels": 0}, "max_pixels 0: must be 1 or more"),
+        (mindir, {"threads": 0}, "threads 0: must be a whole number from 1 to 1024"),
+        (mindir, {"threads": 10**10}, "threads 10000000000: must be a whole number"),
+        (mindir, {"batch_size": "4"}, "batch_size 4: must be a whole number"),
+        (mindir, {"max_pixels": 0}, "max_pixels 0: must be a whole number"),
         (trained, {"engine": "onnxruntime"}, "engine onnxruntime: .ckpt is run by mindspore"),
         (trained, {"runtime": {"seed": 1}}, "runtime.seed: choose from mode, precision"),
         (trained, {"runtime": {"flash_attention": True}}, "flash_attention: is for Ascend"),

@@ -33,7 +33,7 @@ def export(monkeypatch, trained, *words):
 def test_int8_keeps_the_accuracy(trained, tmp_path, monkeypatch):
     import onnx  # behind MindSpore, which breaks when it finds protobuf loaded
 
-    output = tmp_path / "m.onnx"
+    output = tmp_path / "float32.onnx"
     handlers = list(logging.root.handlers)
     export(monkeypatch, trained, "--format=onnx", "--batch_size=dynamic", f"--output={output}")
     assert logging.root.handlers == handlers, "lines would be printed twice"

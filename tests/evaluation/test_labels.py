@@ -16,7 +16,7 @@ from src.data import create_eval_loader
 from src.data.imagenet_labels import imagenet_names, synsets
 from src.errors import UserError
 from src.evaluation.evaluator import evaluate_checkpoint
-from src.evaluation.labels import compare_preprocessing, open_labeled_split, with_class_names
+from src.evaluation.labels import compare_with_run, open_labeled_split, with_class_names
 from src.training.run import train
 from src.weights import save_weights
 from tests.conftest import TINY, tiny_config
@@ -234,10 +234,10 @@ def test_imagenets_words_leave_the_order_to_the_synsets(imagenet, tmp_path):
 def test_other_preprocessing_than_the_runs_is_told(trained, caplog):
     """As with --config and a recipe beside a run's checkpoint."""
     weights, config = trained / "checkpoints/best.ckpt", load_config(trained / "config.yaml")
-    compare_preprocessing(weights, build_preprocessing(config))
+    compare_with_run(weights, build_preprocessing(config))
     assert not caplog.records
     config.data.mean = [0.5, 0.5, 0.5]
-    compare_preprocessing(weights, build_preprocessing(config))
+    compare_with_run(weights, build_preprocessing(config))
     assert "its run had mean (0.1, 0.1, 0.1), not (0.5, 0.5, 0.5)" in caplog.text
 
 

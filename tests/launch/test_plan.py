@@ -12,7 +12,8 @@ import pytest
 
 from src.errors import UserError
 from src.launch.__main__ import read_plan
-from src.launch.job import describe
+from src.launch.job import _environment, describe
+from src.launch.plan import visible_devices
 from tests.conftest import ROOT
 
 RECIPE = "config/digits/cvt_nano.yaml"
@@ -21,6 +22,19 @@ ASCEND = {"ASCEND_RT_VISIBLE_DEVICES": "4,5", "MASTER_PORT": "18118"}
 
 def plan(*argv, **environ):
     return read_plan([*argv, "--dry_run"], {**ASCEND, **environ})[0]
+
+
+@pytest.mark.parametrize(
+    ("value", "count"), [("0,1", 2), ("0,1,", 2), ("-1", 0), ("2,-1,3", 1), (" ", 0), ("GPU-1f", 1),
+                         ("NoDevFiles", 0)]
+)  # fmt: skip
+def test_devices_are_counted_as_their_runtime_counts_them(value, count):
+    assert len(visible_devices("GPU", {"CUDA_VISIBLE_DEVICES": value})) == count
+
+
+def test_the_ranks_number_of_a_container_divides_no_cores(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert "LOCAL_WORLD_SIZE" not in _environment(plan(RECIPE, "-"))
 
 
 def test_each_rank_gets_its_numbers_on_every_host():

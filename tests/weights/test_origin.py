@@ -28,6 +28,7 @@ def test_a_runs_names_come_before_those_of_config_json(tmp_path):
     assert class_names_of(weights) is None
     write_names(tmp_path, PETS)
     assert class_names_of(weights) == class_names_of(tmp_path, 2) == ["dog", "cat"]
+    assert class_names_of(tmp_path, 1) is None, "a new head in the folder of another network"
     run = Config(data=DataConfig(class_names=["fox", "hen", "owl"]))
     save_config(run, tmp_path / "config.yaml")
     assert class_names_of(weights) == class_names_of(weights, 3) == ["fox", "hen", "owl"]

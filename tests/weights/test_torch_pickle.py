@@ -16,6 +16,7 @@ from typing import Optional
 
 import pytest
 
+from src.errors import UserError
 from src.weights.torch_file import read_torch_file
 from src.weights.torch_pickle import Interpreter, Stream
 from tests.weights.torch_bytes import (
@@ -60,6 +61,15 @@ def test_tensors_saved_on_other_devices(tmp_path):
         assert list(found) == ["npu", "parameter", "xla"]
         for array in found.values():
             assert array.tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
+def test_a_tensor_that_stands_for_its_negative_is_refused(tmp_path):
+    """As PyTorch writes `x.conj().imag`: the stored values have the other sign."""
+    hooks = glob("collections", "OrderedDict") + b")R"
+    parts = storage(), num(0), nums(2, 3), nums(3, 1), b"\x89", hooks, mapping(neg=b"\x88")
+    tensor_ = glob("torch._utils", "_rebuild_tensor_v2") + tup(*parts) + b"R"
+    with pytest.raises(UserError, match="_rebuild_tensor_v2 with attributes of the tensor"):
+        read(write_zip(tmp_path / "x.pth", mapping(w=tensor_)))
 
 
 def test_malicious_file_runs_nothing():

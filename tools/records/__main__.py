@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 
 from src.cli import parse
+from src.config import DataConfig
 from src.device import log_to, prepare_environment
 from src.errors import UserError, executable
 
@@ -64,7 +66,11 @@ def main(argv: list[str]) -> None:
     if arguments.verify:
         for folder, images in verify(target).items():
             print(f"{folder}: verified, {images} images")
-    print(f"next: python train.py --config RECIPE --data.source mindrecord --data.path {target}")
+    words = ["--data.source", "mindrecord", "--data.path", str(target)]
+    for name in ("train_folder", "val_folder"):
+        if getattr(arguments, name) != getattr(DataConfig, name):
+            words += [f"--data.{name}", getattr(arguments, name)]
+    print(f"next: python train.py --config RECIPE {shlex.join(words)}")
 
 
 if __name__ == "__main__":
