@@ -58,12 +58,25 @@ print('numpy<2' if old else 'numpy')" 2>/dev/null | tail -n 1) || return
   stamp=.venv/installed-$requirements
   digest=$(cat requirements.txt "$requirements" | cksum)
   if ! is_complete .venv || [ "$(cat "$stamp" 2>/dev/null)" != "$digest" ]; then
-    echo "installing $requirements into .venv (a minute or two, once)"
-    is_complete .venv || make_venv "$base" || return
-    .venv/bin/python -m pip install -q --disable-pip-version-check -r "$requirements" || return
-    echo "$digest" >"$stamp"
+    fill_venv "$base" "$requirements" "$digest" "$stamp" 9>>requirements.txt || return
   fi
   PYTHON=.venv/bin/python
+}
+
+# fill_venv PYTHON FILE DIGEST STAMP: install a file's packages into .venv. A second script, or another
+# host with the same folder, waits for the first (file descriptor 9 is its lock) and finds it done.
+fill_venv() {
+  if command -v flock >/dev/null && ! flock -n 9; then
+    echo "another script is installing into .venv; waiting for it"
+    flock 9
+  fi
+  if is_complete .venv && [ "$(cat "$4" 2>/dev/null)" = "$3" ]; then
+    return
+  fi
+  echo "installing $2 into .venv (a minute or two, once)"
+  is_complete .venv || make_venv "$1" || return
+  .venv/bin/python -m pip install -q --disable-pip-version-check -r "$2" || return
+  echo "$3" >"$4"
 }
 
 # is_complete VENV: it has Python and pip. Without Debian's python3-venv, only Python is made.

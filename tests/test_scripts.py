@@ -1,10 +1,13 @@
 """The shell scripts: clean, and honest about an interpreter that can't do."""
 
+import fcntl
 import os
 import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
 from pathlib import Path
 
 import pytest
@@ -86,6 +89,24 @@ def test_an_environment_without_pip_is_made_anew(tmp_path):
     done = environment_of(tmp_path, PYTHON=interpreter(tmp_path / "python", "3.11"))
     assert done.returncode == 0 and "ran -m venv --clear .venv" in done.stdout, done.stderr
     assert (tmp_path / ".venv/machine").read_text() != "any\n"
+
+
+@pytest.mark.skipif(shutil.which("flock") is None, reason="needs flock")
+def test_a_second_script_waits_for_the_first_to_install(tmp_path):
+    """Two hosts with one folder start at once; the first has made .venv, but not its pip."""
+    installed(tmp_path, "3.11")
+    (tmp_path / ".venv/bin/pip").unlink()
+    python = interpreter(tmp_path / "python", "3.11")
+    with open(tmp_path / "requirements.txt") as lock, ThreadPoolExecutor(1) as pool:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        second = pool.submit(environment_of, tmp_path, PYTHON=python)
+        with pytest.raises(FutureTimeout):
+            second.result(0.5)
+        interpreter(tmp_path / ".venv/bin/pip", "3.11")
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        done = second.result(20)
+    waited = "another script is installing into .venv; waiting for it\n.venv/bin/python\n"
+    assert (done.returncode, done.stdout) == (0, waited), done.stderr
 
 
 @pytest.mark.parametrize("linked", [False, True])
