@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from src.cores import cpu_count, usable_cores
 from src.deploy.file_checks import check_mindir, check_onnx
 from src.errors import UserError
 from src.forks import KERNEL_THREADS, register_mindspore_use, thread_names
@@ -85,7 +86,8 @@ def open_model(path: str | Path, engine: str = "auto", threads: int | None = Non
         path: the file.
         engine: one of `ENGINES`. "auto" means MindSpore for a .mindir; for an .onnx OpenVINO if it
             is installed and the file is not quantized, else onnxruntime.
-        threads: computing threads; None leaves the number to the engine.
+        threads: computing threads; None leaves the number to the engine, within a container's
+            limit.
 
     Raises:
         UserError: the file is damaged or unsafe, or the engine is missing or can't run it.
@@ -98,6 +100,8 @@ def open_model(path: str | Path, engine: str = "auto", threads: int | None = Non
     quantized = check_onnx(path)
     if engine == "auto":  # OpenVINO 2026.4 rejects int8 files
         engine = "openvino" if not quantized and _import_optional("openvino") else "onnxruntime"
+    if threads is None and cpu_count() < len(usable_cores()):
+        threads = cpu_count()  # engines count the cores, not what a container may use of them
     return _OPENERS[engine](path, threads)
 
 

@@ -197,6 +197,17 @@ def test_the_engine_is_chosen(files, monkeypatch):
         open_model(files["mindspore"], "tvm")
 
 
+@pytest.mark.parametrize(
+    ("cores", "limit", "asked", "expected"),
+    [(64, 4, None, 4), (64, 4, 8, 8), (4, 4, None, None)],
+)
+def test_a_containers_limit_holds_for_engines(files, monkeypatch, cores, limit, asked, expected):
+    monkeypatch.setattr(engines, "usable_cores", lambda: list(range(cores)))
+    monkeypatch.setattr(engines, "cpu_count", lambda: limit)
+    monkeypatch.setitem(engines._OPENERS, "onnxruntime", lambda path, threads: threads)
+    assert open_model(files["onnxruntime"], "onnxruntime", asked) == expected
+
+
 def test_openvino_does_not_report_its_use(tmp_path):
     """In a process that has not imported it; its telemetry remains for whoever imports it."""
     pytest.importorskip("openvino_telemetry")
