@@ -168,7 +168,7 @@ def without_flash_attention(config: Config) -> Config:
 
 
 def check_values(config: Config) -> None:
-    """Check the keys of `data` and `augment`, including ranges that only MindSpore checks.
+    """Check the keys of `data`, `augment` and others, with ranges that only MindSpore checks.
 
     Raises:
         UserError: a key is invalid.
@@ -176,6 +176,13 @@ def check_values(config: Config) -> None:
     build_preprocessing(config)
     build_augmentation(config, encoded=True)
     build_mixing(config)
+    if np.float32(max(config.optimizer.betas)) == 1:
+        raise UserError(f"optimizer.betas {config.optimizer.betas}: 1 in float32; lower them")
+    if np.float32(config.optimizer.eps) == 0:
+        raise UserError(f"optimizer.eps {config.optimizer.eps}: 0 in float32; raise it")
+    scale = config.training.loss_scale
+    if scale != "dynamic" and not 2.0**-14 <= scale <= 2.0**24:
+        raise UserError(f"training.loss_scale {scale}: must be from 2^-14 to 2^24, or dynamic")
 
 
 def build_preprocessing(config: Config) -> Preprocessing:

@@ -47,6 +47,16 @@ def prepare_environment() -> None:
     _require_compatible_numpy()
     _bind_to_own_cores()
     os.environ.setdefault("GLOG_v", "4")
+    if (
+        os.environ.get("MS_COMPILER_CACHE_ENABLE", "0") not in ("", "0")
+        and "MS_COMPILER_CACHE_PATH" not in os.environ
+    ):
+        os.environ["MS_COMPILER_CACHE_ENABLE"] = "0"
+        logger.warning(
+            "MS_COMPILER_CACHE_ENABLE is turned off: the cache would take a graph with another "
+            "run's constants, such as its learning rates; give each configuration a "
+            "MS_COMPILER_CACHE_PATH of its own to use it"
+        )
     # Let OpenMP's threads sleep between loops, when MindSpore's other threads need the cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     missing = [name for name in SCRATCH if name not in os.environ]
@@ -132,9 +142,10 @@ def setup(config: RuntimeConfig) -> tuple[str, Ranks]:
 
     device = choose_device(config.device)
     require_precision(config.precision, device)
-    # The launcher sets DEVICE_ID for each rank.
-    own = os.environ.get("DEVICE_ID") if is_distributed() else None
-    _set_device(device, config.device_id if own is None else int(own))
+    # The launcher sets DEVICE_ID for each rank, a user by MindSpore's convention for a process.
+    own = os.environ.get("DEVICE_ID", "")
+    is_own = own.isdecimal() and (is_distributed() or config.device_id == 0)
+    _set_device(device, int(own) if is_own else config.device_id)
     ms.set_context(mode=ms.GRAPH_MODE if config.mode == "graph" else ms.PYNATIVE_MODE)
     configure_arithmetic(config, device)
     ranks = join()

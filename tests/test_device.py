@@ -81,6 +81,33 @@ def test_a_variable_that_a_job_left_binds_no_process(monkeypatch, left):
     assert usable_cores() == cores
 
 
+@pytest.mark.parametrize("path", [None, "/own"])
+def test_graphs_of_other_runs_are_not_taken(monkeypatch, caplog, path):
+    """MindSpore's key leaves out constants, such as learning rates."""
+    monkeypatch.setenv("MS_COMPILER_CACHE_ENABLE", "1")
+    monkeypatch.delenv("MS_COMPILER_CACHE_PATH", raising=False)
+    if path:
+        monkeypatch.setenv("MS_COMPILER_CACHE_PATH", path)
+    prepare_environment()
+    assert os.environ["MS_COMPILER_CACHE_ENABLE"] == ("1" if path else "0")
+    assert ("MS_COMPILER_CACHE_ENABLE is turned off" in caplog.text) is not bool(path)
+
+
+@pytest.mark.parametrize(
+    ("variable", "key", "card"), [("3", 0, 3), ("3", 2, 2), (None, 2, 2), ("", 0, 0)]
+)
+def test_a_process_takes_the_card_of_its_key_or_of_mindspores_variable(
+    monkeypatch, variable, key, card
+):
+    chosen = []
+    monkeypatch.setattr(device, "_set_device", lambda kind, number: chosen.append(number))
+    monkeypatch.delenv("DEVICE_ID", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("DEVICE_ID", variable)
+    setup(RuntimeConfig(device="CPU", device_id=key))
+    assert chosen == [card]
+
+
 def test_the_environment_of_the_user_stays(monkeypatch):
     monkeypatch.setenv("GLOG_v", "1")
     monkeypatch.delenv("MS_OM_PATH", raising=False)

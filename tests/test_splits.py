@@ -191,6 +191,9 @@ WRONG_VALUES = {
     "data.mean .nan": {"data": {"mean": (float("nan"), 0, 0)}},
     "data.std .0, 0.2, 0.2.: each must be from 1e-06 to 1": {"data": {"std": (0, 0.2, 0.2)}},
     "data.std .-0.2": {"data": {"std": (-0.2, 0.2, 0.2)}},
+    "optimizer.betas .0.9, 0.99999999.: 1 in float32": {"optimizer": {"betas": (0.9, 0.99999999)}},
+    "optimizer.eps 1e-50: 0 in float32": {"optimizer": {"eps": 1e-50}},
+    "training.loss_scale 1e.39: must be from": {"training": {"loss_scale": 1e39}},
     "data.crop_ratio 1e-09": {"data": {"crop_ratio": 1e-9}},
     "augment.padding 1000: must be below the image size": {
         "augment": {"crop": "pad", "padding": 1000}

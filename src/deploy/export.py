@@ -88,7 +88,7 @@ def export(
     run = run_config_of(checkpoint)
     config = _with_num_classes(config, checkpoint, run)
     preprocessing = build_preprocessing(config)
-    compare_with_run(checkpoint, preprocessing, config.data.class_names)
+    compare_with_run(checkpoint, config)
     shape = (options.batch_size, 3, *preprocessing.image_size)
     names = config.data.class_names or known_class_names(checkpoint, config.model.num_classes)
     check_readable(list(shape), preprocessing, names)

@@ -352,7 +352,6 @@ def _open_weights(
     compiled = runtime.get("mode") != "pynative"
     session = mindspore_session(net, threads, compiled=compiled)
     names = settings.data.class_names or known_class_names(path, settings.model.num_classes) or []
-    preprocessing = build_preprocessing(settings)
     if named:
-        compare_with_run(path, preprocessing, settings.data.class_names)
-    return _Model(session, net, preprocessing, names, None)
+        compare_with_run(path, settings)
+    return _Model(session, net, build_preprocessing(settings), names, None)

@@ -190,7 +190,7 @@ def evaluate_checkpoint(
     """
     config = with_class_names(config, checkpoint)
     preprocessing = build_preprocessing(config)
-    compare_with_run(checkpoint, preprocessing)
+    compare_with_run(checkpoint, config, class_names=False)
     # If the number of classes is known, load the weights first: misfits fail before data is read.
     net = _load(config, checkpoint) if config.model.num_classes else None
     images = open_labeled_split(config, checkpoint, ranks, keep_index)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from src.build import build_preprocessing
 from src.config import Config
 from src.config_io import run_config_of
-from src.data import Preprocessing, Source
+from src.data import Source
 from src.data.imagenet_labels import (
     V2_FOLDERS,
     apply_real_labels,
@@ -23,10 +22,11 @@ from src.data.imagenet_labels import (
 )
 from src.distributed import SINGLE_PROCESS, Ranks
 from src.errors import UserError, join_names
-from src.splits import open_checked
+from src.splits import open_checked, open_quietly
 from src.weights.origin import are_imagenet, class_names_of, run_settings
 
 logger = logging.getLogger("cvt")
+_SHAPELESS = ("kv_stride", "num_heads", "qkv_projection")  # the tensors are the same for several
 
 
 class LabeledSplit(NamedTuple):
@@ -61,21 +61,34 @@ def with_class_names(config: Config, checkpoint: str | Path) -> Config:
 
 
 def compare_with_run(
-    checkpoint: str | Path, used: Preprocessing, class_names: Sequence[str] | None = None
+    checkpoint: str | Path, config: Config, *, class_names: bool = True, sizes: bool = True
 ) -> None:
-    """Log a warning if the run of the weights had other preprocessing or other class names."""
+    """Log a warning if the run of the weights had other settings that no tensor's shape shows.
+
+    Args:
+        checkpoint: the weight file or its folder.
+        config: the recipe that is used with them.
+        class_names: compare the class names, too.
+        sizes: compare the size of the images, too.
+    """
     run = _settings_of_run(checkpoint)
     if run is None:
         return
-    before = dataclasses.asdict(build_preprocessing(run))
+    before, used = (
+        {
+            **dataclasses.asdict(build_preprocessing(each)),
+            **{f"model.{key}": getattr(each.model, key) for key in _SHAPELESS},
+        }
+        for each in (run, config)
+    )
     changed = [
         f"{key} {before[key]}, not {value}"
-        for key, value in dataclasses.asdict(used).items()
-        if before[key] != value
+        for key, value in used.items()
+        if before[key] != value and (sizes or key not in ("image_size", "resize"))
     ]
-    names = run.data.class_names
-    if class_names and names and [*class_names] != names:
-        changed.append(f"the classes {join_names(names)}, not {join_names(class_names)}")
+    names = run.data.class_names, config.data.class_names
+    if class_names and all(names) and names[0] != names[1]:
+        changed.append(f"the classes {join_names(names[0])}, not {join_names(names[1])}")
     if changed:
         logger.warning("%s: its run had %s", checkpoint, "; ".join(changed))
 
@@ -86,6 +99,34 @@ def _settings_of_run(checkpoint: str | Path) -> Config | None:
         return run_settings(checkpoint)
     except UserError:  # another program's config.yaml
         return None
+
+
+def warn_trained_before(config: Config, held_out: Source, weights: str) -> None:
+    """Warn if the run of the weights trained on images that now measure accuracy.
+
+    With other classes or another number, `data.val_from_train` holds out other images.
+    """
+    data = config.data
+    path = data.path and str(Path(data.path).expanduser().resolve())
+    run = _settings_of_run(weights)
+    if data.val_from_train is None or run is None:
+        return
+    if (run.data.source, run.data.path) != (data.source, path) or run.data == data:
+        return
+    try:
+        trained = open_quietly(run, "train")
+    except UserError:  # the images have changed since
+        return
+    before, now = (
+        {source.file(k) or int(source.items[k]) for k in range(len(source))}
+        for source in (trained, held_out)
+    )
+    if before & now:
+        logger.warning(
+            "%s: its run trained on %d of the %d images that data.val_from_train %d now holds out, "
+            "so accuracy is too high; evaluate on other images, or start from other weights",
+            weights, len(before & now), len(now), data.val_from_train,
+        )  # fmt: skip
 
 
 def open_labeled_split(
@@ -119,6 +160,7 @@ def open_labeled_split(
     source = open_checked(config, "val", ranks, run and run.parent, keep=keep_index)
     if data.val_from_train is not None and ranks.is_first:
         _log_held_out(config, checkpoint, len(source))
+        warn_trained_before(config, source, checkpoint)
     given = bool(data.class_names or data.classes)
     check_class_order(source, given, data.labels, config.model.num_classes)
     if real is not None:

@@ -40,7 +40,8 @@ ROUNDING = ("runtime.depthwise", "runtime.jit_level", "runtime.deterministic")
 # are compared (device, compiled operators, workers).
 FREE_TO_CHANGE = (
     *ROUNDING, "runtime.device", "runtime.device_id", "runtime.compiled_ops", "data.path",
-    "data.index", "data.workers", "evaluation.batch_size", "training.save_every", "training.keep",
+    "data.index", "data.workers", "data.check_images", "data.broken", "data.broken_share",
+    "evaluation.batch_size", "training.save_every", "training.keep",
 )  # fmt: skip
 
 
@@ -250,6 +251,11 @@ def _warn_if_inexact(saved: Progress, current: Progress) -> None:
             "the state is of another version of this code: from here on results may differ from "
             "those of an uninterrupted run"
         )
+    if saved.software not in ("", current.software):
+        logger.warning(
+            "the run used %s, now %s: augmentation and rounding may differ from here on",
+            saved.software, current.software,
+        )  # fmt: skip
     rounding = [
         f"{key} {old.get(key)}, now {new.get(key)}"
         for key in ROUNDING

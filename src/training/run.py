@@ -20,6 +20,7 @@ from src.data import Source
 from src.device import log_to, seed_generators, setup
 from src.distributed import SAME_FILES, Ranks
 from src.errors import UserError, join_names
+from src.evaluation.labels import compare_with_run, warn_trained_before
 from src.models import uninitialised
 from src.splits import open_checked, open_quietly, open_split, resolve_classes
 from src.training.freeze import freeze
@@ -28,7 +29,6 @@ from src.training.setup import load_pretrained
 from src.training.state import BEST, LAST, has_state
 from src.training.train_loader import TrainLoader
 from src.training.trainer import Trainer
-from src.weights.origin import run_settings
 
 logger = logging.getLogger("cvt")
 LOCK = ".lock"
@@ -65,7 +65,7 @@ def train(
     with lock_folder(output) if ranks.is_first else contextlib.nullcontext():
         if ranks.is_first:
             _check_folder(output, resume)
-        source = validate(config, ranks, finetune)
+        source = validate(config, ranks, finetune, output if resume else None)
         seed_generators(config.runtime.seed)  # validation has drawn from them
         source = open_checked(config, "train", ranks, output, source=source)
         config = resolve_classes(config, source)
@@ -104,13 +104,16 @@ def _require_equal_settings(config: Config, ranks: Ranks) -> None:
             )
 
 
-def validate(config: Config, ranks: Ranks, finetune: str | None = None) -> Source:
+def validate(
+    config: Config, ranks: Ranks, finetune: str | None = None, resumed: Path | None = None
+) -> Source:
     """Check settings, data and weights within seconds, before images are read for minutes.
 
     Args:
         config: the configuration.
         ranks: the ranks that share every step.
         finetune: the weight file to start from.
+        resumed: the folder of the run to continue.
 
     Returns:
         The training images, which are not checked yet.
@@ -135,7 +138,9 @@ def validate(config: Config, ranks: Ranks, finetune: str | None = None) -> Sourc
     if ranks.is_first:
         _warn_same_folder(config)
         if finetune:
-            _warn_trained_before(config, held_out, finetune)
+            compare_with_run(finetune, config, class_names=False, sizes=False)
+        if finetune or resumed:
+            warn_trained_before(config, held_out, finetune or str(resumed))
     config = resolve_classes(config, source)
     TrainLoader(config, source, ranks)
     with contextlib.nullcontext() if finetune else uninitialised():
@@ -157,33 +162,6 @@ def _warn_same_folder(config: Config) -> None:
             "data.train_folder and data.val_folder are the same folder, so accuracy is measured on "
             "the training images; hold some out with --data.val_from_train N"
         )
-
-
-def _warn_trained_before(config: Config, held_out: Source, finetune: str) -> None:
-    """Warn if the run of the weights trained on images that now measure accuracy.
-
-    With other classes or another number, `data.val_from_train` holds out other images.
-    """
-    data = config.data
-    path = data.path and str(Path(data.path).expanduser().resolve())
-    try:
-        run = run_settings(finetune)
-        same = run is not None and (run.data.source, run.data.path) == (data.source, path)
-        if data.val_from_train is None or not same:
-            return
-        trained = open_quietly(run, "train")
-    except UserError:  # another program's config.yaml, or images that have changed since
-        return
-    before, now = (
-        {source.file(k) or int(source.items[k]) for k in range(len(source))}
-        for source in (trained, held_out)
-    )
-    if before & now:
-        logger.warning(
-            "%s: its run trained on %d of the %d images that data.val_from_train %d now holds out, "
-            "so accuracy is too high; evaluate on other images, or start from other weights",
-            finetune, len(before & now), len(now), data.val_from_train,
-        )  # fmt: skip
 
 
 # Files whose content does not show that a run wrote them; the image index's does.

@@ -50,6 +50,7 @@ class Progress:
         workers: threads that prepare images.
         compiled: whether the network uses compiled operators.
         version: `VERSION` of the code that computed it.
+        software: the versions of MindSpore and NumPy; "" if unknown.
     """
 
     epoch: int = 0
@@ -68,6 +69,7 @@ class Progress:
     workers: int = 1
     compiled: bool = False
     version: int = 1
+    software: str = ""
 
 
 def has_state(checkpoints: Path) -> bool:

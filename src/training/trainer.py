@@ -15,6 +15,7 @@ import time
 import zlib
 from pathlib import Path
 
+import mindspore as ms
 import numpy as np
 from mindspore import Tensor
 
@@ -89,6 +90,7 @@ class Trainer:
             workers=resolve_num_workers(config.data.workers),
             compiled=uses_compiled(config.runtime),
             version=VERSION,
+            software=f"MindSpore {ms.__version__}, NumPy {np.__version__}",
         )
         self.stop_signal = StopSignal(ranks)
         self.skipped = 0  # consecutive steps
@@ -228,18 +230,15 @@ class Trainer:
             f"step {step + 1}: the loss is {loss}, the gradient norm {norm} (learning rate "
             f"{self.learning_rates[step]:.2e}; {files}); the weights are unchanged"
         )
+        remedy = "lower optimizer.lr or set optimizer.clip_norm"
+        if self.config.training.loss_scale not in (1, "dynamic"):
+            remedy = f"lower training.loss_scale or set it to dynamic, {remedy}"
         if self.skipped > MAX_SKIPPED:
-            raise UserError(
-                f"{message}; {self.skipped} such steps in a row; lower optimizer.lr or set "
-                "optimizer.clip_norm"
-            )
+            raise UserError(f"{message}; {self.skipped} such steps in a row; {remedy}")
         if self.step.dynamic:
             return  # an overflow, which halves the loss scale
         if self.config.training.non_finite == "stop":
-            raise UserError(
-                f"{message}. Lower optimizer.lr, set optimizer.clip_norm, or set "
-                "training.non_finite to skip"
-            )
+            raise UserError(f"{message}; {remedy}, or set training.non_finite to skip")
         logger.warning("%s: skipped", message)
 
     def _evaluate(self) -> dict[str, float | None]:

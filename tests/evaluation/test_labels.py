@@ -123,6 +123,26 @@ def test_held_out_training_images_are_said_to_be(tmp_path, caplog):
     assert "50 images held out from the training images (data.val_from_train)" in caplog.text
 
 
+@pytest.mark.parametrize(("now", "told"), [(20, False), (40, True)])
+def test_images_that_the_weights_were_trained_on_are_told(tmp_path, caplog, now, told):
+    config = Config(data=DataConfig(source="digits", val_from_train=20))
+    save_config(config, tmp_path / "config.yaml")
+    config.data.val_from_train = now
+    open_labeled_split(config, str(tmp_path / "best.ckpt"))
+    assert ("its run trained on 20 of the 40 images" in caplog.text) is told
+
+
+def test_a_network_that_computes_otherwise_is_told(tmp_path, caplog):
+    """Its tensors have the same names and shapes."""
+    config = Config(model=ModelConfig(kv_stride=1), data=DataConfig(class_names=["a", "b"]))
+    save_config(config, tmp_path / "config.yaml")
+    compare_with_run(tmp_path / "best.ckpt", config)
+    assert not caplog.text
+    config.model.kv_stride, config.data.class_names = None, ["b", "a"]
+    compare_with_run(tmp_path / "best.ckpt", config)
+    assert "model.kv_stride 1, not None; the classes a, b, not b, a" in caplog.text
+
+
 @pytest.mark.parametrize("moved", [True, False])
 def test_held_out_images_of_another_folder_are_warned_of(tmp_path, caplog, moved):
     """A test set in class folders would be evaluated in part only."""
@@ -234,10 +254,10 @@ def test_imagenets_words_leave_the_order_to_the_synsets(imagenet, tmp_path):
 def test_other_preprocessing_than_the_runs_is_told(trained, caplog):
     """As with --config and a recipe beside a run's checkpoint."""
     weights, config = trained / "checkpoints/best.ckpt", load_config(trained / "config.yaml")
-    compare_with_run(weights, build_preprocessing(config))
+    compare_with_run(weights, config)
     assert not caplog.records
     config.data.mean = [0.5, 0.5, 0.5]
-    compare_with_run(weights, build_preprocessing(config))
+    compare_with_run(weights, config)
     assert "its run had mean (0.1, 0.1, 0.1), not (0.5, 0.5, 0.5)" in caplog.text
 
 

@@ -237,7 +237,7 @@ def test_resuming_nothing_is_refused(trained, tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_before_it_is_saved(trained, few_digits, tmp_path):
     config = small(trained, optimizer__lr=1e30, optimizer__warmup_epochs=0)
-    with pytest.raises(UserError, match="step 2: the loss is nan.*Lower optimizer.lr"):
+    with pytest.raises(UserError, match="step 2: the loss is nan.*lower optimizer.lr"):
         train(config, tmp_path / "run")
     assert not (tmp_path / "run" / "checkpoints").exists()
 

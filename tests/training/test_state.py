@@ -450,6 +450,17 @@ def test_a_signal_ends_a_resumed_run_at_once_while_its_first_step_compiles(
         (Progress(device="Ascend"), Progress(device="CPU"), "device Ascend, now CPU"),
         (Progress(), Progress(device="CPU"), ""),
         (Progress(version=1), Progress(version=2), "another version of this code"),
+        (
+            Progress(software="MindSpore 2.7"),
+            Progress(software="MindSpore 2.8"),
+            "used MindSpore 2.7",
+        ),
+        (Progress(), Progress(software="MindSpore 2.8"), ""),
+        (
+            Progress(settings={"data.check_images": True}),
+            Progress(settings={"data.check_images": False}),
+            "",
+        ),
     ],
 )
 def test_what_makes_a_resumed_run_differ_is_said(before, now, words, tmp_path, caplog):
