@@ -54,7 +54,7 @@ class RuntimeConfig:
 
     Args:
         device: auto takes the first of Ascend, GPU, CPU that MindSpore finds.
-        device_id: index of the Ascend or GPU device.
+        device_id: index of the Ascend or GPU device; 0 takes DEVICE_ID if that is set.
         mode: graph compiles the whole step; pynative runs operator by operator, for debugging.
         precision: dtype of Linears, convolutions and attention products; norms, softmax and loss
             stay in float32.
