@@ -23,11 +23,13 @@ class CellState:
         rows: metrics.jsonl, one row per finished epoch.
         resumable: whether there is a saved state to resume from.
         finished: whether the last epoch has been evaluated.
+        class_names: of the data it was trained on; None before the start.
     """
 
     rows: list[dict]
     resumable: bool
     finished: bool
+    class_names: list[str] | None = None
 
 
 def read_cell_state(cell: Cell, folder: Path) -> CellState:
@@ -41,11 +43,10 @@ def read_cell_state(cell: Cell, folder: Path) -> CellState:
     """
     resumable = has_state(folder / "checkpoints")
     rows = _read_metrics(folder / "metrics.jsonl")
-    if resumable or rows:
-        _require_same_settings(cell, folder)
+    names = _require_same_settings(cell, folder) if resumable or rows else None
     last = rows[-1] if rows else {}
     finished = last.get("epoch") == cell.config.training.epochs and last.get("top1") is not None
-    return CellState(rows if resumable or finished else [], resumable, finished)
+    return CellState(rows if resumable or finished else [], resumable, finished, names)
 
 
 def _read_metrics(file: Path) -> list[dict]:
@@ -57,8 +58,10 @@ def _read_metrics(file: Path) -> list[dict]:
     return rows if [row.get("epoch") for row in rows] == list(range(1, len(rows) + 1)) else []
 
 
-def _require_same_settings(cell: Cell, folder: Path) -> None:
-    before, now = flatten(load_config(folder / "config.yaml")), flatten(cell.config)
+def _require_same_settings(cell: Cell, folder: Path) -> list[str] | None:
+    """Check the settings of a cell's run and return its class names."""
+    config = load_config(folder / "config.yaml")
+    before, now = flatten(config), flatten(cell.config)
     free = {key for key in RESOLVED if now[key] is None} | set(FREE_TO_CHANGE)
     changed = changed_settings(before, now, free)
     if changed:
@@ -66,3 +69,4 @@ def _require_same_settings(cell: Cell, folder: Path) -> None:
             f"{folder}: was trained with {'; '.join(changed.values())}. Give another --output, or "
             "remove this folder to train the cell again"
         )
+    return config.data.class_names

@@ -24,11 +24,13 @@ class Network:
         parameters: trainable ones.
         macs: multiply-accumulates for one image.
         held_out: images it is evaluated on.
+        class_names: of the data.
     """
 
     parameters: int
     macs: int
     held_out: int
+    class_names: tuple[str, ...] = ()
 
 
 def check_networks(cells: Sequence[Cell]) -> dict[str, Network]:
@@ -65,4 +67,5 @@ def _network(config: Config, held_out: int) -> Network:
     with uninitialised():
         net = build_model(config)
     total = complexity(net, image_size(config.model)).total
-    return Network(total.parameters, total.total_macs, held_out)
+    names = tuple(config.data.class_names)
+    return Network(total.parameters, total.total_macs, held_out, names)

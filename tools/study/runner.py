@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from src.errors import UserError
+from src.errors import UserError, join_names
 from src.files import write_csv, write_text
 from src.training.run import lock_folder
 from tools.study.cell_state import CellState, read_cell_state
@@ -56,6 +56,18 @@ class StudyRunner:
             cell.name: read_cell_state(cell, self._folder(cell)) for cell in cells
         }
         self.networks: dict[str, Network] = check_networks(cells)
+        for cell in cells:
+            self._require_same_classes(cell)
+
+    def _require_same_classes(self, cell: Cell) -> None:
+        """Refuse to put results of other data into the tables."""
+        before = self.states[cell.name].class_names
+        if before and tuple(before) != self.networks[cell.model].class_names:
+            now = join_names(self.networks[cell.model].class_names, 3)
+            raise UserError(
+                f"{self._folder(cell)}: was trained on the classes {join_names(before, 3)}, this "
+                f"data set has {now}; give another --output, or the data of that cell"
+            )
 
     def _folder(self, cell: Cell) -> Path:
         return self.output / "cells" / cell.name

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from src.config_io import load_config, save_config
 from src.errors import UserError
 from tests.tools.study.conftest import calls
 from tools.study.cell_state import read_cell_state
@@ -118,6 +119,16 @@ def test_finished_cells_need_neither_checkpoints_nor_the_same_path(cells, output
     file.write_text(file.read_text().splitlines()[0] + "\n")
     StudyRunner(cells, output).run()
     assert calls(pretender) == ["conv-40-0"], "from the start, as there is no state"
+
+
+def test_a_finished_cell_of_another_data_set_is_refused(cells, output, pretender):
+    StudyRunner(cells[:1], output).run()
+    file = output / "cells" / cells[0].name / "config.yaml"
+    config = load_config(file)
+    config.data.class_names = ["cat", "dog"]
+    save_config(config, file)
+    with pytest.raises(UserError, match="was trained on the classes cat, dog, this data set has 0"):
+        StudyRunner(cells[:1], output)
 
 
 @pytest.mark.usefixtures("started")
