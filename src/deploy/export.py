@@ -121,9 +121,6 @@ def export(
             )
             write_json(description, f"{output}.json")
     except OSError as error:
-        place = Path(error.filename or output)
-        if place.parent != output.parent:  # the data, or the folder for temporary files
-            raise
         raise UserError(f"{output}: {error.strerror}; give another --output") from error
     size = output.stat().st_size / 2**20
     logger.info("wrote %s (%.1f MiB) and %s.json", output, size, output.name)

@@ -78,7 +78,7 @@ def test_no_images_give_no_results(trained, exported):
 def test_prepared_images_of_other_types_and_shapes(trained, exported):
     """The compiled operators would read other types as float32, and OpenVINO repeats old output."""
     images = np.random.default_rng(0).standard_normal((2, 3, 32, 32))
-    with pytest.raises(UserError, match="the prepared images are not finite$"):
+    with pytest.raises(UserError, match="prepared images have values that are not finite$"):
         Predictor(trained).logits(np.full((1, 3, 32, 32), np.nan))
     for model in (exported / "any.mindir", trained):
         predict = Predictor(model)
