@@ -54,7 +54,7 @@ class RuntimeConfig:
 
     Args:
         device: auto takes the first of Ascend, GPU, CPU that MindSpore finds.
-        device_id: index of the Ascend or GPU device; 0 takes DEVICE_ID if that is set.
+        device_id: index of the Ascend or GPU device; null takes DEVICE_ID, or 0 if that is not set.
         mode: graph compiles the whole step; pynative runs operator by operator, for debugging.
         precision: dtype of Linears, convolutions and attention products; norms, softmax and loss
             stay in float32.
@@ -75,7 +75,7 @@ class RuntimeConfig:
     """
 
     device: Literal["auto", "Ascend", "GPU", "CPU"] = "auto"
-    device_id: Count = 0
+    device_id: Optional[Count] = None
     mode: Literal["graph", "pynative"] = "graph"
     precision: Literal["float32", "float16", "bfloat16"] = "float32"
     flash_attention: bool = False

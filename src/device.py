@@ -144,8 +144,8 @@ def setup(config: RuntimeConfig) -> tuple[str, Ranks]:
     require_precision(config.precision, device)
     # The launcher sets DEVICE_ID for each rank, a user by MindSpore's convention for a process.
     own = os.environ.get("DEVICE_ID", "")
-    is_own = own.isdecimal() and (is_distributed() or config.device_id == 0)
-    _set_device(device, int(own) if is_own else config.device_id)
+    is_own = own.isdecimal() and (is_distributed() or config.device_id is None)
+    _set_device(device, int(own) if is_own else config.device_id or 0)
     ms.set_context(mode=ms.GRAPH_MODE if config.mode == "graph" else ms.PYNATIVE_MODE)
     configure_arithmetic(config, device)
     ranks = join()

@@ -94,7 +94,8 @@ def test_graphs_of_other_runs_are_not_taken(monkeypatch, caplog, path):
 
 
 @pytest.mark.parametrize(
-    ("variable", "key", "card"), [("3", 0, 3), ("3", 2, 2), (None, 2, 2), ("", 0, 0)]
+    ("variable", "key", "card"),
+    [("3", None, 3), ("3", 0, 0), ("3", 2, 2), (None, 2, 2), (None, None, 0), ("", None, 0)],
 )
 def test_a_process_takes_the_card_of_its_key_or_of_mindspores_variable(
     monkeypatch, variable, key, card
