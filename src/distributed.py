@@ -19,6 +19,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, communication, ops
 
 from src.errors import UserError
+from src.training.stop_signal import SIGNALS
 
 logger = logging.getLogger("cvt")
 SCHEDULER_SECONDS = 60  # after which communication.init waits and reports
@@ -159,7 +160,7 @@ def join() -> Ranks:
     # `init` may wait for minutes, in which Python runs no handlers. In the scheduler it lasts as
     # long as the job: after a stop signal, the ranks need the scheduler while they save.
     action = signal.SIG_DFL if is_rank else signal.SIG_IGN
-    handlers = {n: signal.signal(n, action) for n in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {n: signal.signal(n, action) for n in SIGNALS}
     communication.init()
     for number, handler in handlers.items():
         signal.signal(number, handler)

@@ -19,7 +19,11 @@ READ, WRITE = signature.sig_rw.RW_READ, signature.sig_rw.RW_WRITE
 
 
 def _in_place(
-    library: Path, name: str, *arguments: tuple, shape: Callable = lambda *_: [1]
+    library: Path,
+    name: str,
+    *arguments: tuple,
+    shape: Callable = lambda *_: [1],
+    bprop: Callable | None = None,
 ) -> ops.Custom:
     """Create an operator that changes some of its arguments in place.
 
@@ -31,8 +35,11 @@ def _in_place(
         name: function of the library.
         arguments: (READ or WRITE, count) for each run of consecutive arguments.
         shape: maps the shapes of the inputs to the shape of the output.
+        bprop: the gradient, for an operator of the forward pass.
     """
-    made = ops.Custom(f"{library}:{name}", shape, lambda *_: mstype.float32, func_type="aot")
+    made = ops.Custom(
+        f"{library}:{name}", shape, lambda *_: mstype.float32, func_type="aot", bprop=bprop
+    )
     made.add_prim_attr("side_effect_mem", True)
     kinds = [kind for kind, number in arguments for _ in range(number)]
     made.set_signatures(tuple(signature.make_sig(f"x{i}", kind) for i, kind in enumerate(kinds)))
@@ -142,3 +149,35 @@ class Statistics(nn.Cell):
         With finite = 0 (a float32 scalar, 0 or 1) all are set to `before`.
         """
         return self.write(finite, before, after, *statistics)
+
+
+class RunningStatistics(nn.Cell):
+    """Moves BatchNorm's running mean and variance towards a batch's; no gradient passes."""
+
+    def __init__(self, library: Path) -> None:
+        super().__init__(auto_prefix=False)
+
+        def bprop(mean, variance, momentum, correction, running_mean, running_variance, out, dout):
+            inputs = (mean, variance, momentum, correction, running_mean, running_variance)
+            return tuple(ops.zeros_like(each) for each in inputs)
+
+        self.update = _in_place(library, "running_statistics", (READ, 4), (WRITE, 2), bprop=bprop)
+
+    def construct(
+        self,
+        mean: Tensor,
+        variance: Tensor,
+        momentum: Tensor,
+        correction: Tensor,
+        running_mean: Tensor,
+        running_variance: Tensor,
+    ) -> Tensor:
+        """Update in place.
+
+        Args:
+            mean, variance: of the batch, [C].
+            momentum: the batch's weight, a float32 scalar.
+            correction: factor of the batch's variance, a float32 scalar.
+            running_mean, running_variance: parameters [C].
+        """
+        return self.update(mean, variance, momentum, correction, running_mean, running_variance)

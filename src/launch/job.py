@@ -2,7 +2,7 @@
 
 Beyond what msrun does, this returns the failed rank's exit code, prints the last error of each
 rank's log, kills the scheduler after a failure (it needs up to ten minutes to notice), and forwards
-SIGINT and SIGTERM to the ranks.
+stop signals to the ranks.
 """
 
 from __future__ import annotations
@@ -100,8 +100,11 @@ class _LogFollower:
                 file.seek(self.offset)
                 text = file.read()
             self.offset += len(text)
-            sys.stdout.write(self.decode(text))
-            sys.stdout.flush()
+            try:
+                sys.stdout.write(self.decode(text))
+                sys.stdout.flush()
+            except OSError:  # the terminal or `| tee` has ended; the ranks go on, or save and end
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class _Job:

@@ -29,8 +29,9 @@ def _exit_with_launcher() -> None:
 
 if __name__ == "__main__":
     threading.Thread(target=_exit_with_launcher, daemon=True).start()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)  # the ranks would inherit SIG_IGN
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup's
+            signal.signal(number, lambda *_: None)  # the ranks would inherit SIG_IGN
     signal.signal = lambda *_: None  # msrun's own handler of SIGINT kills the ranks
     # After a failure msrun gives the path of the scheduler's log to a shell as it is, which would
     # run a name such as $(...). The launcher prints the errors itself.

@@ -12,6 +12,7 @@ from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from src.kernels import functions
+from src.kernels.update import RunningStatistics
 from src.models import vit
 from src.models.layers import (
     Attention,
@@ -19,7 +20,6 @@ from src.models.layers import (
     Block,
     ConvEmbed,
     LayerNorm,
-    update_running_statistic,
 )
 
 
@@ -77,6 +77,7 @@ class CompiledAttention(BiasFreeLinear, Attention):
                 for each in (self.conv_proj_q, self.conv_proj_k, self.conv_proj_v)
             ]
         )
+        self.move_statistics = RunningStatistics(library)
         self.split = functions.SplitHeads(library, self.num_heads)
         self.softmax = functions.Softmax(library, self.attend.scale)
         self.merge = functions.MergeHeads(library, self.num_heads)
@@ -90,10 +91,9 @@ class CompiledAttention(BiasFreeLinear, Attention):
             return norm.affine(x, weight, scale, shift, height, width)
         y, mean, variance = norm(x, weight, bn.gamma, bn.beta, height, width)
         count = y.shape[0] * (y.shape[1] - int(self.has_cls_token))
-        update_running_statistic(bn.moving_mean, mean, bn.momentum)
-        update_running_statistic(
-            bn.moving_variance, variance * (count / max(count - 1, 1)), bn.momentum
-        )
+        momentum = Tensor(bn.momentum, mstype.float32)
+        unbiased = Tensor(count / max(count - 1, 1), mstype.float32)
+        self.move_statistics(mean, variance, momentum, unbiased, bn.moving_mean, bn.moving_variance)
         return y
 
     def construct(

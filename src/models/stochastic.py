@@ -14,6 +14,8 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
+from src.models.root_cell import RootCell
+
 _GOLDEN_RATIO = 0x9E3779B9 - 2**32  # these bits as int32
 _MULTIPLIER_1 = 0x7FEB352D
 _MULTIPLIER_2 = 0x846CA68B - 2**32
@@ -104,7 +106,7 @@ class Dropout(_Drop):
         return x * (keep / (1.0 - self.rate))
 
 
-class StochasticNet(nn.Cell):
+class StochasticNet(RootCell):
     """A network whose `DropPath` and `Dropout` cells draw from a key per image.
 
     Its constructor calls `set_rng_slots`; its `construct` passes `random_bits_of` to those cells.

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import json
 import logging
 import os
-from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
 from src.arithmetic import check_arithmetic
 from src.build import build_mixing, build_model, check_values, uses_compiled
@@ -21,6 +17,7 @@ from src.device import log_to, seed_generators, setup
 from src.distributed import SAME_FILES, Ranks
 from src.errors import UserError, join_names
 from src.evaluation.labels import compare_with_run, warn_trained_before
+from src.folder_lock import lock_folder
 from src.models import uninitialised
 from src.splits import open_checked, open_quietly, open_split, resolve_classes
 from src.training.freeze import freeze
@@ -31,7 +28,6 @@ from src.training.train_loader import TrainLoader
 from src.training.trainer import Trainer
 
 logger = logging.getLogger("cvt")
-LOCK = ".lock"
 
 
 def train(
@@ -208,66 +204,6 @@ def _require_no_results(output: Path) -> None:
                 f"{output}: holds a run without a state to continue from, and {file.name} would be "
                 "overwritten; give another --output"
             )
-
-
-@contextlib.contextmanager
-def lock_folder(output: Path) -> Iterator[None]:
-    """Hold an exclusive lock on a folder; create the folder if it is missing.
-
-    If the folder is still empty at the end, because the run was refused, it is removed again.
-
-    Raises:
-        UserError: another process holds the lock, or the folder is not writable.
-    """
-    missing = [each for each in (output, *output.parents) if not each.exists()]
-    try:
-        lock = _locked(output)
-    except BlockingIOError:
-        raise UserError(
-            f"{output}: another run is using this folder; wait for it, or give another --output"
-        ) from None
-    except OSError as error:
-        raise UserError(f"--output {output}: {error.strerror}; give another --output") from None
-    with lock:
-        try:
-            yield
-        finally:
-            (output / LOCK).unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # not empty
-                for folder in missing:
-                    folder.rmdir()
-
-
-def _locked(output: Path) -> IO:
-    """Lock a folder's lock file and return it.
-
-    The holder removes the file before it releases the lock. A process that had already opened
-    it would lock a deleted file, which no third process can see, so it tries again.
-    """
-    while True:
-        output.mkdir(parents=True, exist_ok=True)
-        try:
-            lock = open(output / LOCK, "a")  # noqa: SIM115 - it is held, not read
-        except FileNotFoundError:  # the folder was removed meanwhile
-            continue
-        try:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP):
-                    raise
-                logger.warning(
-                    "%s: this file system has no locks; let no other run use the folder", output
-                )
-                return lock
-            if os.path.samestat(os.fstat(lock.fileno()), os.stat(output / LOCK)):
-                return lock
-        except FileNotFoundError:
-            pass
-        except OSError:
-            lock.close()
-            raise
-        lock.close()
 
 
 def _start_files(config: Config, output: Path, resume: Path | bool) -> None:

@@ -1,4 +1,4 @@
-"""Stops a run after a step when SIGTERM or SIGINT arrives."""
+"""Stops a run after a step when SIGTERM, SIGINT or SIGHUP arrives."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ if TYPE_CHECKING:  # the launcher imports this file; importing MindSpore takes s
     from src.distributed import Ranks
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it, and so do we
+    SIGNALS += (signal.SIGHUP,)  # the terminal or its ssh connection was closed
 EXCHANGE_SECONDS = 2.0  # between two exchanges among the ranks
 # A cluster's scheduler signals each process of a job, and the launcher forwards its own signal.
 SAME_REQUEST_SECONDS = 2.0

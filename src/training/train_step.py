@@ -14,6 +14,7 @@ from mindspore import Parameter, ParameterTuple, Tensor, nn, ops, value_and_grad
 from mindspore import dtype as mstype
 from mindspore.common.initializer import initializer
 
+from src.models.root_cell import RootCell
 from src.models.stochastic import hash_bits, sample_keys
 from src.training.buckets import pack, unpack
 from src.training.optimizer import SGD, AdamW
@@ -23,7 +24,7 @@ FIRST_DYNAMIC_SCALE, LARGEST_SCALE, GROWTH_STEPS = 2.0**16, 2.0**24, 2000
 STATISTICS = (".moving_mean", ".moving_variance")
 
 
-class TrainStep(nn.Cell):
+class TrainStep(RootCell):
     """Forward, backward, all-reduce, clipping, update and EMA. Call `run_batch` for each batch.
 
     Args:
@@ -285,7 +286,7 @@ class _Parts:
         self.update = _Update(step, sums, loss_sum, before)
 
 
-class _Part(nn.Cell):
+class _Part(RootCell):
     def __init__(
         self, step: TrainStep, sums: ParameterTuple, loss_sum: Parameter, before: Parameter
     ) -> None:

@@ -86,6 +86,22 @@ def test_a_character_of_several_bytes_may_arrive_in_parts(tmp_path, capsys):
     assert capsys.readouterr().out == "猫 ü\n"
 
 
+def test_a_job_goes_on_when_its_terminal_or_tee_has_ended(tmp_path, monkeypatch):
+    """Ctrl-C in `run_distribute_train.sh | tee log` ends tee, too: the ranks were killed."""
+    log = tmp_path / "worker_0.log"
+    log.write_text("epoch 1\n")
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as stdout:
+        monkeypatch.setattr("sys.stdout", stdout)
+        follower = _LogFollower(log)
+        follower.print_new()
+        with open(log, "a") as more:
+            more.write("epoch 2\n")
+        follower.print_new()
+    assert follower.offset == log.stat().st_size
+
+
 # Saves for two seconds, as the ranks of a job do after a signal; a second one would end it. As in
 # MindSpore's graphs, SIGINT becomes SIGTERM.
 SAVING = f"""
@@ -113,8 +129,11 @@ time.sleep(600)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "number, receivers, code",
-    [(signal.SIGTERM, "all", 143), (signal.SIGINT, "all", 130), (signal.SIGINT, "ranks", 143)],
-)
+    [
+        (signal.SIGTERM, "all", 143), (signal.SIGHUP, "all", 129), (signal.SIGINT, "all", 130),
+        (signal.SIGINT, "ranks", 143),
+    ],
+)  # fmt: skip
 def test_ranks_save_after_a_signal_to_every_process_or_to_them_alone(
     tmp_path, capsys, free_port, monkeypatch, number, receivers, code
 ):

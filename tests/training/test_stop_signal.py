@@ -39,10 +39,10 @@ def test_a_signal_that_arrives_twice_within_two_seconds_is_one_request(clock):
     """Slurm and systemd signal every process of a job, and the launcher forwards its own."""
     with StopSignal(SimpleNamespace(world=1)) as stop:
         stop.defer_signals()
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGTERM):
+        for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGTERM):
             os.kill(os.getpid(), number)
             clock.now += SAME_REQUEST_SECONDS / 2
-        assert stop.should_stop() and stop.signal == signal.SIGINT
+        assert stop.should_stop() and stop.signal == signal.SIGHUP
         clock.now += 0.1
         with pytest.raises(Ended, match=str(128 + signal.SIGTERM)):
             os.kill(os.getpid(), signal.SIGTERM)

@@ -14,6 +14,7 @@ from typing import Any
 from src import cli
 from src.errors import UserError, executable, printable
 from src.files import is_json, require_replaceable, write_json
+from src.training.stop_signal import SIGNALS
 from tools.check_device import table
 from tools.check_device.registry import CHECKS, RANK_COUNTS, Check, Setting
 from tools.check_device.runner import FAILED, Result, run_checks
@@ -114,7 +115,7 @@ def _exit(number: int, frame: object) -> None:
 def main(argv: list[str]) -> None:
     """Run the checks, print the table, write the report."""
     arguments = parse(argv)
-    for number in (signal.SIGINT, signal.SIGTERM):  # run the `finally` that kills the worker
+    for number in SIGNALS:  # run the `finally` that kills the worker
         signal.signal(number, _exit)
     checks, start = select_checks(arguments.only, arguments.full), time.monotonic()
     with tempfile.TemporaryDirectory(prefix="check-device-") as folder:

@@ -26,6 +26,7 @@ from src.data.shards import commit_shard, open_writer, require_utf8, verify_shar
 from src.data.sources import open_source
 from src.errors import UserError
 from src.files import remove_unfinished, write_json
+from src.folder_lock import lock_folder
 from src.progress import progress_bar
 
 _log = logging.getLogger("cvt")
@@ -116,10 +117,11 @@ def convert(
     missing = [folders[f"{s}_folder"] for s in ("train", "val") if s not in found]
     if missing:
         _log.warning("%s: no folder %s, skipping this split", root, missing[0])
-    return {
-        name: _Conversion(source, root, target / name, options).run()
-        for name, source in sources.items()
-    }
+    with lock_folder(target, "--dst"):
+        return {
+            name: _Conversion(source, root, target / name, options).run()
+            for name, source in sources.items()
+        }
 
 
 class _Conversion:

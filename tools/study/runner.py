@@ -13,7 +13,7 @@ import numpy as np
 
 from src.errors import UserError, join_names
 from src.files import write_csv, write_text
-from src.training.run import lock_folder
+from src.folder_lock import lock_folder
 from tools.study.cell_state import CellState, read_cell_state
 from tools.study.cells import Cell
 from tools.study.networks import Network, check_networks

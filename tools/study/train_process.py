@@ -16,7 +16,7 @@ TRAIN = Path(__file__).resolve().parents[2] / "train.py"
 
 
 class TrainProcess:
-    """Runs train.py, one process at a time; a context manager that handles SIGINT and SIGTERM.
+    """Runs train.py, one process at a time; a context manager that handles stop signals.
 
     Each process has its own session. Otherwise Ctrl-C in a terminal would reach it twice, and a
     second signal ends a run without saving.

@@ -227,3 +227,26 @@ AOT(keep_finite) {
   }
   return 0;
 }
+
+// mean [C], variance [C], momentum, correction, running mean [C], running variance [C] -> [1]; each
+// running value moves by the fraction `momentum` towards the batch's, the variance's times
+// `correction`. Products are stored first, so that no compiler fuses them with the sums: the results
+// have the bits of MindSpore's operators.
+AOT(running_statistics) {
+  REQUIRE(params == 7);
+  const int64_t c = count(s[0], ndims[0]);
+  for (int i : {1, 4, 5}) VECTOR(i, c);
+  VECTOR(2, 1);
+  VECTOR(3, 1);
+  const float momentum = in(p, 2)[0];
+  std::vector<float> product(c);
+  for (int i = 0; i < 2; ++i) {
+    const float factor = i ? in(p, 3)[0] : 1.0f;
+    In value = in(p, i);
+    Out running = out(p, 4 + i), own = product.data();
+    for (int64_t k = 0; k < c; ++k) own[k] = value[k] * factor;
+    for (int64_t k = 0; k < c; ++k) own[k] = (own[k] - running[k]) * momentum;
+    for (int64_t k = 0; k < c; ++k) running[k] += own[k];
+  }
+  return 0;
+}

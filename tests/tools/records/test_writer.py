@@ -16,6 +16,7 @@ from PIL import Image
 from src.data.records import open_records
 from src.data.sources import open_source
 from src.errors import UserError
+from src.folder_lock import lock_folder
 from tests.conftest import ROOT, run_command
 from tests.data.test_records import write_folder
 from tools.records import writer
@@ -42,6 +43,13 @@ def refused(words, *arguments, **keywords):
 
 
 # interruption
+
+
+def test_two_conversions_do_not_share_a_folder(folder, tmp_path):
+    """The second one removed the first one's unfinished shard."""
+    with lock_folder(tmp_path / "out"):
+        refused("another run is using this folder.* --dst", folder, tmp_path / "out", EIGHT)
+
 
 # Each ends the process without a word in the middle of training shard 1 (the second), as kill -9.
 KILLS = {

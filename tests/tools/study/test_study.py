@@ -132,7 +132,8 @@ def test_a_finished_cell_of_another_data_set_is_refused(cells, output, pretender
 
 
 @pytest.mark.usefixtures("started")
-def test_a_stopped_study_goes_on_where_it_was(cells, output, pretender):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_stopped_study_goes_on_where_it_was(cells, output, pretender, number):
     """The signal reaches train.py, which saves; the study leaves, and resumes that run later."""
     slow = pretender / "slow.txt"
     slow.write_text("linear-40-0")
@@ -140,14 +141,14 @@ def test_a_stopped_study_goes_on_where_it_was(cells, output, pretender):
     def stop():
         while slow.read_text() != "it waits":
             time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
 
     threading.Thread(target=stop, daemon=True).start()
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(number)
     with pytest.raises(SystemExit) as end:
         StudyRunner(cells, output).run()
-    assert end.value.code == 128 + signal.SIGTERM
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert end.value.code == 128 + number
+    assert signal.getsignal(number) is before
     session = int((pretender / "session.txt").read_text())
     assert session != os.getsid(0), "Ctrl-C would reach train.py twice, which ends it unsaved"
     assert calls(pretender) == NAMES[:2]
