@@ -6,6 +6,8 @@ import pytest
 from mindspore import Parameter, ParameterTuple, Tensor
 
 from src.kernels.library import set_threads
+from src.kernels.update import RunningStatistics
+from src.models.layers import update_running_statistic
 from src.training.optimizer import SGD, AdamW
 from src.training.updates import CompiledUpdates, PlainUpdates
 
@@ -123,3 +125,23 @@ def test_statistics_stay_finite(built, kind):
     own.keep_finite_statistics(Tensor(True), before, Tensor(after))
     expected = np.where(np.isfinite(after), after, before.asnumpy())
     assert np.array_equal(np.concatenate([v.ravel() for v in arrays(statistics)]), expected)
+
+
+def test_running_statistics_have_the_bits_of_the_plain_ones(built):
+    """So the networks of earlier versions can be trained again to the last digit."""
+    rng = np.random.default_rng(0)
+    mean, variance, start = rng.standard_normal((3, 77)).astype(np.float32)
+    momentum, correction = 1 - 0.9, 640 / 639
+    found = []
+    for kind in ("plain", "compiled"):
+        running = [Parameter(Tensor(start + i), name=f"{kind}{i}") for i in range(2)]
+        if kind == "plain":
+            update_running_statistic(running[0], Tensor(mean), momentum)
+            update_running_statistic(running[1], Tensor(variance) * correction, momentum)
+        else:
+            scalars = Tensor(momentum, ms.float32), Tensor(correction, ms.float32)
+            RunningStatistics(built)(Tensor(mean), Tensor(variance), *scalars, *running)
+        found.append(arrays(running))
+    assert all(np.array_equal(one, other) for one, other in zip(*found))
+    expected = 0.9 * start + 0.1 * mean
+    np.testing.assert_allclose(found[1][0], expected, rtol=1e-5, atol=1e-6)
