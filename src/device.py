@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from src.config import RuntimeConfig
 from src.cores import usable_cores
-from src.errors import UserError, printable, shorten
+from src.errors import UserError, discard_output, printable, shorten
 
 if TYPE_CHECKING:
     from src.distributed import Ranks
@@ -371,4 +371,7 @@ class ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one record."""
-        tqdm.write(self.format(record))
+        try:
+            tqdm.write(self.format(record))
+        except OSError:  # the terminal or `| tee` has ended; a run goes on, or saves and ends
+            discard_output()

@@ -69,6 +69,11 @@ def _program() -> str:
     return name if name != "__main__.py" else ".".join(folder.split(os.sep)[-2:])
 
 
+def discard_output() -> None:
+    """Send standard output nowhere from now on, because its terminal or pipe has ended."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def executable(main: Callable[[list[str]], None]) -> Callable[[], None]:
     """Decorate `main(argv)`: a UserError becomes one line on stderr and exit code 2.
 
@@ -89,7 +94,7 @@ def executable(main: Callable[[list[str]], None]) -> Callable[[], None]:
             sys.exit(128 + signal.SIGINT)
         except OSError as error:
             if isinstance(error, BrokenPipeError):  # the reader of a pipe has exited, as head does
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                discard_output()
                 sys.exit(128 + signal.SIGPIPE)
             if error.errno not in _SYSTEM_ERRORS:
                 raise

@@ -149,6 +149,20 @@ def test_the_log_goes_to_the_console_and_a_file(tmp_path, capsys):
     assert line.endswith(" INFO first\n") and "second" not in line
 
 
+def test_a_log_goes_on_in_its_file_when_the_terminal_or_tee_has_ended(tmp_path, monkeypatch):
+    """The state is saved after Ctrl-C or SIGHUP, and the log says so."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    log_to(tmp_path / "log.txt")
+    with open(writer, "w", buffering=1) as stdout:
+        monkeypatch.setattr("sys.stdout", stdout)
+        logging.getLogger("cvt").info("saved")
+        logging.getLogger("cvt").info("stopped")
+    log_to()
+    lines = (tmp_path / "log.txt").read_text().splitlines()[-2:]
+    assert [line.rpartition(" ")[2] for line in lines] == ["saved", "stopped"]
+
+
 def test_a_second_device_is_refused_and_the_same_one_accepted(monkeypatch):
     """MindSpore says of any second choice that it can not be modified, and by then names the new
     one as its target.

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import psutil
 
-from src.errors import UserError
+from src.errors import UserError, discard_output
 from src.launch.plan import Plan
 from src.training.stop_signal import SAME_REQUEST_SECONDS, SIGNALS
 
@@ -104,7 +104,7 @@ class _LogFollower:
                 sys.stdout.write(self.decode(text))
                 sys.stdout.flush()
             except OSError:  # the terminal or `| tee` has ended; the ranks go on, or save and end
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                discard_output()
 
 
 class _Job:
