@@ -23,7 +23,8 @@ def main(argv: list[str]) -> None:
     from src.data.headers import MAX_PIXELS
     from src.deploy.attention_image import check_attention, save_attention
     from src.deploy.classify import check_outputs, classify_files
-    from src.deploy.predictor import RUNTIME_OF_WEIGHTS, Predictor
+    from src.deploy.loaded_model import RUNTIME_OF_WEIGHTS
+    from src.deploy.predictor import Predictor
 
     given = (key.removeprefix("runtime.") for key in arguments.given)
     runtime = {key: getattr(keys.runtime, key) for key in given if key in RUNTIME_OF_WEIGHTS}

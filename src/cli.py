@@ -13,7 +13,8 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 
 from src.config import Config, Study
-from src.config_io import CONFIG, ConfigParser, add_keys, read_settings, run_config_of
+from src.config_io import CONFIG, add_keys, read_settings, run_config_of
+from src.config_parser import ConfigParser
 from src.errors import UserError
 
 

@@ -12,12 +12,13 @@ import re
 from argparse import SUPPRESS
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import Any, get_args
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
+from jsonargparse import Namespace
 
 from src.config import Config, DataConfig, RuntimeOnly
+from src.config_parser import ConfigParser
 from src.errors import UserError, shorten
 from src.files import write_text
 from src.hints import nearest_key
@@ -26,76 +27,6 @@ from src.yaml_reader import MAX_BYTES, read_yaml
 CONFIG = "config.yaml"  # in a run's folder
 _HEADER = "# Written by train.py"  # first line of a run's config.yaml
 _END = "# End"  # last line; earlier versions end with a checksum, also a comment
-
-_read_yaml = get_loader("yaml")
-
-
-def _load_yaml(text: str) -> Any:
-    """Load YAML like jsonargparse; libyaml rejects the escapes of paths that are not UTF-8."""
-    try:
-        return _read_yaml(text)
-    except yaml.scanner.ScannerError:
-        return yaml.safe_load(text)
-
-
-set_loader("yaml", _load_yaml, (yaml.YAMLError,))
-
-
-class ConfigParser(ArgumentParser):
-    """jsonargparse's parser with one-line error messages."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        groups, names = self.key_groups(), [action.dest for action in self._actions]
-        raise UserError(_simplify(message, [name for name in names if name not in groups]))
-
-    def key_groups(self) -> set[str]:
-        """Return the groups of dotted keys; jsonargparse makes each an option that reads a file."""
-        return {action.dest.partition(".")[0] for action in self._actions if "." in action.dest}
-
-    def read(self, argv: Sequence[str]) -> Namespace:
-        """Parse a command line.
-
-        Raises:
-            UserError: an option or a value is invalid.
-        """
-        groups = self.key_groups()
-        for word in argv:
-            option = word.partition("=")[0]
-            if option.startswith("--") and option.endswith("+"):
-                raise UserError(f"{shorten(option)}: cannot append; give the whole list")
-            if option.startswith("--") and option[2:] in groups:
-                self.error(f"unrecognized arguments: {option}")
-        try:
-            return self.parse_args(list(argv))
-        except RecursionError:
-            raise UserError("the command line: a value is nested too deep") from None
-
-
-_UNKNOWN_KEY = (
-    re.compile(r"unrecognized arguments: --?(?P<key>[A-Za-z][\w.-]*)"),
-    re.compile(r"Group '(?P<group>[\w.]+)' does not accept option '(?P<key>[\w.]+)'"),
-    re.compile(r"(?:Option|Key) '(?P<key>[\w.]+)' is not (?:accepted|expected)"),
-)
-
-
-def _simplify(message: str, known: Sequence[str]) -> str:
-    message = " ".join(message.split())
-    for pattern in _UNKNOWN_KEY:
-        found = pattern.search(message)
-        if found:
-            key = ".".join(part for part in found.groups() if part)
-            near = nearest_key(key, known)
-            hint = f"did you mean {near}? " if near else ""
-            return f"unknown key {shorten(key)}: {hint}--help lists every key"
-    message = re.sub(r'Parser key "([^"]+)":', r"\1:", message)
-    message = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", message).replace("typing.", "")
-    union = re.match(r"(\S+) Does not .*Subtypes: \[(.*)\] Errors: .*Given value: (.*)", message)
-    names = re.match(r"(\S+) Does not .* Not of type ClassNames: (.*?) - Expected a", message)
-    if names and union:
-        message = f"{names[1]} {names[2]}. Got value: {shorten(union[3])}"
-    elif union:
-        message = f"{union[1]} Expected one of {union[2]}. Got value: {shorten(union[3])}"
-    return shorten(message, 600)
 
 
 def run_config_of(checkpoint: str) -> Path | None:

@@ -10,7 +10,8 @@ import numpy as np
 from mindspore import Tensor
 
 from src.data import Preprocessing
-from src.deploy.predictor import EXPORTED_SUFFIXES, Predictor
+from src.deploy.loaded_model import EXPORTED_SUFFIXES
+from src.deploy.predictor import Predictor
 from src.errors import UserError, printable
 from src.models.attention_maps import attention_maps
 from src.plots.attention_overlay import IMAGE_SUFFIXES, Panel, draw_attention

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,24 +13,15 @@ import numpy as np
 from mindspore import nn
 from PIL import Image
 
-from src.build import accelerate, build_for_weights, build_preprocessing, without_flash_attention
-from src.config_io import find_checkpoint, load_config, parse_runtime, run_config_of
-from src.data import Preprocessing
+from src.config_io import find_checkpoint
 from src.data.headers import SERVED_PIXELS, check_size
 from src.data.images import to_rgb
 from src.data.transforms import pad_batch
-from src.deploy.class_names import known_class_names
-from src.deploy.description import read_description
-from src.deploy.engines import MINDSPORE_LOCK, Session, check_engine, mindspore_session, open_model
-from src.device import current_device, inference_runtime, require_precision
+from src.deploy.engines import check_engine
+from src.deploy.loaded_model import EXPORTED_SUFFIXES, open_exported, open_weights
 from src.errors import UserError
-from src.evaluation.labels import compare_with_run
-from src.forks import register_mindspore_use
-from src.weights import load_weights, weight_files
 
-EXPORTED_SUFFIXES = (".mindir", ".onnx")
 MAX_THREADS = 1024
-RUNTIME_OF_WEIGHTS = ("mode", "precision", "flash_attention", "compiled_ops", "depthwise")
 ImageLike = Union[str, os.PathLike, bytes, Image.Image, np.ndarray]
 
 
@@ -41,24 +31,6 @@ class Prediction(NamedTuple):
     label: int
     name: str
     probability: float
-
-
-class _Model(NamedTuple):
-    """An opened model.
-
-    Args:
-        session: runs it.
-        network: the network of a weight file; None for an exported file.
-        preprocessing: of an image.
-        class_names: empty if unknown.
-        batch_size: the only batch size that the file takes; None for any.
-    """
-
-    session: Session
-    network: nn.Cell | None
-    preprocessing: Preprocessing
-    class_names: list[str]
-    batch_size: int | None
 
 
 class Predictor:
@@ -80,8 +52,8 @@ class Predictor:
             operators have one setting per process, so the last one applies.
         max_pixels: larger images are refused by their header, before they take memory. Training and
             evaluation accept up to 89,478,485 pixels.
-        runtime: keys of the recipe's group `runtime` to change, for weights only: any of
-            `RUNTIME_OF_WEIGHTS`. On a CPU the precision is float32 unless it is among them.
+        runtime: keys of the recipe's group `runtime` to change, for weights only: mode, precision,
+            flash_attention, compiled_ops, depthwise. On a CPU the default precision is float32.
 
     Raises:
         UserError: the file is missing, damaged or of another kind, the engine is missing, or
@@ -111,9 +83,9 @@ class Predictor:
             raise UserError(f"{path}: no such file; give a .mindir, an .onnx or weights")
         check_engine(path, engine)
         if path.suffix in EXPORTED_SUFFIXES:
-            model = _open_exported(path, config, engine, threads, runtime)
+            model = open_exported(path, config, engine, threads, runtime)
         else:
-            model = _open_weights(path, config, threads, runtime or {})
+            model = open_weights(path, config, threads, runtime or {})
         self._model = model
         self.preprocessing, self.class_names = model.preprocessing, model.class_names
         self.batch_size = model.batch_size or batch_size
@@ -301,57 +273,3 @@ class Predictor:
 
     def _name(self, label: int) -> str:
         return self.class_names[label] if label < len(self.class_names) else str(label)
-
-
-def _open_exported(
-    path: Path,
-    config: str | Path | None,
-    engine: str,
-    threads: int | None,
-    runtime: Mapping[str, Any] | None,
-) -> _Model:
-    if config is not None:
-        raise UserError(f"--config {config}: is for weights only; {path} has its {path.name}.json")
-    for key in runtime or ():
-        raise UserError(f"runtime.{key}: is for weights only; {path} was exported without it")
-    description = read_description(path)
-    session = open_model(path, engine, threads)
-    names, batch_size = description["class_names"], description["input_shape"][0]
-    return _Model(session, None, description["preprocessing"], names, batch_size)
-
-
-def _open_weights(
-    path: Path, config: str | Path | None, threads: int | None, runtime: Mapping[str, Any]
-) -> _Model:
-    weight_files(path)  # raises UserError for files of any other kind
-    named = config is not None
-    config = config or run_config_of(path)
-    if config is None:
-        raise UserError(
-            f"{path}: no config.yaml of a run beside it; give its recipe with --config, such as "
-            "config/imagenet/cvt_13_224.yaml"
-        )
-    settings = load_config(Path(config))
-    if settings.model.num_classes is None:
-        raise UserError(
-            f"{config}: model.num_classes is not set; give the run's config.yaml, or a recipe that "
-            "sets it, such as config/imagenet/cvt_13_224.yaml"
-        )
-    for key in set(runtime) - set(RUNTIME_OF_WEIGHTS):
-        raise UserError(f"runtime.{key}: choose from {', '.join(RUNTIME_OF_WEIGHTS)}")
-    if not runtime.get("flash_attention"):
-        settings = without_flash_attention(settings)
-    settings.runtime = dataclasses.replace(settings.runtime, **parse_runtime(runtime))
-    register_mindspore_use()
-    settings.runtime = inference_runtime(settings.runtime, current_device(), runtime)
-    require_precision(settings.runtime.precision, current_device())
-    with MINDSPORE_LOCK:
-        net = build_for_weights(settings)
-        load_weights(net, path)
-        accelerate(net, settings.runtime).set_train(False)
-    compiled = runtime.get("mode") != "pynative"
-    session = mindspore_session(net, threads, compiled=compiled)
-    names = settings.data.class_names or known_class_names(path, settings.model.num_classes) or []
-    if named:
-        compare_with_run(path, settings)
-    return _Model(session, net, build_preprocessing(settings), names, None)
