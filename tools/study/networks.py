@@ -25,12 +25,14 @@ class Network:
         macs: multiply-accumulates for one image.
         held_out: images it is evaluated on.
         class_names: of the data.
+        images: checksums of the training and held-out images, of names and of contents.
     """
 
     parameters: int
     macs: int
     held_out: int
     class_names: tuple[str, ...] = ()
+    images: tuple[int, ...] = ()
 
 
 def check_networks(cells: Sequence[Cell]) -> dict[str, Network]:
@@ -39,33 +41,35 @@ def check_networks(cells: Sequence[Cell]) -> dict[str, Network]:
     Raises:
         UserError: training would refuse the data or a network.
     """
-    opened: dict[str, tuple[Source, int]] = {}
+    opened: dict[str, tuple[Source, Source]] = {}
     networks: dict[str, Network] = {}
     for cell in cells:
         config = cell.config
         data = dataclasses.replace(config.data, train_images=None)
         if repr(data) not in opened:
             whole = dataclasses.replace(config, data=data)
-            opened[repr(data)] = open_split(whole, "train"), len(open_split(whole, "val"))
+            opened[repr(data)] = open_split(whole, "train"), open_split(whole, "val")
         source, held_out = opened[repr(data)]
         if cell.train_images > len(source):
             raise UserError(
                 f"train_images {cell.train_images}: {source.title} has only {len(source)}"
             )
-        if not held_out:
+        if not len(held_out):
             raise UserError(f"{source.title}: there are no held-out images; add some")
         if cell.model not in networks:
             try:
-                networks[cell.model] = _network(resolve_classes(config, source), held_out)
+                config = resolve_classes(config, source)
+                networks[cell.model] = _network(config, source, held_out)
             except UserError as error:
                 raise UserError(f"models.{cell.model}: {error}") from None
     return networks
 
 
-def _network(config: Config, held_out: int) -> Network:
+def _network(config: Config, source: Source, held_out: Source) -> Network:
     build_preprocessing(config)
     with uninitialised():
         net = build_model(config)
     total = complexity(net, image_size(config.model)).total
     names = tuple(config.data.class_names)
-    return Network(total.parameters, total.total_macs, held_out, names)
+    images = source.digest(), source.digest_content(), held_out.digest(), held_out.digest_content()
+    return Network(total.parameters, total.total_macs, len(held_out), names, images)

