@@ -107,13 +107,14 @@ class ConvNorm(nn.Cell):
             gradients = backward(dout[0], x, weight, z, mean, variance, gamma, eps, stride, grid)
             return (*gradients, ops.zeros_like(eps), ops.zeros_like(stride), ops.zeros_like(grid))
 
-        def shape(x, weight, scale, shift, strides, grid):
+        def shape(x, weight, *rest):
+            strides, grid = rest[-2:]
             cls = x[1] - grid[0] * grid[1]
             after = cls + math.prod((edge - 1) // strides[0] + 1 for edge in grid)
             return [x[0], after, x[2]]
 
         def shapes(x, weight, gamma, beta, eps, strides, grid):
-            y = shape(x, weight, gamma, beta, strides, grid)
+            y = shape(x, weight, strides, grid)
             return y, y, gamma, gamma
 
         self.forward = _operator(library, "conv_norm", shapes, bprop, 4, recompute=True)
@@ -124,9 +125,14 @@ class ConvNorm(nn.Cell):
             outputs=4,
         )
 
-        def frozen_bprop(x, weight, scale, shift, stride, grid, out, dout):
-            gradients = frozen_backward(dout, x, weight, scale, stride, grid)
-            return (*gradients, ops.zeros_like(stride), ops.zeros_like(grid))
+        def frozen_bprop(x, weight, gamma, beta, mean, variance, eps, stride, grid, out, dout):
+            inverse = ops.rsqrt(variance + eps)
+            dx, dweight, dscale, dshift = frozen_backward(
+                dout, x, weight, gamma * inverse, stride, grid
+            )
+            dgamma = (dscale - dshift * mean) * inverse
+            others = (mean, variance, eps, stride, grid)  # the statistics are given
+            return (dx, dweight, dgamma, dshift, *(ops.zeros_like(each) for each in others))
 
         self.frozen = _operator(library, "depthwise", shape, frozen_bprop)
         self.eps = Tensor([eps], mstype.float32)
@@ -149,12 +155,20 @@ class ConvNorm(nn.Cell):
         y, _, mean, variance = self.forward(x, weight, gamma, beta, self.eps, self.stride, grid)
         return y, mean, variance
 
-    def affine(
-        self, x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, height: int, width: int
+    def with_statistics(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        gamma: Tensor,
+        beta: Tensor,
+        mean: Tensor,
+        variance: Tensor,
+        height: int,
+        width: int,
     ) -> Tensor:
-        """Return scale * convolution + shift, both [C], for inference and frozen parts."""
+        """Normalise by a given mean and variance [C], for inference and frozen parts."""
         grid = ops.zeros((height, width), mstype.float32)
-        return self.frozen(x, weight, scale, shift, self.stride, grid)
+        return self.frozen(x, weight, gamma, beta, mean, variance, self.eps, self.stride, grid)
 
 
 class BiasActivation(nn.Cell):

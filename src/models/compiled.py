@@ -86,9 +86,8 @@ class CompiledAttention(BiasFreeLinear, Attention):
     def _norm(self, index: int, projection, x: Tensor, height: int, width: int) -> Tensor:
         norm, bn, weight = self.norms[index], projection.bn, projection.conv.weight
         if not bn.training:
-            scale = bn.gamma * ops.rsqrt(bn.moving_variance + bn.eps)
-            shift = bn.beta - bn.moving_mean * scale
-            return norm.affine(x, weight, scale, shift, height, width)
+            statistics = bn.moving_mean, bn.moving_variance
+            return norm.with_statistics(x, weight, bn.gamma, bn.beta, *statistics, height, width)
         y, mean, variance = norm(x, weight, bn.gamma, bn.beta, height, width)
         count = y.shape[0] * (y.shape[1] - int(self.has_cls_token))
         momentum = Tensor(bn.momentum, mstype.float32)

@@ -116,12 +116,19 @@ def test_convolution_with_statistics_that_stand_still(built, stride, cls):
     """In an evaluation; in training behind a frozen part the gradient passes through it."""
     operator = functions.ConvNorm(built, stride, 1e-5)
 
-    def plain(x, weight, scale, shift):
+    mean, variance = Tensor(normal(8, seed=5)), Tensor(0.5 + np.abs(normal(8, seed=6)))
+
+    def compiled(x, weight, gamma, beta):
+        return operator.with_statistics(x, weight, gamma, beta, mean, variance, 3, 5)
+
+    def plain(x, weight, gamma, beta):
         y, token = plain_convolution(x, weight, stride, 3, 5)
+        scale = gamma * ops.rsqrt(variance + 1e-5)
+        shift = beta - mean * scale
         return tokens_of(y * scale.reshape((1, -1, 1, 1)) + shift.reshape((1, -1, 1, 1)), token)
 
     compare(
-        lambda *inputs: operator.affine(*inputs, 3, 5), plain,
+        compiled, plain,
         normal(2, cls + 15, 8), normal(8, 1, 3, 3), normal(8), normal(8), tolerance=5e-6,
     )  # fmt: skip
 
@@ -234,10 +241,10 @@ def test_shapes_that_do_not_belong_together_raise(built):
     """A grid that the tokens do not fill; without the check the operator reads beyond them."""
     operator = functions.ConvNorm(built, 1, 1e-5)
     with pytest.raises(Exception, match="(?i)depthwise|custom|launch"):
-        operator.affine(
-            Tensor(normal(1, 4, 8)), Tensor(normal(8, 1, 3, 3)), Tensor(normal(8)),
-            Tensor(normal(8)), 9, 9,
-        ).asnumpy()  # fmt: skip
+        vectors = [Tensor(normal(8))] * 4
+        operator.with_statistics(
+            Tensor(normal(1, 4, 8)), Tensor(normal(8, 1, 3, 3)), *vectors, 9, 9
+        ).asnumpy()
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float16, np.int32, np.uint8])

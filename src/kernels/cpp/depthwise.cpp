@@ -105,17 +105,24 @@ void total_kernel(const std::vector<float>& kernels, const Depthwise& conv, Out 
 
 }  // namespace
 
-// x [B, T, C], weight [C, 1, 3, 3], scale, shift [C], stride, grid -> scale * conv(x) + shift
+// Convolution and BatchNorm of given statistics.
+// x [B, T, C], weight [C, 1, 3, 3], gamma, beta, mean, variance [C], eps, stride, grid -> y
 AOT(depthwise) {
-  REQUIRE(params == 7 && Depthwise::fit(ndims, s, 0, 1, 4, 5));
-  const Depthwise conv(in(p, 1), s[0], s[4], s[5]);
-  VECTOR(2, conv.channels);
-  VECTOR(3, conv.channels);
-  SHAPED(6, conv.batch, conv.cls + conv.rows * conv.columns, conv.channels);
-  In x = in(p, 0), scale = in(p, 2), shift = in(p, 3);
-  Out y = out(p, 6);
-  parallel(conv.batch * conv.rows, 9 * conv.columns * conv.channels, [&](int64_t i) {
-    conv.forward_row(x, i / conv.rows, i % conv.rows, scale, shift, y);
+  REQUIRE(params == 10 && Depthwise::fit(ndims, s, 0, 1, 7, 8));
+  const Depthwise conv(in(p, 1), s[0], s[7], s[8]);
+  const int64_t n = conv.channels;
+  for (int i : {2, 3, 4, 5}) VECTOR(i, n);
+  VECTOR(6, 1);
+  SHAPED(9, conv.batch, conv.cls + conv.rows * conv.columns, n);
+  In x = in(p, 0), gamma = in(p, 2), beta = in(p, 3), mean = in(p, 4), variance = in(p, 5);
+  Out y = out(p, 9);
+  const float eps = in(p, 6)[0];
+  std::vector<float> scale(n), shift(n);
+  for (int64_t c = 0; c < n; ++c) scale[c] = gamma[c] * (1.0f / std::sqrt(variance[c] + eps));
+  for (int64_t c = 0; c < n; ++c) shift[c] = mean[c] * scale[c];  // stored: not fused with the sum
+  for (int64_t c = 0; c < n; ++c) shift[c] = beta[c] - shift[c];
+  parallel(conv.batch * conv.rows, 9 * conv.columns * n, [&](int64_t i) {
+    conv.forward_row(x, i / conv.rows, i % conv.rows, scale.data(), shift.data(), y);
   });
   return 0;
 }
