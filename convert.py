@@ -7,7 +7,7 @@ from pathlib import Path
 
 from src.cli import parse, take_keys
 from src.config import RuntimeOnly
-from src.config_io import is_run_config, load_config, run_config_of
+from src.config_io import load_config, run_config_of
 from src.device import import_mindspore, log_to, prepare_environment, setup
 from src.errors import UserError, executable
 from src.files import require_writable
@@ -73,10 +73,18 @@ def main(argv: list[str]) -> None:
     for file in files:
         print(f"source  {sha256_of(file)}  {file}")
     print(f"result  {sha256_of(target)}  {target}")
-    found = run_config_of(files[0])  # with the classes and the preprocessing of the run
-    recipe = found if found and is_run_config(found) else "RECIPE"
+    recipe = arguments.config or _own_recipe(files[0]) or "RECIPE"
     words = shlex.join(["--ckpt", str(target), "--config", str(recipe)])
     print(f"next: python eval.py {words} --data.path FOLDER")
+
+
+def _own_recipe(weights: Path) -> Path | None:
+    """Return the configuration beside weights, which has their classes and preprocessing."""
+    found = run_config_of(weights)
+    try:
+        return found if found and load_config(found) else None
+    except UserError:  # another program's file
+        return None
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """A page that classifies an image and shows what the network looks at.
 
     pip install gradio
-    python examples/demo.py [--model WEIGHTS] [--port 7860]
+    python examples/demo.py [--model WEIGHTS [--config RECIPE]] [--port 7860]
 
 WEIGHTS is a weight file or a run's folder; by default the pretrained cvt_nano on CIFAR-10.
 """
@@ -74,10 +74,16 @@ def main(argv: list[str]) -> None:
         parser.add_argument(
             "--model", type=str, help="weights or a run's folder; default: cvt_nano on CIFAR-10"
         )
+        parser.add_argument("--config", type=str, help="recipe of weights without a config.yaml")
         parser.add_argument("--port", type=PositiveInt, default=7860, help="of the page")
 
     description = "Serve a page that classifies an image and shows the attention."
     _, arguments = parse(argv, "examples/demo.py", description, add_arguments, schema=None)
+    if arguments.model and Path(arguments.model).suffix in (".mindir", ".onnx"):
+        raise UserError(
+            f"--model {arguments.model}: is an exported file, whose attention is not accessible; "
+            "give the weights"
+        )
     require_free_port(arguments.port)
     prepare_environment()
     try:
@@ -88,7 +94,7 @@ def main(argv: list[str]) -> None:
     from src.weights import pretrained_folder
 
     model = arguments.model or pretrained_folder("cvt_nano", "cifar10")
-    page = build_page(Predictor(model, runtime={"mode": "pynative"}))
+    page = build_page(Predictor(model, arguments.config, runtime={"mode": "pynative"}))
     page.launch(server_name="127.0.0.1", server_port=arguments.port, quiet=False)
 
 

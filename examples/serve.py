@@ -2,7 +2,7 @@
 
 pip install fastapi uvicorn
 python examples/serve.py --model mine.mindir [--port 8000]
-curl --data-binary @photo.jpg http://127.0.0.1:8000/classify?top_k=1
+curl --data-binary @photo.jpg 'http://127.0.0.1:8000/classify?top_k=1'
 """
 
 import sys
@@ -58,6 +58,7 @@ def main(argv: list[str]) -> None:
         parser.add_argument(
             "--model", type=str, required=True, help="an exported file, weights or a run's folder"
         )
+        parser.add_argument("--config", type=str, help="recipe of weights without a config.yaml")
         parser.add_argument("--port", type=PositiveInt, default=8000, help="to listen on")
 
     description = "Classify images over HTTP."
@@ -71,7 +72,8 @@ def main(argv: list[str]) -> None:
         raise UserError("examples/serve.py needs FastAPI: pip install fastapi uvicorn") from None
     from src.deploy import Predictor
 
-    app = build_app(Predictor(arguments.model, batch_size=1, max_pixels=MAX_PIXELS))
+    predictor = Predictor(arguments.model, arguments.config, batch_size=1, max_pixels=MAX_PIXELS)
+    app = build_app(predictor)
     uvicorn.run(app, host="127.0.0.1", port=arguments.port, limit_concurrency=MAX_CONNECTIONS)
 
 

@@ -30,11 +30,6 @@ program() {
   [ $show = 1 ] || from_project "$project/$name" "${words[@]}"
 }
 
-fail() {
-  echo "error: $1" >&2
-  exit 2
-}
-
 # recipe CONFIG: print the recipe's path, as given or relative to the project.
 recipe() {
   if [ -f "$1" ]; then
@@ -47,20 +42,18 @@ recipe() {
 }
 
 # device_words NUMBER: set the array device to the options for device NUMBER of DEVICE_TARGET.
+# Without a number the program takes DEVICE_ID of the environment, or its recipe's device.
 device=()
 device_words() {
   case ${DEVICE_TARGET:-Ascend} in
     Ascend | GPU | CPU) ;;
     *) fail "DEVICE_TARGET=$DEVICE_TARGET: choose Ascend, GPU or CPU" ;;
   esac
-  case $1 in
-    *[!0-9]* | '') fail "DEVICE_ID $1: give the number of a device, starting from 0" ;;
-  esac
   # shellcheck disable=SC2034  # used by the scripts
-  device=(--runtime.device "${DEVICE_TARGET:-Ascend}" --runtime.device_id "$1")
-}
-
-# usage_of SCRIPT: print its head comment.
-usage_of() {
-  sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p;}' "$1"
+  device=(--runtime.device "${DEVICE_TARGET:-Ascend}")
+  case $1 in
+    '') ;;
+    *[!0-9]*) fail "DEVICE_ID $1: give the number of a device, starting from 0" ;;
+    *) device+=(--runtime.device_id "$1") ;;
+  esac
 }

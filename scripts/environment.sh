@@ -106,3 +106,13 @@ same_version() {
     return 2
   }
 }
+
+fail() {
+  echo "error: $1" >&2
+  exit 2
+}
+
+# usage_of SCRIPT: print its head comment.
+usage_of() {
+  sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p;}' "$1"
+}

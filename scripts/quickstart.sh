@@ -4,6 +4,11 @@
 set -euo pipefail
 # shellcheck source=scripts/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+case ${1-} in
+  "") ;;
+  -h | --help) usage_of "$0"; exit ;;
+  *) fail "$1: quickstart.sh takes no arguments; see --help" ;;
+esac
 case ${OUTPUT-} in "" | /*) ;; *) OUTPUT=$PWD/$OUTPUT ;; esac # before the cd
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 environment requirements.txt

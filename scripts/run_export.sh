@@ -11,7 +11,7 @@ case ${1-} in -h | --help) usage_of "$0"; exit ;; esac
 [ $# -ge 3 ] || fail "CONFIG, CKPT and FORMAT are required; see --help"
 config=$1 checkpoint=$2 format=$3
 shift 3
-device_words 0
+device_words ""
 [ -e "$checkpoint" ] || fail "CKPT $checkpoint: no such file; give a checkpoint"
 words=(--ckpt "$checkpoint" --format "$format")
 if [ "$config" != - ]; then

@@ -10,7 +10,7 @@ case ${1-} in -h | --help) usage_of "$0"; exit ;; esac
 [ $# -ge 2 ] || fail "MODEL and INPUT are required; see --help"
 model=$1 input=$2
 shift 2
-device_words 0
+device_words ""
 [ -e "$model" ] || fail "MODEL $model: no such file"
 [ -e "$input" ] || fail "INPUT $input: no such file or folder"
 program infer.py --model "$model" --input "$input" "${device[@]}" "$@"

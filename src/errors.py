@@ -70,8 +70,15 @@ def _program() -> str:
 
 
 def discard_output() -> None:
-    """Send standard output nowhere from now on, because its terminal or pipe has ended."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    """Send standard output nowhere from now on, because its terminal or pipe has ended.
+
+    The same goes for standard error if it is the same terminal or pipe.
+    """
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    output, errors = sys.stdout.fileno(), sys.stderr.fileno()
+    if os.path.samestat(os.fstat(output), os.fstat(errors)):
+        os.dup2(nowhere, errors)
+    os.dup2(nowhere, output)
 
 
 def executable(main: Callable[[list[str]], None]) -> Callable[[], None]:

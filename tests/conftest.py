@@ -8,6 +8,7 @@ import importlib.util
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from src.config import Config, DataConfig, ModelConfig
 from src.device import prepare_environment
 
 prepare_environment()  # before any test imports MindSpore
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under `nohup`, runs would ignore it
 
 # The longest first, so that no worker ends with one while the others are idle.
 LONG_FILES = (

@@ -57,7 +57,9 @@ def test_what_the_system_refuses_is_one_line(capsys, monkeypatch):
 def test_a_system_without_some_of_linuxs_names_is_enough():
     """Macs have no EREMOTEIO; Windows, which a line refuses, no hook for forks."""
     code = (
-        "import errno, os; del errno.EREMOTEIO, os.register_at_fork; import src.errors, src.forks"
+        "import errno, os, signal\n"
+        "del errno.EREMOTEIO, os.register_at_fork, signal.SIGHUP\n"
+        "import src.errors, src.forks, src.training.stop_signal"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -177,6 +177,38 @@ def test_scripts_find_their_project_and_the_interpreter_from_any_folder(tmp_path
         assert f"ran {project}/infer.py" in done.stdout, done.stdout + done.stderr
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["run_infer.sh", "README.md", "docs"],
+        ["run_export.sh", "-", "README.md", "air"],
+        ["run_eval.sh", "-", "-", "README.md"],
+        ["run_standalone_train.sh", "config/digits/cvt_nano.yaml", "-"],
+    ],
+)
+def test_only_a_given_card_overrides_the_environments(words):
+    """`--runtime.device_id 0` would beat DEVICE_ID, which chooses the card on a shared host."""
+    command = ["bash", f"scripts/{words[0]}", *words[1:]]
+    found = {}
+    takes_card = words[0] in ("run_eval.sh", "run_standalone_train.sh")
+    for more in ([], ["3"] if takes_card else ["--runtime.device_id", "3"]):
+        done = subprocess.run(
+            [*command, *more, "--dry_run"], cwd=ROOT, capture_output=True, text=True
+        )
+        found[bool(more)] = done.stdout.strip()
+    assert found[False].endswith("--runtime.device Ascend")
+    assert found[True] == f"{found[False]} --runtime.device_id 3"
+
+
+@pytest.mark.parametrize("word, code", [("--help", 0), ("-h", 0), ("--batch_size", 2)])
+def test_the_quickstart_starts_nothing_with_arguments(word, code):
+    done = subprocess.run(
+        ["bash", "scripts/quickstart.sh", word], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == code
+    assert "5 minutes" in done.stdout if code == 0 else "takes no arguments" in done.stderr
+
+
 def test_the_quickstart_writes_its_samples(tmp_path):
     """Its one line of Python, as it stands in the script; the folder's name is no part of it."""
     text = (ROOT / "scripts/quickstart.sh").read_text()

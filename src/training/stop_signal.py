@@ -12,7 +12,7 @@ if TYPE_CHECKING:  # the launcher imports this file; importing MindSpore takes s
     from src.distributed import Ranks
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it, and so do we
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # not nohup
     SIGNALS += (signal.SIGHUP,)  # the terminal or its ssh connection was closed
 EXCHANGE_SECONDS = 2.0  # between two exchanges among the ranks
 # A cluster's scheduler signals each process of a job, and the launcher forwards its own signal.

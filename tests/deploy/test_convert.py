@@ -49,6 +49,7 @@ def test_command(tmp_path, recipe):
     assert ["loaded", "head.bias", "[10]", "[10]", "classifier.bias"] in map(str.split, lines)
     assert "203 tensors loaded" in done.stdout and "Hugging Face names, 203 renamed" in done.stdout
     assert "verified: all 203 tensors of the result equal the source's" in lines
+    assert f"--config {recipe} " in lines[-1], "the recipe that was given"
     for path in (SOURCE, target):
         assert hashlib.sha256(path.read_bytes()).hexdigest() in done.stdout
     assert [path.name for path in target.parent.iterdir()] == ["pico.ckpt"]

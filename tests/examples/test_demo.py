@@ -62,6 +62,12 @@ def test_without_gradio_one_line_says_what_to_install(tmp_path):
     assert len(done.stderr.splitlines()) == 1
 
 
+def test_an_exported_file_is_refused(run_here):
+    done = run_here("examples/demo.py", "--model=mine.onnx")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "mine.onnx: is an exported file" in done.stderr
+
+
 class Browser:
     """A headless Chromium, driven by the WebDriver protocol through chromedriver."""
 

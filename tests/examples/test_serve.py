@@ -114,3 +114,15 @@ def test_a_missing_model_is_one_line(run_here):
     assert (done.returncode, done.stdout) == (2, "")
     assert "none.mindir: no such file" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_weights_without_a_config_take_a_recipe(run_here, tmp_path):
+    """The message asked for --config, which the program did not have."""
+    pytest.importorskip("fastapi")
+    (tmp_path / "alone.safetensors").write_bytes(
+        (ROOT / "pretrained/cvt_nano_cifar10/model.safetensors").read_bytes()
+    )
+    words = ("examples/serve.py", "--model=alone.safetensors")
+    assert "give its recipe with --config" in run_here(*words).stderr
+    done = run_here(*words, "--config=none.yaml")
+    assert "none.yaml: No such file" in done.stderr

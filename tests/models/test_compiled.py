@@ -19,6 +19,9 @@ from src.models.compiled import (
 )
 from src.models.layers import Attention, Block, LayerNorm
 from src.models.sync_batchnorm import synchronise_batchnorm
+from src.training.loss import LabelSmoothingCrossEntropy
+from src.training.optimizer import SGD
+from src.training.train_step import TrainStep
 from tests.conftest import ROOT, TINY
 from tools.check_device.golden import official
 
@@ -185,3 +188,18 @@ def test_training_computes_again_what_is_large_and_cheap(built, tmp_path):
         assert ended.returncode == 0, ended.stderr
         peaks[what] = float(ended.stdout.split()[-1])
     assert peaks["kept"] - peaks["again"] >= 190
+
+
+def test_a_step_that_is_not_finite_keeps_the_running_statistics(built):
+    """The operator moves them in place during the pass; the step sets them back."""
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+    net = use_compiled(create_model("cvt_nano", **TINY).set_train(True), built)
+    loss, rates = LabelSmoothingCrossEntropy(0.0), np.full(3, 0.1, np.float32)
+    step = TrainStep(net, loss, SGD(net.trainable_params()), rates, library=built).set_train(True)
+    labels = ms.Tensor(np.arange(4, dtype=np.int32))
+    found = []
+    for images in (noise(4, 3, 32, 32), noise(4, 3, 32, 32) * float("nan"), noise(4, 3, 32, 32)):
+        step(images, labels)
+        found.append(np.concatenate([p.asnumpy().ravel() for p in step.statistics]))
+    assert np.array_equal(found[0], found[1])
+    assert (found[1] != found[2]).all() and np.isfinite(found[2]).all()

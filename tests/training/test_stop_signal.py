@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
@@ -10,6 +12,7 @@ import pytest
 
 from src.training import stop_signal
 from src.training.stop_signal import SAME_REQUEST_SECONDS, StopSignal
+from tests.conftest import ROOT
 
 
 class Ended(Exception):
@@ -69,3 +72,14 @@ def test_a_signal_during_an_exchange_stops_all_ranks_at_the_next():
         stop.defer_signals()
         assert not stop.any_rank_stopped()
         assert stop.any_rank_stopped() and stop.signal == signal.SIGINT
+
+
+def test_a_run_that_nohup_started_goes_on_when_its_terminal_closes():
+    code = "import signal; from src.training.stop_signal import SIGNALS; print(len(SIGNALS))"
+    for ignored, number in ((False, 3), (True, 2)):
+        handler = signal.SIG_IGN if ignored else signal.SIG_DFL
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+            preexec_fn=lambda handler=handler: signal.signal(signal.SIGHUP, handler),
+        )  # fmt: skip
+        assert done.stdout == f"{number}\n", done.stderr

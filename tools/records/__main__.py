@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
         raise UserError("--src is missing; give the image folder, or --verify to check --dst")
     prepare_environment()
     log_to()
-    from src.data.records import verify
+    from src.data.records import INDEX, verify
     from tools.records.writer import Options, convert
 
     target = Path(os.path.expanduser(arguments.dst))
@@ -66,6 +66,8 @@ def main(argv: list[str]) -> None:
     if arguments.verify:
         for folder, images in verify(target).items():
             print(f"{folder}: verified, {images} images")
+    if not (target / arguments.train_folder / INDEX).is_file():  # one split, or other folders
+        return
     words = ["--data.source", "mindrecord", "--data.path", str(target)]
     for name in ("train_folder", "val_folder"):
         if getattr(arguments, name) != getattr(DataConfig, name):

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import logging
 import os
+import re
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -109,11 +110,18 @@ def convert(
                 "relative path without .."
             )
         require_utf8(target / name)
+    _require_outside(root, target, folders)
     root = Path(os.path.abspath(root))
-    sources = {  # open all before converting the first, so that their errors come early
-        folders[f"{split}_folder"]: open_source("imagefolder", str(root), split, **folders)
-        for split in found or ["train"]
-    }
+    try:
+        sources = {  # open all before converting the first, so that their errors come early
+            folders[f"{split}_folder"]: open_source("imagefolder", str(root), split, **folders)
+            for split in found or ["train"]
+        }
+    except UserError as error:  # in the words of train.py's options
+        text = re.sub(
+            r"(, or hold out training images with)? ?--data\.val_from_train N", "", str(error)
+        )
+        raise UserError(re.sub(r"(--)?data\.(?=(train|val)_folder)", "--", text)) from None
     missing = [folders[f"{s}_folder"] for s in ("train", "val") if s not in found]
     if missing:
         _log.warning("%s: no folder %s, skipping this split", root, missing[0])
@@ -122,6 +130,21 @@ def convert(
             name: _Conversion(source, root, target / name, options).run()
             for name, source in sources.items()
         }
+
+
+def _require_outside(root: Path, target: Path, folders: dict[str, str]) -> None:
+    """Refuse to write shards into a split, where the next start would find them as a class.
+
+    Raises:
+        UserError: a folder to write is a split's folder, or inside it.
+    """
+    for split in (root / name for name in folders.values()):
+        for place in (target, *(target / name for name in folders.values())):
+            if split.is_dir() and split.resolve() in (place.resolve(), *place.resolve().parents):
+                raise UserError(
+                    f"--dst {target}: {place} is inside the image folder {split}; give a folder "
+                    "outside"
+                )
 
 
 class _Conversion:

@@ -315,6 +315,13 @@ def test_the_folders_faults_are_imagefolders(folder, tmp_path):
     refused("'strange' is none of the 3 known classes", folder, tmp_path / "o", EIGHT)
     assert not (tmp_path / "o").exists(), "a fault of the second split comes before the first"
     refused("is the image folder itself", folder, folder, EIGHT)
+    (folder / "val/strange").rmdir()
+    for inside in ("train", "val/2/new", "."):
+        split = {"train_folder": "."} if inside == "." else {}
+        refused("is inside the image folder", folder, folder / inside / "out", EIGHT, **split)
+    (tmp_path / "flat/cat").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "flat/cat/1.png")
+    refused("add --train_folder .$", tmp_path / "flat", tmp_path / "o", EIGHT)
     with pytest.raises(UserError, match="--images_per_shard 0: must be 1 or more"):
         Options(images_per_shard=0)
 
@@ -394,6 +401,8 @@ def test_the_command(folder, tmp_path, run_here):
         "out/val: verified, 9 images",
         "next: python train.py --config RECIPE --data.source mindrecord --data.path out",
     ]
+    done = run_here("tools.records", "--dst=out/train", "--verify")
+    assert done.stdout == "out/train: verified, 21 images\n", done.stderr
     (tmp_path / "out/val/00000.mindrecord").unlink()
     for wrong, complaint in (
         (("--dst=out", "--verify"), "out/val/00000.mindrecord: the shard is missing"),
