@@ -10,10 +10,12 @@ import logging
 import os
 import signal
 import socket
+import sys
 import time
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from mindspore import Parameter, Tensor, communication, ops
@@ -164,7 +166,25 @@ def join() -> Ranks:
     communication.init()
     for number, handler in handlers.items():
         signal.signal(number, handler)
+    _exit_at_once_after_errors()
     return Ranks(communication.get_rank(), communication.get_group_size())
+
+
+def _exit_at_once_after_errors() -> None:
+    """Leave out MindSpore's cleanup after an unexpected error, such as the loss of another rank.
+
+    It tries to leave the cluster and may wait for minutes for a rank that has gone (MindSpore 2.8).
+    Nothing is lost: states and logs are written when they are saved.
+    """
+    show = sys.excepthook
+
+    def hook(*error: Any) -> None:
+        show(*error)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+
+    sys.excepthook = hook
 
 
 def _wait_for_scheduler(host: str, port: int) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -196,11 +197,25 @@ def test_the_scheduler_outlives_a_stop_signal_and_a_rank_that_waits_for_others_d
         monkeypatch.setenv(name, "2")
     monkeypatch.setenv("MS_SCHED_HOST", "127.0.0.1")
     before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     for role, action in (("MS_SCHED", signal.SIG_IGN), ("MS_WORKER", signal.SIG_DFL)):
         monkeypatch.setenv("MS_ROLE", role)
         distributed.join()
         assert seen.pop() == [action] * 3
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_rank_ends_at_once_after_an_unexpected_error(monkeypatch, capsys):
+    """MindSpore's cleanup waited for a rank that had gone, and with it the whole host."""
+    ends = []
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+    monkeypatch.setattr(os, "_exit", ends.append)
+    distributed._exit_at_once_after_errors()
+    try:
+        raise RuntimeError("abnormal nodes num: 1")
+    except RuntimeError as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+    assert ends == [1] and "RuntimeError: abnormal nodes num: 1" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -236,8 +236,7 @@ AOT(running_statistics) {
   REQUIRE(params == 7);
   const int64_t c = count(s[0], ndims[0]);
   for (int i : {1, 4, 5}) VECTOR(i, c);
-  VECTOR(2, 1);
-  VECTOR(3, 1);
+  for (int i : {2, 3, 6}) VECTOR(i, 1);
   const float momentum = in(p, 2)[0];
   std::vector<float> product(c);
   for (int i = 0; i < 2; ++i) {
