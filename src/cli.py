@@ -55,7 +55,8 @@ def parse(
     if sum(word.partition("=")[0] == "--config" for word in argv) > 1:
         raise UserError("--config: is given twice; give one file, and options for other values")
     argv, config = take_option(list(argv), "--config")
-    if config is None and config_beside:
+    is_of_run = config is None and config_beside is not None
+    if is_of_run:
         _, checkpoint = take_option(argv, f"--{config_beside}")
         checkpoint = checkpoint and os.path.expanduser(checkpoint)
         if checkpoint and not Path(checkpoint).exists():
@@ -67,6 +68,8 @@ def parse(
     arguments.config = config
     if schema is not Study:  # its required keys may be in the file alone
         arguments.given = set(parser.parse_args(argv, defaults=False).keys())
+    if is_of_run and "runtime.device_id" not in arguments.given:
+        settings.runtime.device_id = None  # which card trained the run says nothing about this host
     return settings, _expand_arguments(arguments)
 
 

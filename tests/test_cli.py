@@ -123,6 +123,26 @@ def test_the_config_of_a_run_is_found_beside_its_checkpoint(tmp_path):
         parse(["--ckpt=nowhere.ckpt"], "eval.py", "", words, config_beside="ckpt")
 
 
+def test_the_card_of_a_training_run_is_not_that_of_its_evaluation(tmp_path):
+    """Runs of earlier versions have 0 in their config.yaml, which would beat DEVICE_ID."""
+    trained = Config()
+    trained.runtime.device_id = 3
+    save_config(trained, tmp_path / "config.yaml")
+    (tmp_path / "best.ckpt").touch()
+    words = ["--ckpt", str(tmp_path / "best.ckpt")]
+
+    def device_id(*more):
+        def add_arguments(parser):
+            parser.add_argument("--ckpt", type=str)
+
+        given = [*words, *more]
+        return parse(given, "", "", add_arguments, config_beside="ckpt")[0].runtime.device_id
+
+    assert device_id() is None
+    assert device_id("--runtime.device_id=2") == 2
+    assert device_id("--config", str(tmp_path / "config.yaml")) == 3
+
+
 def test_a_value_is_not_appended():
     with pytest.raises(UserError, match="--model.depths[+]: cannot append"):
         read("--model.depths+=3")
