@@ -189,7 +189,7 @@ def _check_mapping(path: Path, schema: type) -> None:
         content = read_yaml(text)
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}; give a YAML file") from None
-    except (ValueError, yaml.YAMLError) as error:  # ValueError: also for an invalid date
+    except (ValueError, yaml.YAMLError) as error:  # ValueError: a number with too many digits
         reason = shorten(" ".join(str(error).split()), 200)
         raise UserError(f"--config {path}: invalid YAML: {reason}") from None
     # The last line that save_config writes is a comment; lines that a user added may follow.

@@ -11,6 +11,7 @@ from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
 
 from src.errors import UserError, shorten
 from src.hints import nearest_key
+from src.yaml_reader import read_yaml
 
 _read_yaml = get_loader("yaml")
 
@@ -18,9 +19,10 @@ _read_yaml = get_loader("yaml")
 def _load_yaml(text: str) -> Any:
     """Load YAML like jsonargparse; libyaml rejects the escapes of paths that are not UTF-8."""
     try:
-        return _read_yaml(text)
+        value = _read_yaml(text)
     except yaml.scanner.ScannerError:
         return yaml.safe_load(text)
+    return value if isinstance(value, str) else read_yaml(text)  # jsonargparse reads 010 as 8
 
 
 set_loader("yaml", _load_yaml, (yaml.YAMLError,))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import yaml
@@ -10,10 +11,28 @@ from src.errors import shorten
 
 # ImageNet-22k's 21,841 class names are half a MiB.
 MAX_BYTES, MAX_DEPTH = 4 << 20, 20
+_SCALARS = {  # those of YAML 1.2
+    "tag:yaml.org,2002:int": r"-?(0|[1-9][0-9]*)$",
+    "tag:yaml.org,2002:float": r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*)([eE][-+]?[0-9]+)?$"
+    r"|[-+]?[0-9]+[eE][-+]?[0-9]+$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$",
+}
 
 
-class _UniqueKeys:
-    """Rejects a duplicate key in a mapping; YAML would silently use the last one."""
+class _Strict(yaml.resolver.BaseResolver):
+    """Rejects a duplicate key in a mapping; YAML would silently use the last one.
+
+    Numbers are those of YAML 1.2, and dates are text: YAML 1.1 reads the class name 010 as 8 and
+    1:30 as 90, and 1e-3 as text.
+    """
+
+    yaml_implicit_resolvers = {
+        first: [
+            (tag, pattern)
+            for tag, pattern in resolvers
+            if tag not in (*_SCALARS, "tag:yaml.org,2002:timestamp")
+        ]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys: set[str] = set()
@@ -25,11 +44,15 @@ class _UniqueKeys:
         return super().construct_mapping(node, deep)
 
 
-class _Loader(_UniqueKeys, yaml.SafeLoader):
+for _tag, _pattern in _SCALARS.items():
+    _Strict.add_implicit_resolver(_tag, re.compile(_pattern), list("-+.0123456789"))
+
+
+class _Loader(_Strict, yaml.SafeLoader):
     pass
 
 
-class _FastLoader(_UniqueKeys, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+class _FastLoader(_Strict, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
     pass
 
 

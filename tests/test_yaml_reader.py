@@ -36,7 +36,7 @@ def bomb(levels, width):
         ("model: " + "[" * 3000 + "]" * 3000, "nested deeper than 20"),
         ("model: " + "{a: " * 3000, "nested deeper than 20"),
         ("- " * 3000, "nested deeper than 20"),
-        ("model: {name: 2020-99-99}", "invalid YAML"),
+        ("training: {epochs: " + "1" * 5000 + "}", "invalid YAML: Exceeds"),
         ("#" * (5 << 20), "more than 4 MiB"),
         ("training: {freeze: [" + "a, " * 100_000 + "]}", "freeze has 100,000 values"),
         ("data: {class_names: [" + "a, " * 100_000 + "[]]}", r"data.class_names: .*around \[\]\."),
@@ -62,6 +62,27 @@ def test_a_recipe_of_a_strangers_does_no_harm(tmp_path, text, words):
     # Unbounded, these take minutes. Processor time doubles while the other core is busy.
     assert time.process_time() - start < 5
     assert len(str(caught.value)) < 800 and "\n" not in str(caught.value)
+
+
+NUMBERLIKE = ["007", "010", "1:30", "0x1f", "1_000", "+4", "0b1", "2020-01-01"]
+
+
+def test_names_like_numbers_keep_their_spelling(tmp_path):
+    """YAML 1.1 reads them as 7, 8, 90 and so on, which would name other classes."""
+    text = f"[{', '.join(NUMBERLIKE)}, 12, 0]"
+    config = load_config(recipe(tmp_path, f"data: {{class_names: {text}}}\n"))
+    assert config.data.class_names == [*NUMBERLIKE, "12", "0"]
+    config, _ = parse(["--data.class_names", text], "train.py", "", lambda parser: None)
+    assert config.data.class_names == [*NUMBERLIKE, "12", "0"]
+
+
+def test_numbers_are_decimal(tmp_path):
+    assert load_config(recipe(tmp_path, "training: {epochs: 010}\n")).training.epochs == 10
+    config, arguments = parse(
+        ["--training.epochs", "010", "--data.path", "007", "--optimizer.lr", "1e-3"],
+        "train.py", "", lambda parser: None,
+    )  # fmt: skip
+    assert (config.training.epochs, config.data.path, config.optimizer.lr) == (10, "007", 1e-3)
 
 
 def test_honest_anchors_are_read(tmp_path):
