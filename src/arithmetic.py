@@ -8,15 +8,92 @@ from __future__ import annotations
 
 import logging
 
+import mindspore as ms
 import numpy as np
 from mindspore import Tensor, ops
 
-from src.config import Config
+from src.config import Config, RuntimeConfig
 from src.errors import UserError
 from src.models.stochastic import hash_equals_numpy
 
 logger = logging.getLogger("cvt")
 FIXED_SCALE = 1024
+
+
+def configure_arithmetic(runtime: RuntimeConfig, device: str) -> None:
+    """Set the compilation level, determinism and full float32 precision.
+
+    Raises:
+        UserError: the device or MindSpore does not have the level.
+    """
+    if runtime.jit_level is not None:
+        _set_jit_level(runtime, device)
+    if runtime.deterministic:  # before communication operators are initialised, which copy it
+        try:
+            ms.set_deterministic(True)
+        except RuntimeError as error:  # a process can set it only once
+            if "repeatedly" not in str(error):
+                raise
+        if device == "GPU":
+            logger.warning(
+                "runtime.deterministic true: on a GPU, repeated steps differed in rounding "
+                "nevertheless (MindSpore 2.8.0 on an H200)"
+            )
+    if runtime.precision == "float32":
+        keep_float32(device)
+
+
+def keep_float32(device: str) -> None:
+    """Compute float32 in float32 for the rest of the process.
+
+    By default Atlas A2 computes convolutions in HF32 and cuDNN in TF32, both with 11 bits. What a
+    user's own script has set before stays.
+    """
+    if device == "Ascend":
+        precision = ms.device_context.ascend.op_precision
+        switches = precision.conv_allow_hf32, precision.matmul_allow_hf32
+    elif device == "GPU":
+        precision = ms.device_context.gpu.op_precision
+        switches = precision.conv_allow_tf32, precision.matmul_allow_tf32
+    else:
+        return
+    for switch in switches:
+        try:
+            switch(False)
+        except RuntimeError as error:  # Ascend's can be set once
+            if "repeatedly" not in str(error):
+                raise
+
+
+def _set_jit_level(runtime: RuntimeConfig, device: str) -> None:
+    level = runtime.jit_level
+    if runtime.mode != "graph":
+        raise UserError(f"runtime.jit_level {level}: needs graphs; set runtime.mode graph")
+    if level == "O2" and device != "Ascend":
+        raise UserError(
+            f"runtime.jit_level O2: is Ascend's graph engine, this runs on {device}; use O0 or O1"
+        )
+    try:
+        ms.set_context(jit_config={"jit_level": level})
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"runtime.jit_level {level}: MindSpore {ms.__version__} rejects it "
+            f"({str(error).splitlines()[0]}); leave out the key"
+        ) from None
+
+
+def require_precision(precision: str, device: str) -> None:
+    """Check that a device supports a precision.
+
+    Raises:
+        UserError: bfloat16 on another device than Ascend.
+    """
+    if precision == "bfloat16" and device != "Ascend":
+        other = "float32" if device == "CPU" else "float16 or float32"
+        raise UserError(
+            f"runtime.precision bfloat16: MindSpore has no such kernels for the {device}; "
+            f"use {other}"
+        )
 
 
 def check_arithmetic(config: Config) -> None:

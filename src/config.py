@@ -69,8 +69,8 @@ class RuntimeConfig:
             if there is one, and shifts turns compiled attention off. Export ignores it.
         jit_level: MindSpore's compilation level; null keeps the device's default. O2 is Ascend's
             graph engine.
-        deterministic: compute operators reproducibly, which costs time; on an accelerator, a
-            resumed run equals an uninterrupted one only with this.
+        deterministic: compute operators reproducibly, which costs time; on Ascend, a resumed run
+            equals an uninterrupted one only with this, on a GPU only up to rounding.
         seed: seed of the initial weights, data order, augmentation, drop path and dropout.
     """
 

@@ -138,6 +138,7 @@ def setup(config: RuntimeConfig) -> tuple[str, Ranks]:
     """
     import mindspore as ms  # not at the top: prepare_environment must run first
 
+    from src.arithmetic import configure_arithmetic, require_precision
     from src.distributed import is_distributed, join
 
     device = choose_device(config.device)
@@ -151,48 +152,6 @@ def setup(config: RuntimeConfig) -> tuple[str, Ranks]:
     ranks = join()
     seed_generators(config.seed)
     return device, ranks
-
-
-def configure_arithmetic(runtime: RuntimeConfig, device: str) -> None:
-    """Set the compilation level, determinism and full float32 precision.
-
-    Raises:
-        UserError: the device or MindSpore does not have the level.
-    """
-    import mindspore as ms
-
-    if runtime.jit_level is not None:
-        _set_jit_level(runtime, device)
-    if runtime.deterministic:  # before communication operators are initialised, which copy it
-        try:
-            ms.set_deterministic(True)
-        except RuntimeError as error:  # a process can set it only once
-            if "repeatedly" not in str(error):
-                raise
-    if device == "Ascend" and runtime.precision == "float32":
-        # By default Atlas A2 computes float32 convolutions in HF32, with 11 bits.
-        precision = ms.device_context.ascend.op_precision
-        precision.conv_allow_hf32(False)
-        precision.matmul_allow_hf32(False)
-
-
-def _set_jit_level(runtime: RuntimeConfig, device: str) -> None:
-    import mindspore as ms
-
-    level = runtime.jit_level
-    if runtime.mode != "graph":
-        raise UserError(f"runtime.jit_level {level}: needs graphs; set runtime.mode graph")
-    if level == "O2" and device != "Ascend":
-        raise UserError(
-            f"runtime.jit_level O2: is Ascend's graph engine, this runs on {device}; use O0 or O1"
-        )
-    try:
-        ms.set_context(jit_config={"jit_level": level})
-    except (TypeError, ValueError) as error:
-        raise UserError(
-            f"runtime.jit_level {level}: MindSpore {ms.__version__} rejects it "
-            f"({str(error).splitlines()[0]}); leave out the key"
-        ) from None
 
 
 def seed_generators(seed: int) -> None:
@@ -285,24 +244,14 @@ def current_device() -> str:
     return ms.get_context("device_target")
 
 
-def require_precision(precision: str, device: str) -> None:
-    """Check that a device supports a precision.
-
-    Raises:
-        UserError: bfloat16 on the CPU.
-    """
-    if precision == "bfloat16" and device == "CPU":
-        raise UserError("runtime.precision bfloat16: the CPU has no such kernels; use float32")
-
-
 def inference_runtime(
     runtime: RuntimeConfig, device: str, given: Collection[str] = ()
 ) -> RuntimeConfig:
     """Return the settings of a run for using its weights on another device than its own.
 
-    On a CPU, float16 has no compiled operators (4 times slower) and bfloat16 no kernels, so weights
-    compute in float32 there; flash attention and O2 are for Ascend. Compiled operators that the run
-    required are used where they are available.
+    bfloat16 has kernels on Ascend only, and on a CPU float16 has no compiled operators (4 times
+    slower), so such weights compute in float32 there. Flash attention and O2 are for Ascend.
+    Compiled operators that the run required are used where they are available.
 
     Args:
         runtime: the settings of the run or recipe.
@@ -310,10 +259,15 @@ def inference_runtime(
         given: names of settings that the user chose for this call; they stay.
     """
     changes: dict[str, Any] = {}
-    if device == "CPU" and runtime.precision != "float32" and "precision" not in given:
+    if "precision" not in given and (
+        (device == "CPU" and runtime.precision == "float16")
+        or (device != "Ascend" and runtime.precision == "bfloat16")
+    ):
         logger.info(
-            "computing in float32, which is faster on a CPU than %s; --runtime.precision overrides",
+            "computing in float32 instead of %s, which is slow or missing on a %s; "
+            "--runtime.precision overrides",
             runtime.precision,
+            device,
         )
         changes["precision"] = "float32"
     if device != "Ascend" and "flash_attention" not in given:

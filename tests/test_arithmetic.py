@@ -1,4 +1,4 @@
-"""What is asked of Ascend, by a stand-in; the probes on this CPU and on broken devices."""
+"""What is asked of Ascend and GPUs, by stand-ins; the probes on this CPU and on broken devices."""
 
 import dataclasses
 import os
@@ -10,42 +10,77 @@ import numpy as np
 import pytest
 
 from src import arithmetic
-from src.arithmetic import check_arithmetic
+from src.arithmetic import (
+    check_arithmetic,
+    configure_arithmetic,
+    keep_float32,
+    require_precision,
+)
 from src.config import Config, RuntimeConfig
-from src.device import configure_arithmetic
 from src.errors import UserError
 from tests.conftest import ROOT
 
 
-class Precision:
-    """In the place of MindSpore's op_precision, which only works on Ascend."""
+class Switches:
+    """In the place of MindSpore's op_precision, which needs the device."""
 
-    def __init__(self):
-        self.asked = {}
+    def __init__(self, asked):
+        self.asked = asked
 
     def __getattr__(self, name):
         return lambda value: self.asked.update({name: value})
 
 
 @pytest.fixture
-def precision(monkeypatch):
-    from mindspore.device_context import ascend
+def asked(monkeypatch):
+    from mindspore.device_context import ascend, gpu
 
-    monkeypatch.setattr(ascend, "op_precision", Precision())
-    return ascend.op_precision
+    asked = {}
+    for owner in (ascend, gpu):
+        monkeypatch.setattr(owner, "op_precision", Switches(asked))
+    return asked
 
 
 @pytest.mark.parametrize(
-    ("device", "kind", "asked"),
+    ("device", "keys", "right"),
     [
-        ("Ascend", "float32", {"conv_allow_hf32": False, "matmul_allow_hf32": False}),
-        ("Ascend", "float16", {}),
-        ("CPU", "float32", {}),
+        ("Ascend", {}, {"conv_allow_hf32": False, "matmul_allow_hf32": False}),
+        ("Ascend", {"precision": "float16"}, {}),
+        ("GPU", {}, {"conv_allow_tf32": False, "matmul_allow_tf32": False}),
+        ("GPU", {"precision": "float16"}, {}),
+        ("CPU", {}, {}),
     ],
 )
-def test_float32_on_ascend_is_asked_to_be_float32(precision, device, kind, asked):
-    configure_arithmetic(RuntimeConfig(precision=kind), device)
-    assert precision.asked == asked
+def test_float32_is_asked_to_be_float32(asked, device, keys, right):
+    configure_arithmetic(RuntimeConfig(**keys), device)
+    assert asked == right
+
+
+def test_the_precision_that_a_script_has_set_stays(asked, monkeypatch):
+    def refuse(value):
+        raise RuntimeError("The 'conv_allow_hf32' can not be set repeatedly.")
+
+    monkeypatch.setattr(ms.device_context.ascend.op_precision, "conv_allow_hf32", refuse, False)
+    keep_float32("Ascend")
+    assert asked == {"matmul_allow_hf32": False}
+
+
+@pytest.mark.parametrize(("device", "told"), [("CPU", False), ("Ascend", False), ("GPU", True)])
+def test_deterministic_is_told_to_differ_on_a_gpu(asked, monkeypatch, caplog, device, told):
+    monkeypatch.setattr(ms, "set_deterministic", lambda value: None)
+    configure_arithmetic(RuntimeConfig(deterministic=True), device)
+    assert ("runtime.deterministic true: on a GPU" in caplog.text) is told
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [("CPU", "for the CPU; use float32"), ("GPU", "for the GPU; use float16 or float32")],
+)
+def test_bfloat16_where_it_has_no_kernels(device, message):
+    with pytest.raises(UserError, match=f"precision bfloat16: .* {message}"):
+        require_precision("bfloat16", device)
+    require_precision("bfloat16", "Ascend")
+    require_precision("float16", device)
 
 
 def test_deterministic_is_set_once_and_may_be_asked_for_again(monkeypatch):

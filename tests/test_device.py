@@ -61,6 +61,20 @@ def test_what_another_device_lacks_of_a_runs_settings_is_left_out(keys, given, c
     assert found == dataclasses.replace(runtime, **changed)
 
 
+@pytest.mark.parametrize(
+    ("kind", "precision", "computed"),
+    [
+        ("CPU", "float16", "float32"),
+        ("GPU", "float16", "float16"),
+        ("GPU", "bfloat16", "float32"),
+        ("Ascend", "bfloat16", "bfloat16"),
+    ],
+)
+def test_weights_compute_in_a_precision_that_the_device_has(kind, precision, computed):
+    found = device.inference_runtime(RuntimeConfig(precision=precision), kind)
+    assert found.precision == computed
+
+
 def test_the_seed_decides_the_initial_weights():
     def draw(seed):
         setup(RuntimeConfig(seed=seed))

@@ -187,7 +187,11 @@ def _set_cores(task: int, cores: Iterable[int]) -> None:
 def _open_mindspore(path: Path, threads: int | None) -> Session:
     import mindspore as ms
 
+    from src.arithmetic import keep_float32
+    from src.device import current_device
+
     register_mindspore_use()
+    keep_float32(current_device())
     _set_mindspore_threads(threads)
     try:
         with MINDSPORE_LOCK:

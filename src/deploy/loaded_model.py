@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 
 from mindspore import nn
 
+from src.arithmetic import keep_float32, require_precision
 from src.build import accelerate, build_for_weights, build_preprocessing, without_flash_attention
 from src.config_io import load_config, parse_runtime, run_config_of
 from src.data import Preprocessing
 from src.deploy.class_names import known_class_names
 from src.deploy.description import read_description
 from src.deploy.engines import MINDSPORE_LOCK, Session, mindspore_session, open_model
-from src.device import current_device, inference_runtime, require_precision
+from src.device import current_device, inference_runtime
 from src.errors import UserError
 from src.evaluation.labels import compare_with_run
 from src.forks import register_mindspore_use
@@ -87,6 +88,8 @@ def open_weights(
     register_mindspore_use()
     settings.runtime = inference_runtime(settings.runtime, current_device(), runtime)
     require_precision(settings.runtime.precision, current_device())
+    if settings.runtime.precision == "float32":
+        keep_float32(current_device())
     with MINDSPORE_LOCK:
         net = build_for_weights(settings)
         load_weights(net, path)

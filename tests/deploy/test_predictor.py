@@ -272,7 +272,7 @@ def test_arguments_without_effect_are_refused(trained, exported):
         (trained, {"engine": "onnxruntime"}, "engine onnxruntime: .ckpt is run by mindspore"),
         (trained, {"runtime": {"seed": 1}}, "runtime.seed: choose from mode, precision"),
         (trained, {"runtime": {"flash_attention": True}}, "flash_attention: is for Ascend"),
-        (trained, {"runtime": {"precision": "bfloat16"}}, "bfloat16: the CPU has no such"),
+        (trained, {"runtime": {"precision": "bfloat16"}}, "bfloat16: MindSpore has no such"),
         (trained, {"runtime": {"precision": "fp16"}}, "runtime.precision.*Got value: fp16"),
         (trained, {"runtime": {"compiled_ops": False}}, "runtime.compiled_ops.*Got value: false"),
         (trained, {"runtime": {"mode": "Pynative"}}, "runtime.mode.*Got value: Pynative"),
@@ -310,16 +310,33 @@ def test_weights_of_an_accelerators_run_compute_in_float32_on_the_cpu(
 
     words = ("eval.py", "--ckpt=run", "--runtime.mode=pynative")
     done = run_here(*words)
-    assert done.returncode == 0 and f"faster on a CPU than {precision}" in done.stdout, done.stderr
+    assert (
+        done.returncode == 0 and f"float32 instead of {precision}, which is slow" in done.stdout
+    ), done.stderr
     spellings = ([f"--runtime.precision={precision}"], ["--runtime.precision", precision])
     # The refusal of bfloat16 proves each spelling, an evaluation in float16 one.
     for chosen in spellings if precision == "bfloat16" else spellings[:1]:
         done = run_here(*words, *chosen)
         assert "in float32" not in done.stdout
         if precision == "bfloat16":
-            assert done.returncode == 2 and "bfloat16: the CPU has no" in done.stderr
+            assert (
+                done.returncode == 2
+                and "bfloat16: MindSpore has no such kernels for the CPU" in done.stderr
+            )
         else:
             assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("kind", "asked"), [("float32", ["CPU"]), ("float16", [])])
+def test_float32_is_computed_in_float32(trained, exported, monkeypatch, kind, asked):
+    """Scripts call no set-up; on accelerators MindSpore would round float32 to 11 bits."""
+    devices = []
+    monkeypatch.setattr("src.arithmetic.keep_float32", devices.append)
+    monkeypatch.setattr("src.deploy.loaded_model.keep_float32", devices.append)
+    Predictor(trained, runtime={"mode": "pynative", "precision": kind})
+    assert devices == asked
+    Predictor(exported / "any.mindir")
+    assert devices == [*asked, "CPU"]
 
 
 def test_a_limit_of_pixels(exported, digits):
