@@ -18,6 +18,8 @@ from src.cores import cpu_count
 from src.data.base import Source
 from src.data.images import decode
 from src.data.per_sample import PerSampleOp
+from src.data.records import RecordSource
+from src.data.shards import why_unreadable
 from src.data.transforms import remove_decoder_dumps
 from src.errors import UserError
 
@@ -230,7 +232,13 @@ class DataLoader:
         if not len(self):
             return
         with _pipeline_seed(self._seed), _queues(SHORT_QUEUE if self.source.inflated else None):
-            batches = self.pipeline().create_tuple_iterator(num_epochs=1, output_numpy=output_numpy)
+            pipeline = self.pipeline()
+            try:
+                batches = pipeline.create_tuple_iterator(num_epochs=1, output_numpy=output_numpy)
+            except RuntimeError as error:
+                if isinstance(self.source, RecordSource):
+                    raise UserError(f"{self.source.title}: {why_unreadable(error)}") from error
+                raise
         start = time.time()
         for done in range(len(self) + 1):
             try:

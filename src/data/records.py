@@ -19,7 +19,13 @@ import numpy as np
 
 from src.data.base import Source, normalize_name
 from src.data.images import make_decodable
-from src.data.shards import check_shard, require_utf8, verify_shard
+from src.data.shards import (
+    check_shard,
+    require_readable,
+    require_utf8,
+    verify_shard,
+    why_unreadable,
+)
 from src.errors import UserError, join_names
 from src.json_reader import read_json
 from src.progress import progress_bar
@@ -71,11 +77,11 @@ class RecordSource(Source):
 
     def _read_names(self) -> list[str]:
         records = ds.MindDataset(self._files, ["file"], num_parallel_workers=1, shuffle=False)
-        rows = records.create_tuple_iterator(num_epochs=1, output_numpy=True)
         try:
+            rows = records.create_tuple_iterator(num_epochs=1, output_numpy=True)
             files = [str(row[0]).split("/") for row in rows]
         except RuntimeError as error:
-            raise UserError(f"{self._folder}: a record cannot be read; pack it again") from error
+            raise UserError(f"{self._folder}: {why_unreadable(error)}") from error
         # Within the split: from the class's folder on, whatever the split's folder was called.
         start = files[0].index(self._first_class) if self._first_class in files[0] else 0
         return ["/".join(parts[start:]) for parts in files]
@@ -242,7 +248,8 @@ def verify(root: Path) -> dict[Path, int]:
         The number of images by split folder.
 
     Raises:
-        UserError: there is no split, one is unfinished, or a shard has changed.
+        UserError: there is no split, one is unfinished, a shard has changed, or MindSpore can't
+            open the shards together.
     """
     folders = sorted({path.parent for name in (INDEX, UNFINISHED) for path in root.rglob(name)})
     if not folders:
@@ -254,4 +261,5 @@ def verify(root: Path) -> dict[Path, int]:
             for shard in index["shards"]:
                 verify_shard(folder, shard)
                 bar.update(shard["images"])
+            require_readable(folder, [shard["name"] for shard in index["shards"]])
     return images

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import mindspore.dataset as ds
 from mindspore.mindrecord import FileWriter
 
-from src.errors import UserError
+from src.errors import UserError, shorten
 from src.files import is_utf8, sha256_of
 
 _REMEDY = "convert it again with tools.records, or copy it again"
@@ -28,19 +30,30 @@ def require_utf8(folder: Path) -> None:
         )
 
 
-def open_writer(path: Path, sizes: list[int], description: str) -> FileWriter:
-    """Create the writer of one shard whose pages hold the largest image.
+def choose_layout(largest: int, most: int) -> list[int]:
+    """Return the bytes of a header and of a page, for all shards of a split.
 
-    MindRecord's default, 32 MiB per page and 16 for the header, would make every shard 48 MiB.
+    MindSpore opens only shards of equal layout together. Its default, 16 MiB for the header and 32
+    for a page, would make every shard 48 MiB.
+
+    Args:
+        largest: bytes of the largest image of the split; a page must hold it.
+        most: bytes of the images of its largest shard.
+
+    Raises:
+        UserError: an image is too large.
     """
-    largest, total = max(sizes), sum(sizes)
-    page = max(_power_of_two(largest + 4096), min(_power_of_two(total), 1 << 25))
+    page = max(_power_of_two(largest + 4096), min(_power_of_two(most), 1 << 25))
     if page > 1 << 28:
-        raise UserError(
-            f"{path.name}: an image of {largest} bytes; MindRecord takes at most 256 MiB - 4 KiB"
-        )
+        raise UserError(f"an image of {largest} bytes; MindRecord takes at most 256 MiB - 4 KiB")
+    return [1 << 20 if most < 1 << 30 else 1 << 24, page]
+
+
+def open_writer(path: Path, layout: Sequence[int], description: str) -> FileWriter:
+    """Create the writer of one shard."""
+    header, page = layout
     writer = FileWriter(str(path), shard_num=1, overwrite=True)
-    writer.set_header_size(1 << 20 if total < 1 << 30 else 1 << 24)
+    writer.set_header_size(header)
     writer.set_page_size(page)
     writer.add_schema(_SCHEMA, description)
     writer.add_index(["label"])  # else MindSpore also indexes the names and keeps them in memory
@@ -95,6 +108,25 @@ def verify_shard(folder: Path, shard: dict[str, Any]) -> None:
     for file, digest in ((path, shard["sha256"]), (database(path), shard["index_sha256"])):
         if sha256_of(file) != digest:
             raise UserError(f"{file}: damaged, its SHA-256 is not the index's; {_REMEDY}")
+
+
+def require_readable(folder: Path, names: Sequence[str]) -> None:
+    """Check that MindSpore opens the shards of a split together.
+
+    Raises:
+        UserError: it does not, for instance because their pages differ.
+    """
+    shards = ds.MindDataset([str(folder / name) for name in names], ["label"], shuffle=False)
+    try:
+        next(shards.create_tuple_iterator(num_epochs=1, output_numpy=True))
+    except RuntimeError as error:
+        raise UserError(f"{folder}: {why_unreadable(error)}") from error
+
+
+def why_unreadable(error: RuntimeError) -> str:
+    """Return MindSpore's reason for not opening shards, in a line, and what to do."""
+    reason = next((line for line in str(error).splitlines() if line.strip()), "no reason given")
+    return f"MindSpore can't open the shards ({shorten(reason, 200)}); {_REMEDY}, with --force"
 
 
 def database(path: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import logging
@@ -23,7 +24,14 @@ from src.cores import cpu_count
 from src.data.base import Source
 from src.data.images import find_fault, is_decodable
 from src.data.records import FORMAT, INDEX, UNFINISHED, load_index
-from src.data.shards import commit_shard, open_writer, require_utf8, verify_shard
+from src.data.shards import (
+    choose_layout,
+    commit_shard,
+    open_writer,
+    require_readable,
+    require_utf8,
+    verify_shard,
+)
 from src.data.sources import open_source
 from src.errors import UserError
 from src.files import remove_unfinished, write_json
@@ -179,7 +187,11 @@ class _Conversion:
         return Converted(images, len(shards), kept, skipped)
 
     def _write_missing(self, shards: dict[int, dict[str, Any]]) -> None:
-        """Write the shards that are missing in `shards`, add them, and write the index."""
+        """Write the shards that are missing in `shards`, add them, and write the index.
+
+        Raises:
+            UserError: a file can't be read or written, or MindSpore can't read the shards.
+        """
         index, unfinished = self._folder / INDEX, self._folder / UNFINISHED
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -196,6 +208,7 @@ class _Conversion:
                 else:
                     shards[number] = self._write_shard(number, positions, pool, bar)
                     write_json(self._index(shards), unfinished)
+        require_readable(self._folder, [shards[number]["name"] for number in sorted(shards)])
         write_json(self._index(shards), index)
 
     def _index(self, shards: dict[int, dict[str, Any]]) -> dict[str, Any]:
@@ -246,6 +259,15 @@ class _Conversion:
         times.update(content.digest())
         return sizes, content.hexdigest(), times.hexdigest()
 
+    @functools.cached_property
+    def _layout(self) -> list[int]:
+        """The layout of every shard; it follows from the source, so a new start finds the same."""
+        sizes = [self._fingerprint(positions)[0] for positions in self._ranges]
+        try:
+            return choose_layout(max(map(max, sizes)), max(map(sum, sizes)))
+        except UserError as error:
+            raise UserError(f"{self._folder}: {error}") from None
+
     def _intact_shards(self) -> dict[int, dict[str, Any]]:
         """Return the shards of an earlier start that are intact and match the source, by number.
 
@@ -285,7 +307,11 @@ class _Conversion:
                     continue
                 try:
                     verify_shard(self._folder, shard)
-                    intact[number] = shard
+                    alone = self._layout if len(self._ranges) == 1 else None  # of any layout
+                    if shard.get("layout", alone) == self._layout:
+                        intact[number] = shard
+                    else:
+                        _log.warning("rewriting %s: its pages have another size", shard["name"])
                 except UserError as error:
                     _log.warning("rewriting a shard: %s", error)
                 bar.update(len(self._ranges[number]))
@@ -307,10 +333,11 @@ class _Conversion:
         folder.mkdir()
         path = folder / f"{number:05d}.mindrecord"
         sizes, content_digest, origin = self._fingerprint(positions)
+        layout = self._layout
         files = [self._source.describe(position) for position in positions]
         labels, skipped, unready, batch = [], [], 0, []
         try:
-            writer = open_writer(path, sizes, content_digest)
+            writer = open_writer(path, layout, content_digest)
             reads = _map_ahead(pool, _read, files, 4 * self._workers)
             for position, file, size, read in zip(positions, files, sizes, reads):
                 bar.update()
@@ -351,6 +378,7 @@ class _Conversion:
             "skipped": skipped,
             "origin": origin,
             "unready": unready,
+            "layout": layout,
             **entry,
         }
 

@@ -10,10 +10,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from src.data.records import open_records
+from src.data.loader import create_eval_loader
+from src.data.records import open_records, verify
 from src.data.sources import open_source
 from src.errors import UserError
 from src.folder_lock import lock_folder
@@ -40,6 +42,60 @@ def refused(words, *arguments, **keywords):
     with pytest.raises(UserError, match=words) as caught:
         convert(*arguments, **keywords)
     assert "\n" not in str(caught.value)
+
+
+# layout
+
+
+def uneven(tmp_path):
+    """Three images of 0.2 MB in each of two classes, then a small one: shards of 3, 3 and 1."""
+    root = tmp_path / "uneven"
+    for label, name in enumerate("ab"):
+        (root / "train" / name).mkdir(parents=True)
+        for k in range(3 + label):
+            pixels = np.random.default_rng(k).integers(0, 256, (256, 256, 3), np.uint8)
+            size = 8 if k == 3 else 256
+            Image.fromarray(pixels[:size, :size]).save(root / "train" / name / f"{k}.png")
+    return root
+
+
+def test_shards_of_unequal_size_are_read_together(tmp_path):
+    """MindSpore opens only shards whose pages and headers have one size."""
+    target = tmp_path / "out"
+    convert(uneven(tmp_path), target, Options(images_per_shard=3))
+    assert verify(target) == {target / "train": 7}
+    source = open_records(target / "train", None)
+    batches = create_eval_loader(source, [], 1).iterate(output_numpy=True)
+    assert [labels.tolist() for _, labels in batches] == [[0]] * 3 + [[1]] * 4
+
+
+def test_shards_of_another_layout_are_found_and_written_again(tmp_path, monkeypatch, caplog):
+    """As earlier versions wrote them: each shard with a page for its own images."""
+    root, target, options = uneven(tmp_path), tmp_path / "out", Options(images_per_shard=3)
+    layouts = iter([[1 << 20, 1 << 20], [1 << 20, 1 << 20], [1 << 20, 1 << 16]])
+    own = writer.open_writer
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "open_writer", lambda path, _, text: own(path, next(layouts), text))
+        refused("can't open the shards .*--force", root, target, options)
+        patch.setattr(writer, "open_writer", own)
+        patch.setattr(writer, "require_readable", lambda folder, names: None)
+        convert(root, target, options)
+    index = target / "train/index.json"
+    earlier = json.loads(index.read_text())
+    for shard in earlier["shards"]:
+        del shard["layout"]
+    index.write_text(json.dumps(earlier))
+    with pytest.raises(UserError, match="can't open the shards"):
+        verify(target)
+    source = open_records(target / "train", None)
+    with pytest.raises(UserError, match="can't open the shards .*--force"):
+        next(create_eval_loader(source, [], 1).iterate())
+    with pytest.raises(UserError, match="can't open the shards"):
+        source.name(0)
+    with caplog.at_level(logging.WARNING, "cvt"):
+        convert(root, target, options)
+    assert caplog.text.count("its pages have another size") == 3
+    assert verify(target) == {target / "train": 7}
 
 
 # interruption
