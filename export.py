@@ -12,6 +12,7 @@ from src.config import RuntimeConfig
 from src.config_io import find_checkpoint
 from src.device import import_mindspore, log_to, prepare_environment, setup
 from src.errors import UserError, executable
+from src.files import require_writable
 
 FORMATS = ("mindir", "onnx", "air")
 
@@ -70,6 +71,8 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--output {output}: the name must end in .{arguments.format}")
     if (output.exists() or Path(f"{output}.json").exists()) and not arguments.force:
         raise UserError(f"--output {output}: exists; add --force to replace it")
+    for written in (output, f"{output}.json"):
+        require_writable(written, "--output")
     if arguments.quantize and arguments.format != "onnx":
         raise UserError("--quantize int8: works only for ONNX files; add --format onnx")
     if arguments.quantize and "float16" in (arguments.weight_dtype, arguments.precision):

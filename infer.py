@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from jsonargparse.typing import PositiveInt
@@ -28,12 +29,14 @@ def main(argv: list[str]) -> None:
 
     given = (key.removeprefix("runtime.") for key in arguments.given)
     runtime = {key: getattr(keys.runtime, key) for key in given if key in RUNTIME_OF_WEIGHTS}
-    check_outputs(arguments.json, arguments.sheet, arguments.force)
+    check_outputs(arguments.json, arguments.sheet, arguments.attention, arguments.force)
     if arguments.attention:
         check_attention(arguments.model, arguments.input, arguments.attention, arguments.force)
         runtime["mode"] = keys.runtime.mode = "pynative"  # hooks read the attention
-    if not arguments.model.endswith(".onnx"):  # its engines run on the CPU everywhere
+    if not arguments.model.endswith(".onnx"):
         setup(keys.runtime)
+    elif keys.runtime.device not in ("auto", "CPU"):
+        logging.getLogger("cvt").info("ONNX files run on the CPU, not on %s", keys.runtime.device)
     predictor = Predictor(
         arguments.model,
         arguments.config,

@@ -163,11 +163,15 @@ def find_resumed_run(argv: Sequence[str]) -> tuple[Path | bool | None, list[str]
     is_folder = bool(state) and state.is_dir()
     if run is None and (is_folder or take_option(rest, "--config")[1] is None):
         where = f"--output {output}" if output else f"--resume {state}"
-        raise UserError(f"{where}: no run there to resume (no {CONFIG}); give its folder")
+        remedy = "give its folder"
+        if output and state and not is_folder:
+            own = run_config_of(state)
+            remedy = f"to continue the state there, add --config {own or 'of its run'}"
+        raise UserError(f"{where}: no run there to resume (no {CONFIG}); {remedy}")
     if is_folder and run_config_of(str(state)) != run:
         raise UserError(
             f"--resume {state}: not the run in --output {output}; leave out --output, or give one "
-            "of its states, to continue it in another folder"
+            "of its states and its --config, to continue it in another folder"
         )
     return state, argv if output or run is None else [*argv, "--output", str(run.parent)]
 

@@ -242,6 +242,25 @@ def _check_mapping(path: Path, schema: type) -> None:
             )
 
 
+def require_outside_images(config: Config, output: Path) -> None:
+    """Check that a run's folder is not among the images, where it would become a class.
+
+    Raises:
+        UserError: it is.
+    """
+    data = config.data
+    if data.source != "imagefolder" or data.path is None:
+        return
+    for name in (data.train_folder, *[data.val_folder] * (not data.val_from_train)):
+        images = Path(os.path.realpath(Path(os.path.expanduser(data.path)) / name))
+        run = Path(os.path.realpath(output))
+        if run == images or images in run.parents:
+            raise UserError(
+                f"--output {output}: lies among the images of {images}, where it would become a "
+                "class; give a folder outside"
+            )
+
+
 def _dotted_keys(schema: type, required: bool = False) -> list[str]:
     """Return the keys of a schema's groups as "model.name": all, or those that can't be null."""
     return [

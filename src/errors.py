@@ -94,6 +94,10 @@ def executable(main: Callable[[list[str]], None]) -> Callable[[], None]:
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")
         try:
+            os.getcwd()
+        except FileNotFoundError:  # MindSpore would crash
+            _exit("the current folder was deleted; change to another")
+        try:
             main(sys.argv[1:])
         except UserError as error:
             _exit(error)

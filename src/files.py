@@ -31,19 +31,34 @@ def replacing(path: str | Path) -> Iterator[Path]:
     Raises:
         OSError: the file cannot be written; the old one is unchanged.
     """
-    path = Path(path)
+    with replacing_together(path) as (unfinished,):
+        yield unfinished
+
+
+@contextlib.contextmanager
+def replacing_together(*paths: str | Path) -> Iterator[list[Path]]:
+    """Like `replacing`, for files that belong together: all are complete before one is replaced."""
+    targets = list(map(Path, paths))
+    with contextlib.ExitStack() as folders:
+        unfinished = [folders.enter_context(_folder_beside(each)) / each.name for each in targets]
+        yield unfinished
+        for each in unfinished:
+            with open(each.parent / ".mode", "xb") as usual:  # created to read the default mode
+                mode = os.fstat(usual.fileno()).st_mode
+            each.chmod(mode & 0o777)
+            with open(each, "rb") as file:
+                os.fsync(file.fileno())
+        for each, target in zip(unfinished, targets):
+            os.replace(each, target)
+            _flush_folder(target.parent)
+
+
+@contextlib.contextmanager
+def _folder_beside(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}{PARTIAL}"))
     try:
-        unfinished = folder / path.name
-        yield unfinished
-        with open(folder / ".mode", "xb") as usual:  # created to read the default mode
-            mode = os.fstat(usual.fileno()).st_mode
-        unfinished.chmod(mode & 0o777)
-        with open(unfinished, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-        _flush_folder(path.parent)
+        yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -60,7 +75,12 @@ def write_json(content: Any, path: str | Path) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", path)
+    write_text(as_json(content), path)
+
+
+def as_json(content: Any) -> str:
+    """Return JSON as `write_json` writes it."""
+    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
 
 def write_csv(head: Sequence[str], rows: Iterable[Sequence[Any]], path: str | Path) -> None:
@@ -82,9 +102,14 @@ def write_text(text: str, path: str | Path) -> None:
     """
     try:
         with replacing(path) as unfinished:
-            unfinished.write_bytes(text.encode("utf-8", "backslashreplace"))
+            unfinished.write_bytes(as_utf8(text))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; give a writable file") from None
+
+
+def as_utf8(text: str) -> bytes:
+    """Encode a text; bytes of a file name that are not UTF-8 are escaped as \\udcXX."""
+    return text.encode("utf-8", "backslashreplace")
 
 
 def is_utf8(path: Path) -> bool:

@@ -1,18 +1,28 @@
 """Recipes and options: what passes, what is refused, and with which words."""
 
+import contextlib
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
 import infer
-from src.cli import parse, require_free_port
+from src.cli import find_resumed_run, parse, require_free_port
 from src.config import Config, DataConfig, OptimizerConfig, RuntimeOnly, Study
-from src.config_io import is_run_config, load_config, run_config_of, save_config
+from src.config_io import (
+    is_run_config,
+    load_config,
+    require_outside_images,
+    run_config_of,
+    save_config,
+)
 from src.data.headers import MAX_PIXELS
 from src.errors import UserError
 from src.hints import _ALIASES
+from tests.conftest import ROOT
 
 FILES = sorted((Path(__file__).parents[1] / "config").rglob("*.yaml"))
 RECIPES = [path for path in FILES if path.parent.name != "study"]
@@ -334,3 +344,49 @@ def test_only_a_runs_own_configuration_is_one(tmp_path):
     assert is_run_config(tmp_path / "config.yaml")
     (tmp_path / "other.yaml").write_text("model: {name: cvt_13}\n")
     assert not is_run_config(tmp_path / "other.yaml") and not is_run_config(tmp_path / "nowhere")
+
+
+def test_a_state_is_continued_in_another_folder(tmp_path):
+    """The message of one command line is what works."""
+    run, new = tmp_path / "run", tmp_path / "new"
+    state = run / "checkpoints/step-00000014.ckpt"
+    state.parent.mkdir(parents=True)
+    state.touch()
+    save_config(Config(), run / "config.yaml")
+    argv = ["--resume", str(state), "--output", str(new)]
+    with pytest.raises(UserError, match="to continue the state there, add --config .*config.yaml"):
+        find_resumed_run(argv)
+    argv += ["--config", str(run / "config.yaml")]
+    assert find_resumed_run(argv) == (state, argv)
+
+
+@pytest.mark.parametrize(
+    ("output", "held_out", "refused"),
+    [
+        ("train", None, True),
+        ("train/roses/run", None, True),
+        ("val/x", None, True),
+        ("val/x", 4, False),
+        ("runs/x", None, False),
+        ("../elsewhere", None, False),
+    ],
+)
+def test_a_run_among_its_images_is_refused(tmp_path, output, held_out, refused):
+    """It would be a class of the next run."""
+    data = DataConfig(source="imagefolder", path=str(tmp_path / "f"), val_from_train=held_out)
+    context = (
+        pytest.raises(UserError, match="lies among the images of .*; give a folder outside")
+        if refused
+        else contextlib.nullcontext()
+    )
+    with context:
+        require_outside_images(Config(data=data), tmp_path / "f" / output)
+
+
+def test_a_deleted_current_folder_is_one_line(tmp_path):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    script = f'cd "{gone}"; rmdir "{gone}"; exec "{sys.executable}" "{ROOT}/infer.py" --help'
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.strip().endswith("the current folder was deleted; change to another")

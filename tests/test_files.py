@@ -12,11 +12,41 @@ from src.files import (
     is_json,
     remove_unfinished,
     replacing,
+    replacing_together,
     require_replaceable,
     require_writable,
     write_csv,
     write_json,
 )
+
+
+@pytest.mark.parametrize("broken", [1, 2])
+def test_files_that_belong_together_are_replaced_together(tmp_path, monkeypatch, broken):
+    """A disk that fails while either is flushed leaves both old ones."""
+    targets = tmp_path / "a.json", tmp_path / "a.mindir"
+    for target in targets:
+        target.write_text("old")
+    flush, calls = os.fsync, []
+
+    def fail(descriptor):
+        calls.append(descriptor)
+        if len(calls) == broken:
+            raise OSError(5, "Input/output error")
+        flush(descriptor)
+
+    def write():
+        with replacing_together(*targets) as unfinished:
+            for each in unfinished:
+                each.write_text("new")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        with pytest.raises(OSError, match="Input/output"):
+            write()
+    assert [target.read_text() for target in targets] == ["old", "old"]
+    write()
+    assert [target.read_text() for target in targets] == ["new", "new"]
+    assert len(os.listdir(tmp_path)) == 2
 
 
 def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):

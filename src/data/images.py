@@ -9,6 +9,7 @@ metadata that Pillow refuses.
 from __future__ import annotations
 
 import io
+import warnings
 
 import numpy as np
 from PIL import Image, ImageOps, features
@@ -42,6 +43,8 @@ _UPRIGHT = {  # views of [H, W, 3]
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _ROWS_PER_STRIP, _TILE_WIDTH, _TILE_LENGTH = 258, 262, 278, 322, 323
 _YCBCR = 6
 _STRIP = 1 << 22  # pixels converted at a time
+# Dropping alpha is what is wanted; the warning would not name the file.
+warnings.filterwarnings("ignore", "Palette images with Transparency", UserWarning)
 
 
 def decode(content: np.ndarray | bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
@@ -220,9 +223,17 @@ def _load(image: Image.Image) -> None:
 
 
 def _check_range(image: Image.Image) -> None:
-    """Refuse 32-bit values, whose range is unknown. Pillow < 10.3 opens 16-bit PNGs as mode I."""
+    """Refuse 32-bit values, whose range is unknown. Pillow < 10.3 opens 16-bit PNGs as mode I.
+
+    Older Pillows do not convert every colour space either.
+    """
     if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):
         raise UserError("has 32-bit values of unknown range; save it with 8 or 16 bits")
+    if not image.mode.startswith("I"):
+        try:
+            Image.new(image.mode, (1, 1)).convert("RGB")
+        except ValueError:
+            raise UserError(f"has the colour space {image.mode}; save it as RGB") from None
 
 
 def _orientation(image: Image.Image) -> int:

@@ -115,7 +115,7 @@ def _imagefolder(
     if empty and (split == "train" or not files):
         raise UserError(
             f"{folder / empty[0]}: no image in this class folder (looked for "
-            f"{' '.join(IMAGE_EXTENSIONS)}); add some or remove the folder"
+            f"{' '.join(IMAGE_EXTENSIONS)}); add some, or move the folder elsewhere"
         )
     if skipped:
         logger.warning(

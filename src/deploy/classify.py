@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,16 +20,24 @@ logger = logging.getLogger("cvt")
 MAX_TILES = 120  # of a contact sheet
 
 
-def check_outputs(json_file: str | None, sheet: str | None, force: bool = False) -> None:
+def check_outputs(
+    json_file: str | None, sheet: str | None, attention: str | None = None, force: bool = False
+) -> None:
     """Check that the output files can be written, before the model is loaded.
 
     Args:
         json_file, sheet: as in `classify_files`.
+        attention: file for an attention map; only compared with the others.
         force: replace any existing file, instead of earlier results only.
 
     Raises:
-        UserError: a file can't be written or replaced.
+        UserError: a file can't be written or replaced, or two are the same.
     """
+    outputs = {"--json": json_file, "--sheet": sheet, "--attention": attention}
+    paths = [os.path.realpath(path) for path in outputs.values() if path is not None]
+    if len({*paths}) < len(paths):
+        names = ", ".join(name for name, path in outputs.items() if path is not None)
+        raise UserError(f"{names}: name the same file; give each its own")
     if json_file is not None:
         require_replaceable(json_file, "--json", _is_result, force)
     if sheet is not None:
@@ -58,7 +67,7 @@ def classify_files(
     Raises:
         UserError: there are no images, or some can't be read. All others are classified first.
     """
-    files = find_images(inputs)
+    files = find_images(inputs, leave_out=sheet)
     entries, tiles, broken = [], [], []
     with progress_bar(len(files), "classify") as bar:
         for file, result in zip(files, predictor.stream(files, top_k)):
@@ -90,8 +99,14 @@ def classify_files(
         )
 
 
-def find_images(inputs: str | Path | Sequence[str | Path]) -> list[str]:
+def find_images(
+    inputs: str | Path | Sequence[str | Path], leave_out: str | None = None
+) -> list[str]:
     """Find image files: the given ones, and those in folders at any depth, sorted by folder.
+
+    Args:
+        inputs: files and folders.
+        leave_out: a picture that this command writes, maybe into such a folder.
 
     Raises:
         UserError: an input does not exist, or a folder has no images.
@@ -106,6 +121,9 @@ def find_images(inputs: str | Path | Sequence[str | Path]) -> list[str]:
         if not path.is_dir():
             raise UserError(f"--input {path}: no such file or folder")
         images, others = list_images(path)
+        if leave_out is not None:
+            own = os.path.realpath(leave_out)
+            images = [image for image in images if os.path.realpath(image) != own]
         if others:
             logger.warning(
                 "%s: left out %d files that are not %s, such as %s",

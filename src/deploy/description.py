@@ -39,9 +39,10 @@ def read_description(path: str | Path) -> dict[str, Any]:
         if not isinstance(description, dict):
             raise ValueError("not a JSON object")
         description.update(_validate(description))
-    except OSError:
+    except OSError as error:
+        reason = "missing" if isinstance(error, FileNotFoundError) else error.strerror
         raise UserError(
-            f"{beside}: missing; keep the .json of export.py beside the model"
+            f"{beside}: {reason}; keep the .json of export.py beside the model, readable"
         ) from None
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         reason = f"no key {error}" if isinstance(error, KeyError) else " ".join(str(error).split())

@@ -15,6 +15,7 @@ import numpy as np
 from src.cores import cpu_count, usable_cores
 from src.deploy.file_checks import check_mindir, check_onnx
 from src.errors import UserError
+from src.files import is_utf8
 from src.forks import KERNEL_THREADS, register_mindspore_use, thread_names
 from src.kernels.library import set_threads
 
@@ -96,10 +97,11 @@ def open_model(path: str | Path, engine: str = "auto", threads: int | None = Non
     check_engine(path, engine)
     if path.suffix == ".mindir":
         check_mindir(path)
+        _require_utf8(path)
         return _open_mindspore(path, threads)
     quantized = check_onnx(path)
     if engine == "auto":  # OpenVINO 2026.4 rejects int8 files
-        engine = "openvino" if not quantized and _import_optional("openvino") else "onnxruntime"
+        engine = "openvino" if not quantized and import_optional("openvino") else "onnxruntime"
     if threads is None and cpu_count() < len(usable_cores()):
         threads = cpu_count()  # engines count the cores, not what a container may use of them
     return _OPENERS[engine](path, threads)
@@ -202,8 +204,14 @@ def _open_mindspore(path: Path, threads: int | None) -> Session:
     return Session(bound, "mindspore", path, MINDSPORE_LOCK)
 
 
+def _require_utf8(path: Path) -> None:
+    if not is_utf8(path):
+        raise UserError(f"{path}: opens only in UTF-8; rename the file or its folder")
+
+
 def _open_onnxruntime(path: Path, threads: int | None) -> Session:
-    runtime = _import_optional("onnxruntime")
+    _require_utf8(path)
+    runtime = import_optional("onnxruntime")
     if runtime is None:
         raise UserError(
             f"{path}: ONNX files need OpenVINO or onnxruntime: "
@@ -232,7 +240,7 @@ def _open_onnxruntime(path: Path, threads: int | None) -> Session:
 
 
 def _open_openvino(path: Path, threads: int | None) -> Session:
-    openvino = _import_optional("openvino")
+    openvino = import_optional("openvino")
     if openvino is None:
         raise UserError(f"{path}: OpenVINO is not installed: pip install openvino")
     # Without the first setting, OpenVINO computes in bfloat16 on processors that support it.
@@ -259,12 +267,13 @@ def _open_openvino(path: Path, threads: int | None) -> Session:
 _OPENERS = {"openvino": _open_openvino, "onnxruntime": _open_onnxruntime}
 
 
-def _import_optional(name: str) -> Any:
-    """Import an optional dependency; None if it is not installed.
+def import_optional(name: str) -> Any:
+    """Import an optional dependency without its telemetry; None if it is not installed.
 
-    OpenVINO is imported without its telemetry, which forks the process to report each import to a
-    server. If it has been imported before, it already has.
+    OpenVINO's forks the process to report each import to a server; onnxruntime's queues events with
+    the names of files. If an engine was imported before, it already has.
     """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     blocked = [TELEMETRY] if name == "openvino" and TELEMETRY not in sys.modules else []
     sys.modules.update(dict.fromkeys(blocked))  # None: OpenVINO takes it as not installed
     try:

@@ -26,7 +26,7 @@ from src.deploy.quantize import check_quantizer, quantize
 from src.deploy.writers import check_format, installed_engines, write_model
 from src.errors import UserError
 from src.evaluation.labels import compare_with_run, with_class_names
-from src.files import is_utf8, replacing, sha256_of, write_json
+from src.files import as_json, as_utf8, is_utf8, replacing_together, sha256_of
 from src.splits import open_split, resolve_classes
 from src.weights import load_weights, weight_files
 
@@ -99,7 +99,7 @@ def export(
     net.set_train(False)
     images = _load_images(config, preprocessing)
     try:
-        with replacing(output) as partial:
+        with replacing_together(f"{output}.json", output) as (described, partial):
             write_model(
                 net, shape, partial, options.file_format, options.weight_dtype, options.precision
             )
@@ -119,7 +119,7 @@ def export(
             description = _describe(
                 config, checkpoint, partial, options, preprocessing, names, quantization
             )
-            write_json(description, f"{output}.json")
+            described.write_bytes(as_utf8(as_json(description)))
     except OSError as error:
         raise UserError(f"{output}: {error.strerror}; give another --output") from error
     size = output.stat().st_size / 2**20

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -22,6 +23,7 @@ from src.deploy.loaded_model import EXPORTED_SUFFIXES, open_exported, open_weigh
 from src.errors import UserError
 
 MAX_THREADS = 1024
+BYTES_PER_PIXEL = 16  # in a file; four values of 16 bits take 8
 ImageLike = Union[str, os.PathLike, bytes, Image.Image, np.ndarray]
 
 
@@ -71,6 +73,8 @@ class Predictor:
         max_pixels: int = SERVED_PIXELS,
         runtime: Mapping[str, Any] | None = None,
     ):
+        if not str(path):
+            raise UserError("the model's path is empty; give a .mindir, an .onnx or weights")
         path = find_checkpoint(Path(os.path.expanduser(path)))
         for name, number, most in (
             ("batch_size", batch_size, sys.maxsize),
@@ -124,7 +128,7 @@ class Predictor:
                 check_size(*image.size, self.max_pixels)
                 image = to_rgb(image)
             elif name:
-                image = Path(image).read_bytes()
+                image = _read(Path(image), self.max_pixels)
             elif not isinstance(image, (bytes, np.ndarray)):
                 kind = type(image).__name__
                 raise ValueError(f"an image must be a path, bytes, PIL image or array, not {kind}")
@@ -273,3 +277,20 @@ class Predictor:
 
     def _name(self, label: int) -> str:
         return self.class_names[label] if label < len(self.class_names) else str(label)
+
+
+def _read(path: Path, max_pixels: int) -> bytes:
+    """Read an image file.
+
+    Raises:
+        OSError: it can't be read.
+        ValueError: it is a pipe or device, or larger than any image that is accepted.
+    """
+    status = path.stat()
+    if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+        raise ValueError("not a regular file; give an image file")
+    if status.st_size > BYTES_PER_PIXEL * max_pixels:
+        raise ValueError(
+            f"{status.st_size >> 20} MiB, too much for an image of at most {max_pixels:,} pixels"
+        )
+    return path.read_bytes()

@@ -14,8 +14,8 @@ from src.config import Config
 from src.data import Preprocessing, Source, create_eval_loader
 from src.data.imagenet_labels import check_class_order
 from src.data.transforms import pad_batch
-from src.deploy.engines import open_model
-from src.errors import UserError
+from src.deploy.engines import import_optional, open_model
+from src.errors import UserError, shorten
 from src.splits import open_checked, open_split, resolve_classes
 
 logger = logging.getLogger("cvt")
@@ -109,6 +109,7 @@ def _open_samples(config: Config, run: Path | None) -> tuple[Source, Source]:
 
 def _quantize_file(path: Path, quantized: Path, batches: Iterator[tuple]) -> None:
     """Write `quantized`; the ranges of activations are those of `batches`, as `_batches` yields."""
+    import_optional("onnxruntime")  # without its telemetry
     from onnxruntime import quantization as ort
 
     class Reader(ort.CalibrationDataReader):
@@ -129,6 +130,13 @@ def _quantize_file(path: Path, quantized: Path, batches: Iterator[tuple]) -> Non
             per_channel=True,
             nodes_to_quantize=_weighted_nodes(path),
         )
+    except UserError:
+        raise
+    except Exception as error:  # onnx, protobuf and onnxruntime raise many kinds on a full disk
+        reason = shorten(" ".join(str(error).split()) or type(error).__name__, 200)
+        raise UserError(
+            f"--quantize int8: onnxruntime failed ({reason}); is there space beside --output?"
+        ) from error
     finally:
         logging.disable(logging.NOTSET)
         logging.root.handlers[:] = handlers  # onnxruntime adds one, which would repeat our lines

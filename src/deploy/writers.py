@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -97,8 +98,9 @@ def _write_by_mindspore(
         if shape[0] is None
         else Tensor(np.zeros(shape, np.float32))
     )
-    with tempfile.TemporaryDirectory(prefix="cvt-export-") as folder:
-        # MindSpore rejects paths with spaces or non-ASCII letters.
+    # MindSpore rejects paths with spaces or non-ASCII letters, which TMPDIR may have.
+    plain = re.fullmatch(r"[A-Za-z0-9/_.-]+", tempfile.gettempdir())
+    with tempfile.TemporaryDirectory(prefix="cvt-export-", dir=None if plain else "/tmp") as folder:
         temporary = Path(folder) / f"model{path.suffix}"
         try:
             ms.export(net, example, file_name=str(temporary), file_format=file_format.upper())

@@ -24,9 +24,9 @@ from src.distributed import SINGLE_PROCESS, Ranks
 from src.errors import UserError, join_names
 from src.splits import open_checked, open_quietly
 from src.weights.origin import are_imagenet, class_names_of, run_settings
+from src.weights.pretrained import SHAPELESS
 
 logger = logging.getLogger("cvt")
-_SHAPELESS = ("kv_stride", "num_heads", "qkv_projection")  # the tensors are the same for several
 
 
 class LabeledSplit(NamedTuple):
@@ -77,7 +77,7 @@ def compare_with_run(
     before, used = (
         {
             **dataclasses.asdict(build_preprocessing(each)),
-            **{f"model.{key}": getattr(each.model, key) for key in _SHAPELESS},
+            **{f"model.{key}": getattr(each.model, key) for key in SHAPELESS},
         }
         for each in (run, config)
     )

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from src.cli import find_resumed_run, parse, take_option
-from src.config_io import default_output
+from src.config_io import default_output, require_outside_images
 from src.errors import UserError, executable
 from src.launch.job import describe, run
 from src.launch.plan import Plan, build_plan, check_master_address, check_port_free
@@ -124,12 +124,12 @@ def _check_bind_core(value: str | None) -> None:
         )
 
 
-def _train_command(config: str, data: str, target: str, keys: list[str]) -> list[str]:
+def _train_command(recipe: str, data: str, target: str, keys: list[str]) -> list[str]:
     """Return train.py and its checked arguments with absolute paths; --output DIR comes last."""
-    file = next((p for p in (Path(config), ROOT / config) if p.is_file()), None)
+    file = next((p for p in (Path(recipe), ROOT / recipe) if p.is_file()), None)
     if file is None:
         raise UserError(
-            f"CONFIG {config}: no such file; give a recipe such as config/digits/cvt_nano.yaml"
+            f"CONFIG {recipe}: no such file; give a recipe such as config/digits/cvt_nano.yaml"
         )
     words = ["--config", str(file.resolve())]
     if data != "-":
@@ -147,8 +147,10 @@ def _train_command(config: str, data: str, target: str, keys: list[str]) -> list
         parser.add_argument("--accept_changes", action="store_true")
         parser.add_argument("--finetune", type=str)
 
-    parse(words, "train.py", "", add_arguments)  # reports an invalid key once, not once per rank
+    # Reports an invalid key once, not once per rank.
+    config, _ = parse(words, "train.py", "", add_arguments)
     output = Path(os.path.expanduser(output or default_output(str(file))))
+    require_outside_images(config, output)
     return [str(ROOT / "train.py"), *words, "--output", str(output.resolve())]
 
 

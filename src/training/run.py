@@ -11,7 +11,7 @@ from pathlib import Path
 from src.arithmetic import check_arithmetic
 from src.build import build_mixing, build_model, check_values, uses_compiled
 from src.config import Config
-from src.config_io import CONFIG, is_run_config, save_config
+from src.config_io import CONFIG, is_run_config, require_outside_images, save_config
 from src.data import Source
 from src.device import log_to, seed_generators, setup
 from src.distributed import SAME_FILES, Ranks
@@ -56,6 +56,7 @@ def train(
             "data.labels, data.labels_file: training evaluates on the data set's own labels; give "
             "these keys to eval.py instead"
         )
+    require_outside_images(config, output)
     device, ranks = setup(config.runtime)
     check_arithmetic(config)
     with lock_folder(output) if ranks.is_first else contextlib.nullcontext():

@@ -135,8 +135,9 @@ class Trainer:
         self.step.align_schedule(done)
         metrics = self.output / "metrics.jsonl"
         if self.ranks.is_first and not metrics_match(metrics, self.progress):
-            logger.warning("%s: differs from the state (older, damaged or cut off); rewritten from "
-                           "it", metrics)  # fmt: skip
+            if metrics.exists():  # not in a new folder
+                logger.warning("%s: differs from the state (older, damaged or cut off); rewritten "
+                               "from it", metrics)  # fmt: skip
             self._write_metrics()
         logger.info(
             f"{RESUMED} %d, step %d", self.progress.epoch + 1, self.progress.position,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from src.files import sha256_of
 from src.models import create_model
 from src.weights.load import load_weights
 
+logger = logging.getLogger("cvt")
+SHAPELESS = ("kv_stride", "num_heads", "qkv_projection")  # the tensors are the same for several
 FOLDER = Path(__file__).resolve().parents[2] / "pretrained"
 WEIGHTS = "model.safetensors"
 
@@ -71,7 +74,8 @@ def create_pretrained(
         model: its name, as for `create_model`.
         data: what it was trained on.
         num_classes: outputs of the head; a number other than the weights' own starts a new head.
-        kwargs: as for `create_model`; those that change a weight's shape do not fit.
+        kwargs: as for `create_model`; those that change a weight's shape do not fit, and a warning
+            names those that fit but change what the weights compute.
 
     Returns:
         A cell: float32 images [B, 3, H, W] -> logits [B, num_classes].
@@ -83,6 +87,12 @@ def create_pretrained(
     entry = _find(model, data)
     classes = entry.num_classes if num_classes is None else num_classes
     net = create_model(model, classes, **kwargs)
+    changed = ", ".join(f"{key} {kwargs[key]}" for key in SHAPELESS if key in kwargs)
+    if changed:
+        logger.warning(
+            "%s: the weights were trained with the variant's own value, not with %s",
+            entry.folder, changed,
+        )  # fmt: skip
     load_weights(net, entry.folder / WEIGHTS, new_head=classes != entry.num_classes)
     return net
 

@@ -381,3 +381,35 @@ def test_a_cut_off_jpeg_is_seen_at_any_length(options):
 def test_other_formats_are_left_to_the_decoder():
     for kind in ("PNG", "BMP", "TIFF"):
         assert not is_truncated_jpeg(file_of(photo(20, 30), kind)[:200])
+
+
+def test_a_colour_space_that_pillow_does_not_convert(monkeypatch):
+    """Pillow 9 does not convert CIELAB."""
+    content = io.BytesIO()
+    Image.new("LAB", (4, 4)).save(content, "TIFF")
+    convert = Image.Image.convert
+
+    def old(self, mode=None, *arguments, **options):
+        if self.mode == "LAB":
+            raise ValueError("conversion from LAB to RGB not supported")
+        return convert(self, mode, *arguments, **options)
+
+    monkeypatch.setattr(Image.Image, "convert", old)
+    with pytest.raises(UserError, match="colour space LAB; save it as RGB"):
+        decode(content.getvalue())
+    assert "colour space LAB" in find_fault(content.getvalue())[0]
+
+
+def test_pillows_warning_does_not_appear_without_the_files_name(tmp_path):
+    image = Image.new("P", (4, 4))
+    image.putpalette([0, 0, 0, 255, 255, 255])
+    image.save(tmp_path / "p.png", transparency=bytes([0, 128]))
+    script = (
+        "import sys; from pathlib import Path; from src.data.images import decode\n"
+        "decode(Path(sys.argv[1]).read_bytes())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, tmp_path / "p.png"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert not done.stderr

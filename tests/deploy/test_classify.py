@@ -90,6 +90,15 @@ def test_a_sheet_shows_each_image(folder, tmp_path, monkeypatch):
         check_outputs(None, f"{tmp_path}/file/s.png")
 
 
+def test_the_sheet_is_no_image_of_the_next_time(folder, tmp_path, capsys):
+    sheet = str(folder / "sub0/sheet.png")
+    for _ in range(2):
+        classify_files(Brightness(), str(folder), 1, None, sheet)
+        assert len(capsys.readouterr().out.splitlines()) == 4
+    with pytest.raises(UserError, match="--sheet, --attention: name the same file"):
+        check_outputs(None, "a.png", "./a.png")
+
+
 def test_places_without_images_are_refused(tmp_path):
     with pytest.raises(UserError, match="no such file or folder"):
         classify_files(Brightness(), str(tmp_path / "gone"), 1, None)

@@ -84,6 +84,17 @@ def test_what_could_not_be_read_is_not_exported():
         check_readable([1, 3, 224, 224], large, None)
 
 
+def test_a_description_that_cannot_be_read_is_not_called_missing(tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise PermissionError(13, "Permission denied")
+
+    with pytest.raises(UserError, match=r"m.onnx.json: missing; keep"):
+        read_description(tmp_path / "m.onnx")
+    monkeypatch.setattr("src.deploy.description.read_json", refuse)
+    with pytest.raises(UserError, match=r"m.onnx.json: Permission denied; keep"):
+        read_description(tmp_path / "m.onnx")
+
+
 def test_a_file_without_an_end_is_not_read(tmp_path):
     (tmp_path / "m.onnx.json").symlink_to("/dev/zero")
     with pytest.raises(UserError, match="not what export.py wrote"):

@@ -1,10 +1,12 @@
 """Engines on tiny graphs: from any thread, after a fork, and with arithmetic of their own."""
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import mindspore as ms
 import numpy as np
@@ -177,15 +179,15 @@ def test_float16_arithmetic(tmp_path, images, weight):
 
 
 def test_the_engine_is_chosen(files, monkeypatch):
-    monkeypatch.setattr(engines, "_import_optional", lambda name: None)
+    monkeypatch.setattr(engines, "import_optional", lambda name: None)
     with pytest.raises(UserError, match="pip install openvino, or pip install onnxruntime"):
         open_model(files["onnxruntime"])
     monkeypatch.undo()
     for name in ("openvino", "onnxruntime"):
         pytest.importorskip(name)
     assert open_model(files["openvino"]).engine == "openvino"
-    real = engines._import_optional
-    monkeypatch.setattr(engines, "_import_optional", lambda n: None if n == "openvino" else real(n))
+    real = engines.import_optional
+    monkeypatch.setattr(engines, "import_optional", lambda n: None if n == "openvino" else real(n))
     assert open_model(files["openvino"]).engine == "onnxruntime"
     with pytest.raises(UserError, match="OpenVINO is not installed"):
         open_model(files["openvino"], "openvino")
@@ -213,7 +215,7 @@ def test_openvino_does_not_report_its_use(tmp_path):
     pytest.importorskip("openvino_telemetry")
     script = (
         "import sys; from src.deploy import engines\n"
-        "engines._import_optional('openvino').Core()\n"
+        "engines.import_optional('openvino').Core()\n"
         "from openvino.tools.ovc import telemetry_utils\n"
         "print(telemetry_utils.tm.__name__, engines.TELEMETRY in sys.modules)\n"
         "import openvino_telemetry"
@@ -224,6 +226,27 @@ def test_openvino_does_not_report_its_use(tmp_path):
     )
     assert done.stdout.split() == ["openvino.tools.ovc.telemetry_stub", "False"], done.stderr
     assert done.returncode == 0, done.stderr
+
+
+def test_onnxruntime_does_not_report_its_use(tmp_path):
+    """In a process that has not imported it. The file is its telemetry's session."""
+    pytest.importorskip("onnxruntime")
+    script = "from src.deploy import engines; assert engines.import_optional('onnxruntime')"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
+    environment.pop("ORT_DISABLE_TELEMETRY", None)
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True)
+    assert not (tmp_path / ".ses").exists()
+
+
+@pytest.mark.parametrize("engine", ["mindspore", "onnxruntime"])
+def test_names_that_an_engine_does_not_open(files, tmp_path, engine):
+    if engine == "onnxruntime":
+        pytest.importorskip(engine)
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/l\xe9"))
+    folder.mkdir()
+    file = Path(shutil.copy(files[engine], folder))
+    with pytest.raises(UserError, match="opens only in UTF-8; rename"):
+        open_model(file, engine)
 
 
 def test_onnxruntime_computes_on_the_cpu_whatever_else_it_offers(files, monkeypatch):

@@ -361,3 +361,12 @@ def test_onnx_without_its_packages_is_refused(run, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(UserError, match="pip install onnx$"):
         room.export(*run, tmp_path / "m.onnx", ExportOptions("onnx"), "CPU")
+
+
+@pytest.mark.parametrize("name", ["a b", "\u00e9"])
+def test_temporary_folders_that_mindspore_does_not_take(tmp_path, monkeypatch, name):
+    (tmp_path / name).mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / name))
+    file = tmp_path / "dense.mindir"
+    writers._write_by_mindspore(ms.nn.Dense(2, 2), (1, 2), file, "mindir")
+    assert file.stat().st_size and not any((tmp_path / name).iterdir())

@@ -359,3 +359,16 @@ def test_class_names_of_another_model(exported, digits, tmp_path):
     (tmp_path / "any.mindir.json").write_text(json.dumps(description))
     with pytest.raises(UserError, match=r"has \(10,\) outputs and 2 class names"):
         Predictor(tmp_path / "any.mindir")(digits[1])
+
+
+def test_files_that_are_no_images_are_not_read(exported, tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with open(tmp_path / "large.jpg", "wb") as file:
+        file.truncate(1 << 40)
+    predict = Predictor(exported / "any.mindir")
+    with pytest.raises(UserError, match="pipe.jpg: not a regular file; give an image file"):
+        predict([tmp_path / "pipe.jpg"])
+    with pytest.raises(UserError, match="large.jpg: 1048576 MiB, too much for an image of at most"):
+        predict([tmp_path / "large.jpg"])
+    with pytest.raises(UserError, match="path is empty"):
+        Predictor("")

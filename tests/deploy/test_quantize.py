@@ -30,6 +30,22 @@ def export(monkeypatch, trained, *words):
     command.main()
 
 
+def test_a_failure_of_onnxruntime_is_one_line(tmp_path, monkeypatch):
+    """On a full disk it reads the model that it has written in part."""
+    ort = pytest.importorskip("onnxruntime.quantization")
+
+    class DecodeError(Exception):
+        pass
+
+    def fail(*arguments, **options):
+        raise DecodeError("Truncated\nmessage.")
+
+    monkeypatch.setattr(ort, "quantize_static", fail)
+    monkeypatch.setattr(quantization, "_weighted_nodes", lambda path: [])
+    with pytest.raises(UserError, match=r"int8: .*failed \(Truncated message.\); is there space"):
+        quantization._quantize_file(tmp_path / "a.onnx", tmp_path / "b.onnx", iter(()))
+
+
 def test_int8_keeps_the_accuracy(trained, tmp_path, monkeypatch):
     import onnx  # behind MindSpore, which breaks when it finds protobuf loaded
 

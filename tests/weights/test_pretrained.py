@@ -51,6 +51,12 @@ def test_other_classes_start_a_new_head(stored, classes):
     assert values["head.weight"].shape == (3, 32) if classes else "head.weight" not in values
 
 
+def test_what_changes_the_function_but_no_shape_is_told(stored, caplog):
+    create_pretrained("cvt_nano", "mars", **SIZES, kv_stride=1)
+    assert "trained with the variant's own value, not with" in caplog.text
+    assert "kv_stride 1" in caplog.text
+
+
 def test_an_unknown_name_lists_the_known_ones(stored):
     with pytest.raises(UserError, match="no pretrained cvt_13 on mars .*: cvt_nano on mars"):
         pretrained_folder("cvt_13", "mars")
