@@ -101,6 +101,12 @@ def cifar(root: Path, name: str, split: str, title: str) -> ArraySource:
             )
         class_names = names
     parts = [_cifar_file(folder / file, 1 if ten else 2, len(class_names)) for file in present]
+    usual = 50_000 if wanted == ["train.bin"] else 10_000
+    for file, (_, found) in zip(present, parts):
+        if len(found) != usual:
+            logger.warning(
+                "%s: %s images, usually %s", folder / file, f"{len(found):,}", f"{usual:,}"
+            )
     images, labels = (np.concatenate(column) for column in zip(*parts))
     return ArraySource(images, labels, class_names, title)
 

@@ -118,6 +118,8 @@ def load_tensors(
         _exclude_head(report)
     if strict:
         _require_fit(report)
+    for name in report.loaded:
+        _require_float(name, tensors[name], report.path)
     _assign(parameters, tensors, report)
 
 
@@ -189,6 +191,18 @@ def _require_fit(report: LoadReport) -> None:
             "head (new_head=True; train.py --finetune)"
         )
     raise WeightsMismatch(f"{report.path}: does not fit the network: {misfits}", report)
+
+
+def _require_float(name: str, values: np.ndarray, path: str | Path) -> None:
+    """Raise UserError for integers, such as quantized weights, and for what float32 can't hold."""
+    if values.dtype.kind != "f":
+        raise UserError(
+            f"{path}: {name} holds {values.dtype}, such as quantized weights; give floating point"
+        )
+    if values.dtype == np.float64 and values.size:
+        largest = np.abs(values[np.isfinite(values)]).max(initial=0)
+        if largest > np.finfo(np.float32).max:
+            raise UserError(f"{path}: {name} reaches {largest:.1e}, more than float32 holds")
 
 
 def _assign(

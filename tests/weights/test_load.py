@@ -113,6 +113,22 @@ def test_bfloat16_and_other_types_are_converted(tmp_path, net, other):
     assert f"{len(arrays)} cast from float64" in str(report)
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda array: (array * 100).astype(np.int8), "holds int8, such as quantized weights"),
+        (lambda array: array.astype(np.float64) + 1e300, r"reaches 1.0e\+300, more than float32"),
+    ],
+)
+def test_numbers_that_float32_does_not_hold_are_refused(tmp_path, net, other, change, words):
+    arrays, before = values(net), values(other)
+    arrays["head.bias"] = change(arrays["head.bias"])
+    save_file(arrays, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match=f"head.bias {words}"):
+        load_weights(other, tmp_path / "x.safetensors")
+    assert same(values(other), before)
+
+
 def test_of_a_training_state_the_average_is_taken(tmp_path, net, other):
     weights = values(net)
     state = {name: Tensor(array + 1) for name, array in weights.items()}
