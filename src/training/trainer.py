@@ -135,7 +135,8 @@ class Trainer:
         self.step.align_schedule(done)
         metrics = self.output / "metrics.jsonl"
         if self.ranks.is_first and not metrics_match(metrics, self.progress):
-            if metrics.exists():  # not in a new folder
+            is_own = state is None or self.output.resolve() in state.resolve().parents
+            if is_own or metrics.exists():  # it is missing in a new folder
                 logger.warning("%s: differs from the state (older, damaged or cut off); rewritten "
                                "from it", metrics)  # fmt: skip
             self._write_metrics()
