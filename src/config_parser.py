@@ -17,12 +17,15 @@ _read_yaml = get_loader("yaml")
 
 
 def _load_yaml(text: str) -> Any:
-    """Load YAML like jsonargparse; libyaml rejects the escapes of paths that are not UTF-8."""
+    """Load YAML with the numbers of `read_yaml`; jsonargparse knows what is plain text.
+
+    jsonargparse reads 010 as 8, and libyaml rejects the escapes of paths that are not UTF-8.
+    """
     try:
         value = _read_yaml(text)
     except yaml.scanner.ScannerError:
-        return yaml.safe_load(text)
-    return value if isinstance(value, str) else read_yaml(text)  # jsonargparse reads 010 as 8
+        return read_yaml(text)
+    return value if isinstance(value, str) else read_yaml(text)
 
 
 set_loader("yaml", _load_yaml, (yaml.YAMLError,))

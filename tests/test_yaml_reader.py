@@ -76,6 +76,11 @@ def test_names_like_numbers_keep_their_spelling(tmp_path):
     assert config.data.class_names == [*NUMBERLIKE, "12", "0"]
 
 
+def test_names_beside_a_path_that_is_not_utf8_keep_their_spelling(tmp_path):
+    path = recipe(tmp_path, 'data: {path: "a\\udce9", class_names: [010, 1:30]}\n')
+    assert load_config(path).data.class_names == ["010", "1:30"]
+
+
 def test_numbers_are_decimal(tmp_path):
     assert load_config(recipe(tmp_path, "training: {epochs: 010}\n")).training.epochs == 10
     config, arguments = parse(

@@ -75,7 +75,7 @@ def create_pretrained(
         data: what it was trained on.
         num_classes: outputs of the head; a number other than the weights' own starts a new head.
         kwargs: as for `create_model`; those that change a weight's shape do not fit, and a warning
-            names those that fit but change what the weights compute.
+            names those that fit but may change what the weights compute.
 
     Returns:
         A cell: float32 images [B, 3, H, W] -> logits [B, num_classes].
@@ -87,11 +87,11 @@ def create_pretrained(
     entry = _find(model, data)
     classes = entry.num_classes if num_classes is None else num_classes
     net = create_model(model, classes, **kwargs)
-    changed = ", ".join(f"{key} {kwargs[key]}" for key in SHAPELESS if key in kwargs)
-    if changed:
+    given = ", ".join(key for key in SHAPELESS if key in kwargs)
+    if given:
         logger.warning(
-            "%s: the weights were trained with the variant's own value, not with %s",
-            entry.folder, changed,
+            "%s: trained with the variant's own %s; with another value, the weights compute "
+            "something else", entry.folder, given,
         )  # fmt: skip
     load_weights(net, entry.folder / WEIGHTS, new_head=classes != entry.num_classes)
     return net

@@ -1,5 +1,7 @@
 """Pretrained networks by name: what is loaded, and what is refused."""
 
+import re
+
 import mindspore as ms
 import numpy as np
 import pytest
@@ -53,8 +55,7 @@ def test_other_classes_start_a_new_head(stored, classes):
 
 def test_what_changes_the_function_but_no_shape_is_told(stored, caplog):
     create_pretrained("cvt_nano", "mars", **SIZES, kv_stride=1)
-    assert "trained with the variant's own value, not with" in caplog.text
-    assert "kv_stride 1" in caplog.text
+    assert re.search("trained with the variant's own kv_stride.*; with another value", caplog.text)
 
 
 def test_an_unknown_name_lists_the_known_ones(stored):
