@@ -94,7 +94,7 @@ def test_the_sheet_is_no_image_of_the_next_time(folder, tmp_path, capsys):
     sheet = str(folder / "sub0/sheet.png")
     for _ in range(2):
         classify_files(Brightness(), str(folder), 1, None, sheet)
-        assert len(capsys.readouterr().out.splitlines()) == 4
+        assert capsys.readouterr().out.count("0.7500") == 3  # the log may be printed, too
     with pytest.raises(UserError, match="--sheet, --attention: name the same file"):
         check_outputs(None, "a.png", "./a.png")
 
