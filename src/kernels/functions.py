@@ -15,6 +15,10 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
+# A training step keeps the output for inputs of up to so many elements (2 MiB), and computes it
+# again for larger ones: there memory counts, here the time to launch an operator.
+KEPT_SIZE = 2**19
+
 
 def _operator(
     library: Path,
@@ -30,7 +34,7 @@ def _operator(
         shapes: maps the inputs' shapes to the output's, or to a tuple for several outputs. Like
             `bprop` it must not depend on the cell: MindSpore identifies operators by their name.
         recompute: whether a training step in graph mode computes the outputs again in the backward
-            pass instead of keeping them, for large and cheap outputs.
+            pass instead of keeping them.
     """
 
     def types(*given):
@@ -41,6 +45,11 @@ def _operator(
 
     made = ops.Custom(f"{library}:{name}", shapes, types, func_type="aot", bprop=bprop)
     return made.add_prim_attr("recompute", recompute)
+
+
+def _kept_and_recomputed(*args) -> tuple[ops.Custom, ops.Custom]:
+    """Create an operator whose outputs are cheap twice: for small inputs and for large ones."""
+    return _operator(*args), _operator(*args, recompute=True)
 
 
 def _sizes(*numbers: int) -> Tensor:
@@ -64,12 +73,13 @@ class LayerNorm(nn.Cell):
             rows = [math.prod(x[:-1])]
             return x, rows, rows
 
-        self.forward = _operator(library, "layer_norm", shapes, bprop, 3, recompute=True)
+        self.kept, self.recomputed = _kept_and_recomputed(library, "layer_norm", shapes, bprop, 3)
         self.eps = Tensor([eps], mstype.float32)
 
     def construct(self, x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
         """x [..., C], gamma and beta [C] -> [..., C]."""
-        return self.forward(x, gamma, beta, self.eps)[0]
+        forward = self.kept if x.size <= KEPT_SIZE else self.recomputed
+        return forward(x, gamma, beta, self.eps)[0]
 
 
 class Softmax(nn.Cell):
@@ -117,7 +127,7 @@ class ConvNorm(nn.Cell):
             y = shape(x, weight, strides, grid)
             return y, y, gamma, gamma
 
-        self.forward = _operator(library, "conv_norm", shapes, bprop, 4, recompute=True)
+        self.kept, self.recomputed = _kept_and_recomputed(library, "conv_norm", shapes, bprop, 4)
         frozen_backward = _operator(
             library,
             "depthwise_grad",
@@ -152,7 +162,8 @@ class ConvNorm(nn.Cell):
             Tokens [B, T', C] of the strided grid, the batch's mean [C] and biased variance [C].
         """
         grid = ops.zeros((height, width), mstype.float32)
-        y, _, mean, variance = self.forward(x, weight, gamma, beta, self.eps, self.stride, grid)
+        forward = self.kept if x.size <= KEPT_SIZE else self.recomputed
+        y, _, mean, variance = forward(x, weight, gamma, beta, self.eps, self.stride, grid)
         return y, mean, variance
 
     def with_statistics(
@@ -187,11 +198,12 @@ class BiasActivation(nn.Cell):
         def bprop(x, bias, out, dout):
             return backward(dout, x, bias)
 
-        self.forward = _operator(library, name, lambda x, bias: x, bprop, recompute=True)
+        self.kept, self.recomputed = _kept_and_recomputed(library, name, lambda x, bias: x, bprop)
 
     def construct(self, x: Tensor, bias: Tensor) -> Tensor:
         """x [M, C], bias [C] -> [M, C]."""
-        return self.forward(x, bias)
+        forward = self.kept if x.size <= KEPT_SIZE else self.recomputed
+        return forward(x, bias)
 
 
 class SplitHeads(nn.Cell):
@@ -274,9 +286,10 @@ class Unfold(nn.Cell):
             windows = [(edge + 2 * (margin - 1) - size) // step + 1 for edge in grid]
             return [x[0] * math.prod(windows), size**2 * x[2]]
 
-        self.forward = _operator(library, "unfold", shape, bprop, recompute=True)
+        self.kept, self.recomputed = _kept_and_recomputed(library, "unfold", shape, bprop)
         self.sizes = _sizes(kernel_size, stride, padding + 1)
 
     def construct(self, x: Tensor, height: int, width: int) -> Tensor:
         """x [B, H * W, C] -> [B * N, k * k * C], a row's values by row, column, channel."""
-        return self.forward(x, self.sizes, ops.zeros((height, width), mstype.float32))
+        forward = self.kept if x.size <= KEPT_SIZE else self.recomputed
+        return forward(x, self.sizes, ops.zeros((height, width), mstype.float32))

@@ -222,6 +222,28 @@ def test_unfold(built, size, stride, padding, height, width):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("build", "rest"),
+    [
+        (lambda built: functions.LayerNorm(built, 1e-5), (None, None)),
+        (lambda built: functions.ConvNorm(built, 1, 1e-5), (None, None, None, 32, 32)),
+        (lambda built: functions.BiasActivation(built, "gelu"), (None,)),
+        (lambda built: functions.Unfold(built, 3, 1, 1), (32, 32)),
+    ],
+    ids=["layer_norm", "conv_norm", "bias_activation", "unfold"],
+)
+def test_outputs_of_small_inputs_are_kept(built, build, rest):
+    """Up to 2**19 elements; whether they are is an attribute of the operator."""
+    operator = build(built)
+    found = []
+    assert (operator.kept.recompute, operator.recomputed.recompute) == (False, True)
+    operator.kept = lambda *_: found.append("kept") or [None] * 4
+    operator.recomputed = lambda *_: found.append("recomputed") or [None] * 4
+    for rows in (512, 513):
+        operator.construct(Tensor(np.zeros((rows, 1024), np.float32)), *rest)
+    assert found == ["kept", "recomputed"]
+
+
 def test_sums_do_not_depend_on_the_number_of_threads(built):
     """Gradients of one thread equal those of two, to the bit."""
     norm, conv = functions.LayerNorm(built, 1e-5), functions.ConvNorm(built, 2, 1e-5)
