@@ -28,6 +28,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
     one. Missing parent folders are created. The file gets the permissions of the user's umask, even
     if the library that wrote it chose others, and survives a power failure.
 
+    Errors of the block that name the path yielded name `path` instead.
+
     Raises:
         OSError: the file cannot be written; the old one is unchanged.
     """
@@ -59,8 +61,18 @@ def _folder_beside(path: Path) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}{PARTIAL}"))
     try:
         yield folder
+    except (OSError, RuntimeError, ValueError) as error:
+        _replace_in(error, str(folder / path.name), str(path))
+        raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _replace_in(error: Exception, old: str, new: str) -> None:
+    """Replace a file's name in an error; the user knows nothing of a temporary file."""
+    error.args = tuple(arg.replace(old, new) if isinstance(arg, str) else arg for arg in error.args)
+    if isinstance(error, OSError) and error.filename is not None:
+        error.filename = os.fsdecode(error.filename).replace(old, new)
 
 
 def remove_unfinished(folder: Path) -> None:

@@ -29,6 +29,7 @@ from src.progress import progress_bar
 
 logger = logging.getLogger("cvt")
 
+WITH_FOLDERS = "imagefolder", "mindrecord"
 INDEX_FILE = "images.json"  # in a run's folder
 
 
@@ -55,6 +56,12 @@ def open_split(config: Config, split: str) -> Source:
             data.val_folder, data.val_from_train,
         )  # fmt: skip
     opened = "train" if held_out else split
+    key = f"{opened}_folder"
+    if data.source not in WITH_FOLDERS and folders[key] != getattr(DataConfig, key):
+        logger.warning(
+            "data.%s %s is not used, because data.source %s has no such folder; leave it out",
+            key, folders[key], data.source,
+        )  # fmt: skip
     source = open_source(data.source, data.path, opened, class_names=names, **folders)
     classes = data.classes
     if held_out and classes and data.class_names:

@@ -59,6 +59,23 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
     assert os.listdir(tmp_path) == ["a.txt"]
 
 
+@pytest.mark.parametrize("path", ["a.txt", "sub/a.txt"])
+def test_a_failure_names_the_users_file(tmp_path, monkeypatch, path):
+    """Not the temporary one; also where one write is inside another."""
+    monkeypatch.chdir(tmp_path)
+    with (
+        pytest.raises(FileNotFoundError, match=f"^.Errno 2. No such file or directory: '{path}'$"),
+        replacing(path) as unfinished,
+    ):
+        unfinished.open()
+    with (
+        pytest.raises(UserError, match=f"^{path}: disk full: {path}$"),
+        replacing(path) as outer,
+        replacing(outer) as inner,
+    ):
+        raise UserError(f"{outer}: disk full: {inner}")
+
+
 def test_planted_links_are_not_followed(tmp_path):
     victim = tmp_path / "victim"
     victim.write_text("precious")

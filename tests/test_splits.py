@@ -240,6 +240,18 @@ def test_a_folder_that_held_out_images_replace_is_said_to_be_unused(photos, capl
     assert "data.val_folder val2 is not used, because data.val_from_train 2" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("split", "held_out", "key"),
+    [("val", None, "val_folder"), ("train", None, "train_folder"), ("val", 100, "train_folder")],
+)
+def test_a_folder_of_a_source_without_folders_is_said_to_be_unused(split, held_out, key, caplog):
+    keys = {"source": "digits", "val_from_train": held_out}
+    open_split(Config(data=DataConfig(**keys)), split)
+    assert not caplog.text
+    open_split(Config(data=DataConfig(**keys, **{key: "other"})), split)
+    assert f"data.{key} other is not used, because data.source digits" in caplog.text
+
+
 def test_unchecked_images_are_said_to_be(photos, caplog):
     assert len(open_checked(photo_config(photos, check_images=False), "val")) == 4
     assert "images are not checked" in caplog.text
