@@ -71,8 +71,10 @@ def _folder_beside(path: Path) -> Iterator[Path]:
 def _replace_in(error: Exception, old: str, new: str) -> None:
     """Replace a file's name in an error; the user knows nothing of a temporary file."""
     error.args = tuple(arg.replace(old, new) if isinstance(arg, str) else arg for arg in error.args)
-    if isinstance(error, OSError) and error.filename is not None:
-        error.filename = os.fsdecode(error.filename).replace(old, new)
+    if isinstance(error, OSError):
+        for name in ("filename", "filename2"):  # of a copy: from, to
+            if isinstance(getattr(error, name), (str, bytes, os.PathLike)):
+                setattr(error, name, os.fsdecode(getattr(error, name)).replace(old, new))
 
 
 def remove_unfinished(folder: Path) -> None:

@@ -69,6 +69,11 @@ def test_a_failure_names_the_users_file(tmp_path, monkeypatch, path):
     ):
         unfinished.open()
     with (
+        pytest.raises(FileNotFoundError, match=f"directory: 'missing' -> '{path}'$"),
+        replacing(path) as unfinished,
+    ):
+        os.replace("missing", unfinished)
+    with (
         pytest.raises(UserError, match=f"^{path}: disk full: {path}$"),
         replacing(path) as outer,
         replacing(outer) as inner,

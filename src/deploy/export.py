@@ -121,7 +121,8 @@ def export(
             )
             described.write_bytes(as_utf8(as_json(description)))
     except OSError as error:
-        if error.filename not in (None, str(output), f"{output}.json"):
+        files = {error.filename, error.filename2} - {None}
+        if files and not files & {str(output), f"{output}.json"}:
             raise
         raise UserError(f"{output}: {error.strerror}; give another --output") from error
     size = output.stat().st_size / 2**20
