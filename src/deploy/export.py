@@ -121,8 +121,8 @@ def export(
             )
             described.write_bytes(as_utf8(as_json(description)))
     except OSError as error:
-        files = {error.filename, error.filename2} - {None}
-        if files and not files & {str(output), f"{output}.json"}:
+        files = {Path(name) for name in (error.filename, error.filename2) if name}
+        if files and not files & {Path(f"{output}.json"), output, *output.parents}:
             raise
         raise UserError(f"{output}: {error.strerror}; give another --output") from error
     size = output.stat().st_size / 2**20
