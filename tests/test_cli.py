@@ -320,6 +320,11 @@ def test_every_hint_is_a_key_or_an_option_of_some_command():
         assert "." not in meant and (f'"--{meant}"' in sources or meant == "config"), meant
 
 
+@pytest.mark.parametrize("path", ["#1", " #a b", "photos #1"])
+def test_a_value_that_is_a_comment_to_yaml_is_a_name(path):
+    assert read("--data.path", path)[0].data.path == path
+
+
 def test_a_leading_tilde_is_the_home_folder_everywhere(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     file = recipe(tmp_path, "data: {path: ~/images, index: ~/index.json, train_folder: ~t}\n")
