@@ -163,8 +163,11 @@ class Trainer:
         logger.info("%s; results are in %s", found, self.output)
         self.ranks.announce_end(0)
 
-    def _train_epoch(self) -> float:
-        """Train the rest of an epoch; return images per second, without compilation."""
+    def _train_epoch(self) -> float | None:
+        """Train the rest of an epoch; return images per second, without the step that compiles.
+
+        None if there was no other step.
+        """
         progress, accumulate = self.progress, self.loader.accumulate
         if not self.graph_compiled:  # a resumed run may evaluate before its first step
             if self.stop_signal.any_rank_stopped():
@@ -204,7 +207,7 @@ class Trainer:
                 self._save()
         self._record_losses(pending)
         bar.close()
-        return timed / max(time.perf_counter() - start, 1e-9)
+        return timed / max(time.perf_counter() - start, 1e-9) if timed else None
 
     def _record_losses(self, pending: list[tuple[Tensor, Tensor]]) -> None:
         """Move the losses of the last steps from the device to the progress.
@@ -259,7 +262,9 @@ class Trainer:
         metrics = result.metrics
         return {"loss": metrics.loss, "top1": metrics.top1, "top5": metrics.top5}
 
-    def _finish_epoch(self, metrics: dict[str, float | None], speed: float, start: float) -> None:
+    def _finish_epoch(
+        self, metrics: dict[str, float | None], speed: float | None, start: float
+    ) -> None:
         """Save the best weights, the state, and then the files with the metrics."""
         progress, epochs = self.progress, self.config.training.epochs
         step = (progress.epoch + 1) * self.steps_per_epoch
@@ -282,10 +287,12 @@ class Trainer:
         if self.ranks.is_first:
             self._write_metrics()
         logged = [f"{k} {row[k]:.{n}f}" for k, n in LOGGED.items() if row[k] is not None]
+        logged.append(f"lr {row['lr']:.2e}")
+        if speed is not None:
+            logged.append(f"{speed:.0f} img/s")
         logger.info(
-            "epoch %d/%d  %s  lr %.2e  %.0f img/s  %.1f s", row["epoch"], epochs,
-            "  ".join(logged), row["lr"], speed, row["seconds"],
-        )  # fmt: skip
+            "epoch %d/%d  %s  %.1f s", row["epoch"], epochs, "  ".join(logged), row["seconds"]
+        )
 
     def _write_metrics(self) -> None:
         from src.plots.training_curves import plot_curves  # matplotlib takes a second to import

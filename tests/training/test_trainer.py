@@ -68,3 +68,12 @@ def test_nothing_waits_for_the_device_between_steps(trainer, monkeypatch):
         between = events[first:last]
         assert between == ["step", *["fetch"] * (epoch == 0), *["step"] * 7]
         assert "fetch" in events[last:], "the epoch's losses are read at its end"
+
+
+def test_a_step_that_compiles_has_no_speed(trainer):
+    """The only one of an epoch; 0 images per second would be wrong."""
+    trainer.step = Watched(trainer.step, [])
+    trainer.progress = Progress(position=7)
+    assert trainer._train_epoch() is None
+    trainer.progress = Progress(epoch=1, position=7)
+    assert trainer._train_epoch() > 0
