@@ -19,8 +19,8 @@ _read_yaml = get_loader("yaml")
 def _load_yaml(text: str) -> Any:
     """Load YAML with the numbers of `read_yaml`; jsonargparse knows what is plain text.
 
-    jsonargparse reads 010 as 8, and libyaml rejects the escapes of paths that are not UTF-8. A value
-    that is a comment to YAML is a name, such as that of a folder.
+    jsonargparse reads 010 as 8, and libyaml rejects the escapes of paths that are not UTF-8. A
+    value that is a comment to YAML is a name, such as that of a folder.
     """
     if re.fullmatch(r"\s*#.*", text):
         return text
