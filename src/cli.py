@@ -55,6 +55,8 @@ def parse(
     if sum(word.partition("=")[0] == "--config" for word in argv) > 1:
         raise UserError("--config: is given twice; give one file, and options for other values")
     argv, config = take_option(list(argv), "--config")
+    if config == "":
+        raise UserError("--config: is empty (an unset shell variable?); give a file")
     is_of_run = config is None and config_beside is not None
     if is_of_run:
         _, checkpoint = take_option(argv, f"--{config_beside}")

@@ -54,8 +54,8 @@ def prepare_environment() -> None:
         os.environ["MS_COMPILER_CACHE_ENABLE"] = "0"
         logger.warning(
             "MS_COMPILER_CACHE_ENABLE is turned off: the cache would take a graph with another "
-            "run's constants, such as its learning rates; give each configuration a "
-            "MS_COMPILER_CACHE_PATH of its own to use it"
+            "run's constants, such as its learning rates; to use it, give each command and "
+            "configuration a MS_COMPILER_CACHE_PATH of its own, and leave it out with --resume"
         )
     # Let OpenMP's threads sleep between loops, when MindSpore's other threads need the cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -242,6 +242,7 @@ def test_an_option_for_several_values_may_be_repeated():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--config", ""], r"--config: is empty \(an unset shell variable\?\); give a file"),
         (["--output="], r"--output: is empty \(an unset shell variable\?\)"),
         (["--data.path="], "path: is empty; give a path"),
     ],
