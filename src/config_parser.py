@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import yaml
 from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
 
+from src.config import Config
 from src.errors import UserError, shorten
 from src.hints import nearest_key
 from src.yaml_reader import read_yaml
@@ -52,8 +53,11 @@ class ConfigParser(ArgumentParser):
             UserError: an option or a value is invalid.
         """
         groups = self.key_groups()
+        plain = {action.dest for action in self._actions if "." not in action.dest} - groups
         for word in argv:
             option = word.partition("=")[0]
+            if option.startswith("--") and "." in option and option[2:].split(".")[0] in plain:
+                self.error(f"unrecognized arguments: {option}")  # not a part of the plain option
             if option.startswith("--") and option.endswith("+"):
                 raise UserError(f"{shorten(option)}: cannot append; give the whole list")
             if option.startswith("--") and option[2:] in groups:
@@ -71,12 +75,21 @@ _UNKNOWN_KEY = (
 )
 
 
+def _is_of_recipe(key: str) -> bool:
+    group, _, name = key.partition(".")
+    return hasattr(getattr(Config(), group, None), name) if name else False
+
+
 def _simplify(message: str, known: Sequence[str]) -> str:
     message = " ".join(message.split())
     for pattern in _UNKNOWN_KEY:
         found = pattern.search(message)
         if found:
             key = ".".join(part for part in found.groups() if part)
+            if "config" in known and _is_of_recipe(key):
+                return (
+                    f"{key}: is a key of recipes; set it there, and give the recipe with --config"
+                )
             near = nearest_key(key, known)
             hint = f"did you mean {near}? " if near else ""
             return f"unknown key {shorten(key)}: {hint}--help lists every key"

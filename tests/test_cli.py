@@ -321,6 +321,29 @@ def test_every_hint_is_a_key_or_an_option_of_some_command():
         assert "." not in meant and (f'"--{meant}"' in sources or meant == "config"), meant
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            "infer.py --model m.onnx --input a.jpg --model.image_size 64",
+            "model.image_size: is a key",
+        ),
+        ("infer.py --model m.onnx --input a.jpg --data.crop_ratio=1", "data.crop_ratio: is a key"),
+        (
+            "convert.py --src a.pth --dst b.ckpt --model.num_classes 3",
+            "model.num_classes: is a key",
+        ),
+        ("infer.py --model m.onnx --input a.jpg --model.x 64", "unknown key model.x"),
+        ("infer.py --model m.onnx --input a.jpg --sheet.size=1", "unknown key sheet.size"),
+    ],
+)
+def test_a_key_that_a_command_has_not_is_no_part_of_its_option(run_here, words, message):
+    """jsonargparse would read --model.x as a part of --model."""
+    done = run_here(*words.split())
+    assert done.returncode == 2 and f"error: {message}" in done.stderr
+    assert ("set it there, and give the recipe with --config" in done.stderr) is ("is a" in message)
+
+
 @pytest.mark.parametrize("path", ["#1", " #a b", "photos #1"])
 def test_a_value_that_is_a_comment_to_yaml_is_a_name(path):
     assert read("--data.path", path)[0].data.path == path

@@ -19,6 +19,7 @@ from src.weights.load_report import LoadReport, WeightsMismatch
 from src.weights.names import HUGGING_FACE
 from src.weights.origin import run_settings
 from src.weights.select import select
+from src.weights.torch_pickle import FLOAT8
 
 logger = logging.getLogger("cvt")
 
@@ -194,11 +195,11 @@ def _require_fit(report: LoadReport) -> None:
 
 
 def _require_float(name: str, values: np.ndarray, path: str | Path) -> None:
-    """Raise UserError for integers, such as quantized weights, and for what float32 can't hold."""
+    """Raise UserError for other types than floats, and for what float32 can't hold."""
     if values.dtype.kind != "f":
-        raise UserError(
-            f"{path}: {name} holds {values.dtype}, such as quantized weights; give floating point"
-        )
+        kind = "float8" if values.dtype == FLOAT8 else str(values.dtype)
+        kind += ", such as quantized weights" if values.dtype.kind in "iu" else ""
+        raise UserError(f"{path}: {name} holds {kind}; save float16 or float32")
     if values.dtype == np.float64 and values.size:
         largest = np.abs(values[np.isfinite(values)]).max(initial=0)
         if largest > np.finfo(np.float32).max:

@@ -27,12 +27,19 @@ from src.weights.pickle_globals import is_attack
 _KINDS = ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
 _DTYPES = ("<f8", "<f4", "<f2", "<u2", "<i8", "<i4", "<i2", "i1", "u1", "?")
 _STORAGES = {f"torch.{kind}Storage": dtype for kind, dtype in zip(_KINDS, _DTYPES)}
+# Read so that a message can name them: no network takes complex or quantized numbers or FLOAT8.
+FLOAT8 = "V1"
+_STORAGES |= {"torch.ComplexFloatStorage": "<c8", "torch.ComplexDoubleStorage": "<c16"}
+_STORAGES |= {"torch.QInt8Storage": "i1", "torch.QUInt8Storage": "u1", "torch.QInt32Storage": "<i4"}
+_UNTYPED = "torch.storage.UntypedStorage"  # bytes of _REBUILD_UNTYPED
 BFLOAT16 = "<u2"
 _TENSORS = (
     "torch._utils._rebuild_tensor_v2",
     "torch._utils._rebuild_tensor",
+    "torch._utils._rebuild_qtensor",
     "torch_npu.utils.storage._rebuild_npu_tensor",  # Ascend's; the last argument is a format
 )
+_REBUILD_UNTYPED = "torch._utils._rebuild_tensor_v3"  # the seventh argument is the type
 # Their first argument is the tensor; the third is for XLA and other devices without storages.
 _PARAMETERS = (
     "torch._utils._rebuild_parameter",
@@ -42,7 +49,7 @@ _PARAMETERS = (
 _SUBCLASS = "torch._tensor._rebuild_from_type_v2"
 _ORDERED_DICT, _SIZE = "collections.OrderedDict", "torch.Size"
 _GETATTR = ("builtins.getattr", "__builtin__.getattr")
-_FUNCTIONS = {*_TENSORS, *_PARAMETERS, _SUBCLASS, _SIZE, *_GETATTR}
+_FUNCTIONS = {*_TENSORS, _REBUILD_UNTYPED, *_PARAMETERS, _SUBCLASS, _SIZE, *_GETATTR}
 _MEANINGFUL = {*_STORAGES, *_FUNCTIONS, _ORDERED_DICT}
 
 # Limits on the work that a malicious pickle can cause. CvT-W24's weights with their average and
@@ -316,9 +323,10 @@ def _storage(reference: Any, storages: dict[str, Storage]) -> Storage | Foreign:
     known = tag == "storage" and type(kind) is _Global and not any(part)
     if not known or type(key) is not str or kind in (*_FUNCTIONS, _ORDERED_DICT):
         raise UserError(f"the pickle refers to something other than a storage; {REFUSED}")
-    if kind not in _STORAGES:  # complex or quantised numbers
+    dtype = FLOAT8 if kind == _UNTYPED else _STORAGES.get(kind)
+    if dtype is None:
         return Foreign()
-    new = Storage(key, _STORAGES[kind], *_sizes((numel,)))
+    new = Storage(key, dtype, *_sizes((numel,)))
     if storages.setdefault(key, new) != new:
         raise UserError(f"storage {short(key)} is described in two ways; {AGAIN}")
     return new
@@ -366,9 +374,13 @@ def _call(target: Any, arguments: Any) -> Any:
         return first
     if name == _SUBCLASS and type(first) is _Global and len(arguments) > 2:
         return _call(first, arguments[2]) if first in _TENSORS else Foreign()
-    if name in _TENSORS and type(first) is Foreign:
+    if name == _REBUILD_UNTYPED and len(arguments) > 6:
+        if not str(arguments[6]).startswith("torch.float8_"):
+            return Foreign()
+        arguments = arguments[:6]
+    if name in (*_TENSORS, _REBUILD_UNTYPED) and type(first) is Foreign:
         return first
-    if name in _TENSORS and type(first) is Storage:
+    if name in (*_TENSORS, _REBUILD_UNTYPED) and type(first) is Storage:
         offset, shape, strides = arguments[1:4]
         if any(type(each) is dict and each for each in arguments[6:]):  # such as {"neg": True}
             raise UserError(f"the pickle calls {name} with attributes of the tensor; {REFUSED}")

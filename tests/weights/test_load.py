@@ -20,7 +20,8 @@ from src.config_io import save_config
 from src.errors import UserError
 from src.models import create_model
 from src.weights import WeightsMismatch, load_state, load_weights, save_checkpoint, save_weights
-from src.weights.load import _assume_grid, interpolate_pos_embed
+from src.weights.load import _assume_grid, interpolate_pos_embed, load_tensors
+from src.weights.load_report import LoadReport
 from src.weights.names import from_huggingface, from_official
 from tests.conftest import ROOT, TINY
 from tests.golden import pico
@@ -116,7 +117,10 @@ def test_bfloat16_and_other_types_are_converted(tmp_path, net, other):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda array: (array * 100).astype(np.int8), "holds int8, such as quantized weights"),
+        (
+            lambda array: (array * 100).astype(np.int8),
+            "holds int8, such as quantized weights; save",
+        ),
         (lambda array: array.astype(np.float64) + 1e300, r"reaches 1.0e\+300, more than float32"),
     ],
 )
@@ -127,6 +131,16 @@ def test_numbers_that_float32_does_not_hold_are_refused(tmp_path, net, other, ch
     with pytest.raises(UserError, match=f"head.bias {words}"):
         load_weights(other, tmp_path / "x.safetensors")
     assert same(values(other), before)
+
+
+@pytest.mark.parametrize(("dtype", "words"), [("V1", "float8"), ("c8", "complex64")])
+def test_types_of_pytorch_that_no_network_takes_are_named(net, dtype, words):
+    """Also with a new head, which a tensor left out would have become."""
+    arrays = values(net)
+    arrays["head.weight"] = np.zeros(arrays["head.weight"].shape, dtype)
+    for new_head in (False, True):
+        with pytest.raises(UserError, match=f"head.weight holds {words}; save float16 or float32"):
+            load_tensors(net, arrays, LoadReport("x.pth"), new_head=new_head)
 
 
 def test_of_a_training_state_the_average_is_taken(tmp_path, net, other):

@@ -142,9 +142,34 @@ def test_objects_of_older_protocols_are_set_aside(tmp_path):
 
 
 def test_tensors_of_other_kinds_are_set_aside(tmp_path):
-    parts = text("storage"), glob("torch", "ComplexFloatStorage"), text("9"), text("cpu"), num(6)
-    other = tensor(stored=tup(*parts) + b"Q")
+    other = tensor(stored=storage("QUInt4x2", "9"))
     arrays = read(write_zip(tmp_path / "x.pth", mapping(x=other, w=tensor())))
+    assert list(arrays) == ["w"]
+
+
+def untyped(dtype: str, key: str = "0") -> bytes:
+    parts = text("storage"), glob("torch.storage", "UntypedStorage"), text(key), text("cpu")
+    parts = tup(*parts, num(24)) + b"Q", num(0), nums(2, 3), nums(3, 1), b"\x89", b"N"
+    rebuild = glob("torch._utils", "_rebuild_tensor_v3")
+    return rebuild + tup(*parts, glob("torch", dtype), b"}") + b"R"
+
+
+@pytest.mark.parametrize(
+    ("stored", "dtype"),
+    [
+        (tensor(stored=storage("ComplexFloat", numel=3), shape=(3,), strides=(1,)), "c8"),
+        (tensor(stored=storage("QInt32")), "i4"),
+        (untyped("float8_e4m3fn"), "V1"),
+    ],
+)
+def test_types_that_no_network_takes_keep_their_name(tmp_path, stored, dtype):
+    """A message names them; without, the tensor would be said to be missing."""
+    arrays = read(write_zip(tmp_path / "x.pth", mapping(x=stored)))
+    assert arrays["x"].dtype == dtype
+
+
+def test_other_types_without_a_storage_are_set_aside(tmp_path):
+    arrays = read(write_zip(tmp_path / "x.pth", mapping(x=untyped("uint16", "9"), w=tensor())))
     assert list(arrays) == ["w"]
 
 
