@@ -46,10 +46,10 @@ def main(argv: list[str]) -> None:
         max_pixels=MAX_PIXELS,  # the user's own images, as in training
         runtime=runtime,
     )
-    if arguments.attention:
+    classify_files(predictor, arguments.input, arguments.top_k, arguments.json, arguments.sheet)
+    if arguments.attention:  # last: an image that can't be read is in the JSON first
         file = arguments.input[0]
         save_attention(predictor, predictor.prepare(file), Path(file).name, arguments.attention)
-    classify_files(predictor, arguments.input, arguments.top_k, arguments.json, arguments.sheet)
 
 
 def add_arguments(parser) -> None:

@@ -8,6 +8,7 @@ and classifies each pixel. The images are noise with a bright rectangle, so no d
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -50,6 +51,8 @@ def batch(rng, size=4, edge=32):
 
 def main() -> None:
     """Train for twelve steps and print the first and the last loss."""
+    form = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(description=__doc__, formatter_class=form).parse_args()
     dims = (16, 32, 64)
     net = Segmenter(create_model("cvt_nano", embed_dims=dims, num_heads=(1, 2, 4)), dims, classes=2)
     net.set_train(True)

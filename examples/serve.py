@@ -18,7 +18,7 @@ from src.errors import UserError, executable  # noqa: E402
 
 MAX_BYTES = 10_000_000  # of a request
 MAX_PIXELS = 25_000_000  # of an image
-MAX_CONNECTIONS = 32
+MAX_REQUESTS = 32  # at once; uvicorn's limit_concurrency would count idle connections too
 
 
 def build_app(predictor):
@@ -30,6 +30,17 @@ def build_app(predictor):
     from fastapi import Depends, FastAPI, HTTPException, Query, Request
 
     app = FastAPI()
+    running = 0
+
+    async def take_place():
+        nonlocal running
+        if running >= MAX_REQUESTS:
+            raise HTTPException(503, "too many requests at once; send it again later")
+        running += 1
+        try:
+            yield
+        finally:
+            running -= 1
 
     async def read_body(request: Request) -> bytes:
         content = bytearray()
@@ -40,7 +51,7 @@ def build_app(predictor):
         return bytes(content)
 
     # A plain function: FastAPI runs it in a thread and serves other requests meanwhile.
-    @app.post("/classify")
+    @app.post("/classify", dependencies=[Depends(take_place)])
     def classify(content: bytes = Depends(read_body), top_k: int = Query(5, ge=1)) -> list[dict]:
         result = next(predictor.stream([content], top_k))
         if isinstance(result, UserError):
@@ -74,7 +85,7 @@ def main(argv: list[str]) -> None:
 
     predictor = Predictor(arguments.model, arguments.config, batch_size=1, max_pixels=MAX_PIXELS)
     app = build_app(predictor)
-    uvicorn.run(app, host="127.0.0.1", port=arguments.port, limit_concurrency=MAX_CONNECTIONS)
+    uvicorn.run(app, host="127.0.0.1", port=arguments.port)
 
 
 if __name__ == "__main__":

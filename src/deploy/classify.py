@@ -119,7 +119,10 @@ def find_images(
             found[str(path)] = None
             continue
         if not path.is_dir():
-            raise UserError(f"--input {path}: no such file or folder")
+            what = "no such file or folder"
+            if path.exists():
+                what = "is a pipe or a device; give an image file or a folder"
+            raise UserError(f"--input {path}: {what}")
         images, others = list_images(path)
         if leave_out is not None:
             own = os.path.realpath(leave_out)

@@ -145,7 +145,7 @@ class Predictor:
         """Return the `top_k` best classes of each image, best first.
 
         Raises:
-            UserError: an image can't be read, `images` is a single image, or `top_k` is below 1.
+            UserError: an image can't be read, `images` is a single image, or `top_k` is invalid.
         """
         results = list(self.stream(images, top_k))
         for result in results:
@@ -161,7 +161,7 @@ class Predictor:
         For an image that can't be read, the result is its UserError.
 
         Raises:
-            UserError: `images` is a single image, or `top_k` is below 1.
+            UserError: `images` is a single image, or `top_k` is invalid.
         """
         if isinstance(images, (str, os.PathLike, bytes, Image.Image)) or (
             isinstance(images, np.ndarray) and images.ndim < 4
@@ -190,8 +190,8 @@ class Predictor:
         return self._rank(self.logits(inputs), top_k)
 
     def _rank(self, logits: Sequence[np.ndarray], top_k: int) -> list[list[Prediction]]:
-        if top_k < 1:
-            raise UserError(f"top_k {top_k}: must be 1 or more")
+        if not isinstance(top_k, (int, np.integer)) or top_k < 1:
+            raise UserError(f"top_k {top_k!r}: must be an integer, 1 or more")
         if not len(logits):
             return []
         logits = np.asarray(logits, np.float64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from src.errors import UserError
@@ -13,10 +14,29 @@ def as_size(image_size: int | Sequence[int]) -> tuple[int, int]:
     Raises:
         UserError: the size is neither, or not positive.
     """
-    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-    if len(size) != 2 or min(size) < 1:
-        raise UserError(f"image_size {image_size}: must be a number of pixels or [height, width]")
-    return size
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    if not are_counts(size, 2):
+        raise UserError(f"image_size {image_size!r}: must be a number of pixels or [height, width]")
+    return tuple(size)
+
+
+def are_counts(values: Sequence[int], number: int | None = None, lowest: int = 1) -> bool:
+    """Return whether values are integers of `lowest` or more, as many as `number`."""
+    return (
+        isinstance(values, (list, tuple))
+        and len(values) == (number or max(len(values), 1))
+        and all(isinstance(value, int) and value >= lowest for value in values)
+    )
+
+
+def check_number(name: str, value: float) -> None:
+    """Check a number.
+
+    Raises:
+        UserError: it is none, or not finite.
+    """
+    if not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise UserError(f"{name} {value!r}: must be a number")
 
 
 def check_rate(name: str, rate: float) -> None:

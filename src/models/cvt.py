@@ -18,7 +18,15 @@ from mindspore import dtype as mstype
 from mindspore.common.initializer import Uniform
 
 from src.errors import UserError
-from src.models.arguments import as_size, check_count, check_flag, check_num_classes, check_rate
+from src.models.arguments import (
+    are_counts,
+    as_size,
+    check_count,
+    check_flag,
+    check_num_classes,
+    check_number,
+    check_rate,
+)
 from src.models.layers import (
     Block,
     ConvEmbed,
@@ -258,21 +266,23 @@ def _per_stage(name: str, value) -> tuple:
 def _check_sizes(sizes: dict[str, Sequence[int]]) -> None:
     for name, values in sizes.items():
         lowest = 0 if name == "patch_paddings" else 1
-        if len(values) != STAGES or not all(isinstance(v, int) and v >= lowest for v in values):
-            raise UserError(f"{name} {list(values)}: must be {STAGES} integers, {lowest} or more")
+        if not are_counts(values, STAGES, lowest):
+            raise UserError(f"{name} {values!r}: must be {STAGES} integers, {lowest} or more")
         if max(values) > MAX_SIZE:
-            raise UserError(f"{name} {list(values)}: must be at most {MAX_SIZE}")
+            raise UserError(f"{name} {values!r}: must be at most {MAX_SIZE}")
     for dim, heads in zip(sizes["embed_dims"], sizes["num_heads"]):
         if dim % heads:
             raise UserError(f"embed_dims: {dim} is not a multiple of its num_heads, {heads}")
 
 
 def _check_choices(embed_dims, mlp_ratio, kv_stride, qkv_projection, patch_embed) -> None:
-    if not mlp_ratio >= 1 / min(embed_dims) or mlp_ratio == math.inf:
+    check_number("mlp_ratio", mlp_ratio)
+    check_count("kv_stride", kv_stride)
+    if not mlp_ratio >= 1 / min(embed_dims):
         raise UserError(f"mlp_ratio {mlp_ratio}: must give at least one hidden channel")
     if mlp_ratio * max(embed_dims) > MAX_SIZE:
         raise UserError(f"mlp_ratio {mlp_ratio}: gives more than {MAX_SIZE} hidden channels")
-    if not 1 <= kv_stride <= MAX_SIZE:
+    if kv_stride > MAX_SIZE:
         raise UserError(f"kv_stride {kv_stride}: must be from 1 to {MAX_SIZE}")
     if qkv_projection not in QKV_PROJECTIONS:
         raise UserError(f"qkv_projection {qkv_projection!r}: choose from {QKV_PROJECTIONS}")

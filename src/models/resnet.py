@@ -16,7 +16,7 @@ from mindspore import dtype as mstype
 from mindspore.common.initializer import HeNormal, HeUniform, Uniform
 
 from src.errors import UserError
-from src.models.arguments import as_size, check_count, check_num_classes, check_rate
+from src.models.arguments import are_counts, as_size, check_count, check_num_classes, check_rate
 from src.models.layers import BatchNorm2d
 from src.models.registry import register_model
 from src.models.stochastic import Dropout, DropPath, StochasticNet
@@ -138,8 +138,8 @@ class ResNet(StochasticNet):
         image_size: int | Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        if not depths or not all(isinstance(depth, int) and depth > 0 for depth in depths):
-            raise UserError(f"depths {list(depths)}: must be integers, 1 or more")
+        if not are_counts(depths):
+            raise UserError(f"depths {depths!r}: must be integers, 1 or more")
         if block not in EXPANSION:
             raise UserError(f"block {block!r}: choose from {tuple(EXPANSION)}")
         if stem not in STEMS:

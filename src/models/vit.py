@@ -16,7 +16,13 @@ from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from src.errors import UserError
-from src.models.arguments import as_size, check_count, check_num_classes, check_rate
+from src.models.arguments import (
+    as_size,
+    check_count,
+    check_num_classes,
+    check_number,
+    check_rate,
+)
 from src.models.attention import ScaledDotProductAttention
 from src.models.layers import LayerNorm, Mlp, conv2d, dense, to_tokens, token_parameter
 from src.models.registry import register_model
@@ -122,7 +128,8 @@ class VisionTransformer(StochasticNet):
             check_count(name, value)
         if embed_dim % num_heads:
             raise UserError(f"embed_dim: {embed_dim} is not a multiple of num_heads, {num_heads}")
-        if not 1 <= embed_dim * mlp_ratio < float("inf"):
+        check_number("mlp_ratio", mlp_ratio)
+        if embed_dim * mlp_ratio < 1:
             raise UserError(f"mlp_ratio {mlp_ratio}: must give at least one hidden channel")
         check_num_classes(num_classes)
         check_count("in_channels", in_channels)

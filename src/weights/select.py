@@ -11,6 +11,7 @@ such as "teacher" does not make an average: a distilled network's teacher is ano
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -95,7 +96,8 @@ def select(
     notes = _provenance(chosen) + notes
     for group in sets:
         if group is not chosen and not (group is base and group.entry == chosen.entry):
-            notes.append(f"{group.label} holds other weights: convert.py --entry {group.label}")
+            name = shlex.quote(group.label)
+            notes.append(f"{group.label} holds other weights: convert.py --entry {name}")
     skipped = [
         path[-1]
         for path in tensors
@@ -136,9 +138,10 @@ def _choose(
             for name, path in other.paths.items()
         ):
             labels = short_names([group.label for group in candidates], 8)
+            name = shlex.quote(short(first.label))
             raise UserError(
                 f"it holds {len(candidates)} sets of weights: {labels}; choose one: "
-                f"python convert.py --src FILE --dst NEW.ckpt --entry {short(first.label)}"
+                f"python convert.py --src FILE --dst NEW.ckpt --entry {name}"
             )
     return first
 

@@ -12,6 +12,7 @@ from src.deploy import classify as room
 from src.deploy.classify import check_outputs, classify_files
 from src.deploy.predictor import Prediction
 from src.errors import UserError
+from tests.conftest import ROOT
 
 
 class Brightness:
@@ -102,6 +103,9 @@ def test_the_sheet_is_no_image_of_the_next_time(folder, tmp_path, capsys):
 def test_places_without_images_are_refused(tmp_path):
     with pytest.raises(UserError, match="no such file or folder"):
         classify_files(Brightness(), str(tmp_path / "gone"), 1, None)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="pipe: is a pipe or a device; give an image file"):
+        classify_files(Brightness(), str(tmp_path / "pipe"), 1, None)
     (tmp_path / "note.txt").touch()
     with pytest.raises(UserError, match="no images in it"):
         classify_files(Brightness(), str(tmp_path), 1, None)
@@ -166,3 +170,12 @@ def test_a_result_replaces_only_a_result(folder, tmp_path):
     check_outputs(str(labels), None, force=True)
     classify_files(Brightness(), image, 1, str(labels))
     assert json.loads(labels.read_text()) == json.loads(results.read_text())
+
+
+def test_an_image_that_gives_no_attention_is_in_the_json(run_here, tmp_path):
+    (tmp_path / "bad.jpg").write_text("no image")
+    words = ("--input=bad.jpg", "--attention=a.png", "--json=a.json")
+    done = run_here("infer.py", "--model", str(ROOT / "pretrained/cvt_nano_cifar10"), *words)
+    assert done.returncode == 2 and "bad.jpg: not a readable image" in done.stderr
+    assert "not a readable image" in json.loads((tmp_path / "a.json").read_text())[0]["error"]
+    assert not (tmp_path / "a.png").exists()

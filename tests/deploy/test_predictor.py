@@ -63,6 +63,12 @@ def test_exported_files_and_checkpoint_agree(trained, exported, digits):
     assert len(everything) == 10 and sum(e.probability for e in everything) == pytest.approx(1)
 
 
+@pytest.mark.parametrize("top_k", [0, 1.5, "3"])
+def test_a_number_of_classes_that_makes_no_sense_is_refused(exported, digits, top_k):
+    with pytest.raises(UserError, match=f"top_k {top_k!r}: must be an integer, 1 or more"):
+        Predictor(exported / "any.mindir")(digits[1][:1], top_k=top_k)
+
+
 def test_no_images_give_no_results(trained, exported):
     """A service may filter all of a batch; MindSpore's kernels would divide by zero."""
     for model in (exported / "any.mindir", trained):

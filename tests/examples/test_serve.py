@@ -82,6 +82,31 @@ def test_eight_clients_at_once(server, digits):
     assert together == alone * 10
 
 
+def unfinished_request(port):
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.putrequest("POST", "/classify")
+    connection.putheader("Content-Length", "100")
+    connection.endheaders(b"half")
+    return connection
+
+
+def test_requests_beyond_the_limit_are_turned_away_and_connections_are_not(server, digits):
+    content = digits[0].read_bytes()
+    idle = [socket.create_connection(("127.0.0.1", server)) for _ in range(40)]
+    assert len(post(server, content)) == 2
+    requests = [unfinished_request(server) for _ in range(31)]
+    time.sleep(0.5)
+    assert len(post(server, content)) == 2, "the thirty-second"
+    requests.append(unfinished_request(server))
+    time.sleep(0.5)
+    with pytest.raises(urllib.error.HTTPError, match="503"):
+        post(server, content)
+    for each in (*idle, *requests):
+        each.close()
+    time.sleep(0.5)
+    assert len(post(server, content)) == 2
+
+
 def test_a_large_body_is_not_read_to_its_end(server, digits):
     """A request that declares a gigabyte gets status 413 after the first ten megabytes."""
     connection = http.client.HTTPConnection("127.0.0.1", server, timeout=60)

@@ -183,6 +183,7 @@ def test_initialisation_is_kaiming_normal_by_fan_out():
 @pytest.mark.parametrize("options, message", [
     ({"depths": (1, 0)}, "depths"),
     ({"depths": ()}, "depths"),
+    ({"depths": 2}, "depths 2: must be integers"),
     ({"block": "x"}, "block"),
     ({"stem": "x"}, "stem"),
     ({"width": 0}, "width"),

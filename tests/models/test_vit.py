@@ -173,6 +173,7 @@ def test_initialisation_is_deits():
     ({"num_heads": [1, 2, 4]}, "num_heads .* one integer"),
     ({"depth": 0}, "depth"),
     ({"mlp_ratio": 0}, "mlp_ratio"),
+    ({"mlp_ratio": "4"}, "mlp_ratio '4': must be a number"),
     ({"drop_path_rate": [0.0, 0.0, 0.1]}, "drop_path_rate .* a number"),
     ({"drop_rate": 1.0}, "drop_rate"),
     ({"num_classes": -1}, "num_classes"),

@@ -110,6 +110,9 @@ def test_of_two_plain_sets_the_user_chooses():
     found = {**tensors("model"), **tensors("best", prefix="net.", values="other")}
     with pytest.raises(UserError, match="2 sets of weights: model, best.net; choose .* --entry"):
         select(found)
+    spaced = {**tensors("my model"), **tensors("best", values="other")}
+    with pytest.raises(UserError, match="--entry 'my model'$"):
+        select(spaced)
     for entry in ("best.net", "best", "net"):
         assert all(place[0] == "best" for place in select(found, entry=entry).names)
     with pytest.raises(UserError, match="no weights under --entry ema; choose one of: model, best"):
