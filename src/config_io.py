@@ -12,7 +12,7 @@ import re
 from argparse import SUPPRESS
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import yaml
 from jsonargparse import Namespace
@@ -113,6 +113,8 @@ def add_keys(parser: ConfigParser, schema: type) -> None:
     """Add --config and a dotted option for each key of the schema to a parser."""
     parser.add_argument("--config", action="config", help="YAML recipe; options override its keys")
     parser.add_class_arguments(schema, as_group=False)
+    keys = dataclasses.fields(schema)
+    parser.mappings = frozenset(k.name for k in keys if get_origin(k.type) is dict)
     for action in parser._actions:
         if action.dest in parser.key_groups():
             action.help = SUPPRESS  # `read` refuses it

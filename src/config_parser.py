@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -36,7 +37,13 @@ set_loader("yaml", _load_yaml, (yaml.YAMLError,))
 
 
 class ConfigParser(ArgumentParser):
-    """jsonargparse's parser with one-line error messages."""
+    """jsonargparse's parser with one-line error messages.
+
+    Attributes:
+        mappings: options whose values are mappings, with keys that may be options too.
+    """
+
+    mappings: frozenset[str] = frozenset()
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         groups, names = self.key_groups(), [action.dest for action in self._actions]
@@ -53,11 +60,12 @@ class ConfigParser(ArgumentParser):
             UserError: an option or a value is invalid.
         """
         groups = self.key_groups()
-        plain = {action.dest for action in self._actions if "." not in action.dest} - groups
+        single = {action.dest for action in self._actions} - groups - self.mappings
         for word in argv:
             option = word.partition("=")[0]
-            if option.startswith("--") and "." in option and option[2:].split(".")[0] in plain:
-                self.error(f"unrecognized arguments: {option}")  # not a part of the plain option
+            names = itertools.accumulate(option[2:].split(".")[:-1], "{}.{}".format)
+            if option.startswith("--") and not single.isdisjoint(names):
+                self.error(f"unrecognized arguments: {option}")  # jsonargparse sets a part of it
             if option.startswith("--") and option.endswith("+"):
                 raise UserError(f"{shorten(option)}: cannot append; give the whole list")
             if option.startswith("--") and option[2:] in groups:

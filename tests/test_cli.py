@@ -335,6 +335,8 @@ def test_every_hint_is_a_key_or_an_option_of_some_command():
         ),
         ("infer.py --model m.onnx --input a.jpg --model.x 64", "unknown key model.x"),
         ("infer.py --model m.onnx --input a.jpg --sheet.size=1", "unknown key sheet.size"),
+        ("infer.py --model m.onnx --input a.jpg --input.x b.jpg", "unknown key input.x"),
+        ("train.py --model.name.x 3", "unknown key model.name.x"),
     ],
 )
 def test_a_key_that_a_command_has_not_is_no_part_of_its_option(run_here, words, message):
@@ -342,6 +344,12 @@ def test_a_key_that_a_command_has_not_is_no_part_of_its_option(run_here, words, 
     done = run_here(*words.split())
     assert done.returncode == 2 and f"error: {message}" in done.stderr
     assert ("set it there, and give the recipe with --config" in done.stderr) is ("is a" in message)
+
+
+def test_a_mapping_has_keys_of_its_own(run_here):
+    study = str(ROOT / "config/study/cifar10.yaml")
+    words = ("--config", study, "--output=o", "--settings.training.epochs=1", "--dry_run")
+    assert "training.epochs follows from the study's" in run_here("tools.study", *words).stderr
 
 
 @pytest.mark.parametrize("path", ["#1", " #a b", "photos #1"])
