@@ -123,7 +123,7 @@ def export(
     except OSError as error:
         files = {Path(name) for name in (error.filename, error.filename2) if name}
         if files and not files & {Path(f"{output}.json"), output, *output.parents}:
-            raise
+            raise UserError(f"{error.filename}: {error.strerror}") from error
         raise UserError(f"{output}: {error.strerror}; give another --output") from error
     size = output.stat().st_size / 2**20
     logger.info("wrote %s (%.1f MiB) and %s.json", output, size, output.name)

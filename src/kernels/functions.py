@@ -15,8 +15,8 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
-# A training step keeps the output for inputs of up to so many elements (2 MiB), and computes it
-# again for larger ones: there memory counts, here the time to launch an operator.
+# Elements of an input (2 MiB) up to which a training step keeps the output: launching the operator
+# again would cost more time than the memory is worth. Outputs of larger inputs are computed again.
 KEPT_SIZE = 2**19
 
 
