@@ -33,13 +33,14 @@ _STORAGES |= {"torch.ComplexFloatStorage": "<c8", "torch.ComplexDoubleStorage": 
 _STORAGES |= {"torch.QInt8Storage": "i1", "torch.QUInt8Storage": "u1", "torch.QInt32Storage": "<i4"}
 _UNTYPED = "torch.storage.UntypedStorage"  # bytes of _REBUILD_UNTYPED
 BFLOAT16 = "<u2"
+_REBUILD_UNTYPED = "torch._utils._rebuild_tensor_v3"  # the seventh argument is the type
 _TENSORS = (
     "torch._utils._rebuild_tensor_v2",
     "torch._utils._rebuild_tensor",
     "torch._utils._rebuild_qtensor",
+    _REBUILD_UNTYPED,
     "torch_npu.utils.storage._rebuild_npu_tensor",  # Ascend's; the last argument is a format
 )
-_REBUILD_UNTYPED = "torch._utils._rebuild_tensor_v3"  # the seventh argument is the type
 # Their first argument is the tensor; the third is for XLA and other devices without storages.
 _PARAMETERS = (
     "torch._utils._rebuild_parameter",
@@ -49,7 +50,7 @@ _PARAMETERS = (
 _SUBCLASS = "torch._tensor._rebuild_from_type_v2"
 _ORDERED_DICT, _SIZE = "collections.OrderedDict", "torch.Size"
 _GETATTR = ("builtins.getattr", "__builtin__.getattr")
-_FUNCTIONS = {*_TENSORS, _REBUILD_UNTYPED, *_PARAMETERS, _SUBCLASS, _SIZE, *_GETATTR}
+_FUNCTIONS = {*_TENSORS, *_PARAMETERS, _SUBCLASS, _SIZE, *_GETATTR}
 _MEANINGFUL = {*_STORAGES, *_FUNCTIONS, _ORDERED_DICT}
 
 # Limits on the work that a malicious pickle can cause. CvT-W24's weights with their average and
@@ -378,9 +379,9 @@ def _call(target: Any, arguments: Any) -> Any:
         if not str(arguments[6]).startswith("torch.float8_"):
             return Foreign()
         arguments = arguments[:6]
-    if name in (*_TENSORS, _REBUILD_UNTYPED) and type(first) is Foreign:
+    if name in _TENSORS and type(first) is Foreign:
         return first
-    if name in (*_TENSORS, _REBUILD_UNTYPED) and type(first) is Storage:
+    if name in _TENSORS and type(first) is Storage:
         offset, shape, strides = arguments[1:4]
         if any(type(each) is dict and each for each in arguments[6:]):  # such as {"neg": True}
             raise UserError(f"the pickle calls {name} with attributes of the tensor; {REFUSED}")
