@@ -70,7 +70,7 @@ def add_arguments(parser) -> None:
         "--batch_size",
         type=PositiveInt,
         default=16,
-        help="images per batch, if the model allows it",
+        help="images per batch; a file exported with a fixed batch size uses its own",
     )
     parser.add_argument(
         "--engine",

@@ -16,7 +16,7 @@ def main(argv: list[str]) -> None:
 
     def add_arguments(parser) -> None:
         parser.add_argument(
-            "--output", type=str, help="run folder; default: runs/ and the recipe's name"
+            "--output", type=str, help="run folder; default: runs/<folder>_<file> of the recipe"
         )
         parser.add_argument(
             "--resume",

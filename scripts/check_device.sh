@@ -2,7 +2,7 @@
 # Check that this device computes CvT correctly, in about ten minutes:
 #   bash scripts/check_device.sh [--device auto|Ascend|GPU|CPU] [--ranks N] [--full]
 #                                [--only NAME ...] [--report FILE.json]
-# Prints a line for each check; the exit code is 0 where none failed. The report holds everything
+# Prints a line for each check; the exit code is 0 if none failed. The report has all measured values
 # and can be attached to an issue.
 set -euo pipefail
 # shellcheck source=scripts/command.sh

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Install the test tools, check the style and run the tests, with a worker more than cores, up to 17.
+# Install the test tools, check the style and run the tests, with one worker per core plus one, at most 17.
 #   bash scripts/run_tests.sh                everything
 #   bash scripts/run_tests.sh --quick        without distributed jobs, fault campaigns and full-size networks
 #   bash scripts/run_tests.sh tests/models   other arguments go to pytest

@@ -59,7 +59,7 @@ class RuntimeConfig:
         precision: dtype of Linears, convolutions and attention products; norms, softmax and loss
             stay in float32.
         flash_attention: compute attention in Ascend's fused kernel, which does not store the
-            scores; Atlas A2 or later, float16 or bfloat16. Export ignores it; infer.py and
+            scores; documented for Atlas A2 only, float16 or bfloat16. Export ignores it; infer.py and
             Predictor ignore it in the run's configuration.
         compiled_ops: on the CPU in float32, use operators that the system's C++ compiler builds at
             the first start; auto does so if there is a compiler. Export ignores it.
@@ -69,8 +69,8 @@ class RuntimeConfig:
             if there is one, and shifts turns compiled attention off. Export ignores it.
         jit_level: MindSpore's compilation level; null keeps the device's default. O2 is Ascend's
             graph engine.
-        deterministic: compute operators reproducibly, which costs time; on Ascend, a resumed run
-            equals an uninterrupted one only with this, on a GPU only up to rounding.
+        deterministic: use reproducible operators, which costs time. Ascend needs this for a resumed run
+            to equal an uninterrupted one; on a GPU, they are equal up to rounding only.
         seed: seed of the initial weights, data order, augmentation, drop path and dropout.
     """
 
@@ -241,7 +241,7 @@ class OptimizerConfig:
         warmup_epochs: epochs of linear warm-up.
         warmup_lr: learning rate at the start of the warm-up.
         min_lr: learning rate at the end of the cosine.
-        decay_epochs: number of last epochs with cosine decay; before them the rate is constant, so
+        decay_epochs: number of final epochs with cosine decay; before them the rate is constant, so
             that a run can be extended as if it had had more epochs from the start. null applies
             the cosine to all epochs.
         schedule_per: change the rate every step, or every epoch as in the official code.
