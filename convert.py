@@ -38,7 +38,9 @@ def main(argv: list[str]) -> None:
             "--verify", action="store_true", help="compare the tensors of both files"
         )
         parser.add_argument(
-            "--force", action="store_true", help="replace any existing file; without it, only one with the same tensors"
+            "--force",
+            action="store_true",
+            help="replace any existing file; without it, only one with the same tensors",
         )
 
     description = "Convert weights; --config is needed if the model is not a named variant."

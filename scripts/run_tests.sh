@@ -23,6 +23,9 @@ PYTEST_XDIST_AUTO_NUM_WORKERS=${PYTEST_XDIST_AUTO_NUM_WORKERS-$("$PYTHON" -c 'im
 from src.cores import cpu_count
 print(max(1, min(cpu_count() + 1, 17, psutil.virtual_memory().available >> 31)))')}
 export PYTEST_XDIST_AUTO_NUM_WORKERS
+# One thread each, because threads that wait for another one spin on the core that it needs. Tests of
+# threads set their number.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS-1}
 words=(-n auto --dist loadfile --no-loadscope-reorder)
 if [ "${1-}" = --quick ]; then
   shift

@@ -33,7 +33,17 @@ from tools.check_device import __main__ as check_device
 
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 RECIPES = sorted((ROOT / "config").rglob("*.yaml"))
-OTHERS_PROGRAMS = ["source", "export", "git", "cd", "pip", "curl", "printf", "atc", "converter_lite"]
+OTHERS_PROGRAMS = [
+    "source",
+    "export",
+    "git",
+    "cd",
+    "pip",
+    "curl",
+    "printf",
+    "atc",
+    "converter_lite",
+]
 OTHERS_PROGRAMS += ["peers/bin/pip"]
 OWN_START = ("scripts/quickstart.sh", "scripts/run_tests.sh")  # they take no recipe
 TOOLS = ("tools.benchmark", "tools.study", "tools.records")  # they parse like the root's programs

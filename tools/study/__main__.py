@@ -17,7 +17,9 @@ def main(argv: list[str]) -> None:
 
     def add_arguments(parser) -> None:
         parser.add_argument(
-            "--output", type=str, help="folder of the study; default: runs/<folder>_<file> of --config"
+            "--output",
+            type=str,
+            help="folder of the study; default: runs/<folder>_<file> of --config",
         )
         parser.add_argument(
             "--only",

@@ -44,7 +44,9 @@ def flash(setting: Setting) -> Finding:
     if current_device() != "Ascend":
         raise NotHere("the kernel exists on Ascend only")
     if _soc_version() == "ascend910":
-        raise NotHere("the kernel is documented for Atlas A2 only; this is an Atlas training card (910)")
+        raise NotHere(
+            "the kernel is documented for Atlas A2 only; this is an Atlas training card (910)"
+        )
     tags = (SMALL[0], LARGE)
     return _compare_logits(
         "float16", tags, lambda net: use_flash_attention(set_precision(net, "float16"))
