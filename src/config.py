@@ -59,8 +59,8 @@ class RuntimeConfig:
         precision: dtype of Linears, convolutions and attention products; norms, softmax and loss
             stay in float32.
         flash_attention: compute attention in Ascend's fused kernel, which does not store the
-            scores; documented for Atlas A2 only, float16 or bfloat16. Export ignores it; infer.py and
-            Predictor ignore it in the run's configuration.
+            scores; documented for Atlas A2 only, float16 or bfloat16. Export ignores it;
+            infer.py and Predictor ignore it in the run's configuration.
         compiled_ops: on the CPU in float32, use operators that the system's C++ compiler builds at
             the first start; auto does so if there is a compiler. Export ignores it.
         depthwise: conv runs CvT's depthwise convolutions in the framework's kernel; shifts runs
@@ -69,8 +69,8 @@ class RuntimeConfig:
             if there is one, and shifts turns compiled attention off. Export ignores it.
         jit_level: MindSpore's compilation level; null keeps the device's default. O2 is Ascend's
             graph engine.
-        deterministic: use reproducible operators, which costs time. Ascend needs this for a resumed run
-            to equal an uninterrupted one; on a GPU, they are equal up to rounding only.
+        deterministic: use reproducible operators, which costs time. Ascend needs this for a
+            resumed run to equal an uninterrupted one; on a GPU, they are equal up to rounding only.
         seed: seed of the initial weights, data order, augmentation, drop path and dropout.
     """
 
