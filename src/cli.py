@@ -70,7 +70,8 @@ def parse(
     arguments.config = config
     if schema is not Study:  # its required keys may be in the file alone
         arguments.given = set(parser.parse_args(argv, defaults=False).keys())
-    if is_of_run and "runtime.device_id" not in arguments.given:
+    is_resumed = config_beside == "output"
+    if is_of_run and not is_resumed and "runtime.device_id" not in arguments.given:
         settings.runtime.device_id = None  # which card trained the run says nothing about this host
     return settings, _expand_arguments(arguments)
 

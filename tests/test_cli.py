@@ -192,6 +192,18 @@ def test_the_card_of_a_training_run_is_not_that_of_its_evaluation(tmp_path):
     assert device_id("--config", str(tmp_path / "config.yaml")) == 3
 
 
+def test_a_resumed_run_keeps_its_card(tmp_path):
+    trained = Config()
+    trained.runtime.device_id = 3
+    save_config(trained, tmp_path / "config.yaml")
+
+    def device_id(*more):
+        return read("--output", str(tmp_path), *more, config_beside="output")[0].runtime.device_id
+
+    assert device_id() == 3
+    assert device_id("--runtime.device_id=2") == 2
+
+
 def test_a_value_is_not_appended():
     with pytest.raises(UserError, match="--model.depths[+]: cannot append"):
         read("--model.depths+=3")
