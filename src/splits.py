@@ -196,6 +196,11 @@ def open_checked(
     return kept
 
 
+def absolute_path(path: str | None) -> str | None:
+    """Return a path of a configuration as one that holds in any folder, without ~ and links."""
+    return path and os.path.realpath(os.path.expanduser(path))
+
+
 def resolve_classes(config: Config, source: Source) -> Config:
     """Return the configuration with the data's classes and absolute paths.
 
@@ -210,7 +215,7 @@ def resolve_classes(config: Config, source: Source) -> Config:
             "the key, or name all classes in the order of the labels in data.class_names"
         )
     data = config.data
-    path, index = (each and os.path.realpath(each) for each in (data.path, data.index))
+    path, index = map(absolute_path, (data.path, data.index))
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, num_classes=classes),

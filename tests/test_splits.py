@@ -37,6 +37,13 @@ def test_paths_of_the_data_are_absolute(tmp_path, monkeypatch):
         str(tmp_path / "photos"),
         str(tmp_path / "shared/index.json"),
     ]
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    data = DataConfig(path="~/photos", index="~/index.json")
+    resolved = resolve_classes(config(data=data), open_source("digits", None, "val")).data
+    assert [resolved.path, resolved.index] == [
+        str(tmp_path / "home/photos"),
+        str(tmp_path / "home/index.json"),
+    ]
 
 
 def test_some_classes_keep_the_labels_that_a_run_gave_them():
