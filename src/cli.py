@@ -138,8 +138,15 @@ def take_option(argv: list[str], name: str) -> tuple[list[str], str | None]:
     return rest, value
 
 
-def find_resumed_run(argv: Sequence[str]) -> tuple[Path | bool | None, list[str]]:
+def find_resumed_run(
+    argv: Sequence[str], is_first: bool = True
+) -> tuple[Path | bool | None, list[str]]:
     """Find the run that --resume continues.
+
+    Args:
+        argv: the words.
+        is_first: of the first rank or host, which alone reads the state; the others need not have
+            the run's folder.
 
     Returns:
         The file or folder given with --resume, False if none is given, None without --resume; and
@@ -155,11 +162,15 @@ def find_resumed_run(argv: Sequence[str]) -> tuple[Path | bool | None, list[str]
         if name == "--resume":
             value = value or ("" if following.startswith("--") else following)
             state = Path(os.path.expanduser(value)) if value else False
-    if state and not state.exists():
-        raise UserError(
-            f"--resume {state}: no such file; a run's states are in its checkpoints folder"
-        )
     rest, output = take_option(argv, "--output")
+    if state and not state.exists():
+        if is_first:
+            raise UserError(
+                f"--resume {state}: no such file; a run's states are in its checkpoints folder"
+            )
+        folder = state.parent if state.suffix == ".ckpt" else state
+        run = folder.parent if folder.name == "checkpoints" else folder
+        return state, argv if output else [*argv, "--output", str(run)]
     if state is None or (output is None and not state):
         return state, argv
     run = run_config_of(os.path.expanduser(output or state))

@@ -72,7 +72,8 @@ def read_plan(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[Plan, bo
     target = environ.get("DEVICE_TARGET", "Ascend")
     if target not in TARGETS:
         raise UserError(f"DEVICE_TARGET={target}: choose one of {', '.join(TARGETS)}")
-    command = _train_command(arguments.config, arguments.data, target, keys)
+    is_first = environ.get("NODE_RANK", "0") == "0"
+    command = _train_command(arguments.config, arguments.data, target, keys, is_first)
     logs = Path(command[-1]) / "ranks" / time.strftime("%Y%m%d-%H%M%S")
     if "RANK_TABLE_FILE" in environ:
         raise UserError(
@@ -124,7 +125,9 @@ def _check_bind_core(value: str | None) -> None:
         )
 
 
-def _train_command(recipe: str, data: str, target: str, keys: list[str]) -> list[str]:
+def _train_command(
+    recipe: str, data: str, target: str, keys: list[str], is_first: bool
+) -> list[str]:
     """Return train.py and its checked arguments with absolute paths; --output DIR comes last."""
     file = next((p for p in (Path(recipe), ROOT / recipe) if p.is_file()), None)
     if file is None:
@@ -139,7 +142,7 @@ def _train_command(recipe: str, data: str, target: str, keys: list[str]) -> list
             )
         words += ["--data.path", str(Path(os.path.expanduser(data)).resolve())]
     words += ["--runtime.device", target, *keys]
-    _, words = find_resumed_run(words)
+    _, words = find_resumed_run(words, is_first)
     words, output = take_option(words, "--output")
 
     def add_arguments(parser) -> None:
