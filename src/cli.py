@@ -95,8 +95,13 @@ def require_recipe(checkpoint: str | Path, config: str | None) -> None:
         )
 
 
-def require_free_port(port: int) -> None:
+def require_free_port(port: int, option: str = "--port ", address: str = "127.0.0.1") -> None:
     """Check that a program of this host can listen on a port.
+
+    Args:
+        port: the port.
+        option: its option or variable, as the user types it before the number.
+        address: of the network interface; "" for all.
 
     Raises:
         UserError: it can't.
@@ -104,10 +109,10 @@ def require_free_port(port: int) -> None:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do
         try:
-            probe.bind(("127.0.0.1", port))
+            probe.bind((address, port))
         except (OSError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or "must be 1 to 65535"
-            raise UserError(f"--port {port}: {reason}; give another one") from None
+            raise UserError(f"{option}{port}: {reason}; give another one") from None
 
 
 def _expand_arguments(arguments: Namespace) -> Namespace:

@@ -10,11 +10,11 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from src.cli import find_resumed_run, parse, take_option
+from src.cli import find_resumed_run, parse, require_free_port, take_option
 from src.config_io import default_output, require_outside_images
 from src.errors import UserError, executable
 from src.launch.job import describe, run
-from src.launch.plan import Plan, build_plan, check_master_address, check_port_free
+from src.launch.plan import Plan, build_plan, check_master_address
 
 ROOT = Path(__file__).resolve().parents[2]
 TARGETS = ("Ascend", "GPU", "CPU")
@@ -90,7 +90,7 @@ def read_plan(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[Plan, bo
     if plan.node_num > 1 and (plan.node_rank == 0 or not arguments.dry_run):
         check_master_address(plan.master_addr, plan.node_rank, arguments.dry_run)
     if not arguments.dry_run and plan.node_rank == 0:
-        check_port_free(plan.master_port)
+        require_free_port(plan.master_port, "MASTER_PORT=", address="")
     return plan, arguments.dry_run
 
 

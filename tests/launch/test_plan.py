@@ -212,8 +212,9 @@ def test_a_busy_port_is_refused():
     with socket.socket() as other:
         other.bind(("", 0))
         other.listen()
-        environ = {**ASCEND, "MASTER_PORT": str(other.getsockname()[1])}
-        with pytest.raises(UserError, match="another job may be using it"):
+        port = other.getsockname()[1]
+        environ = {**ASCEND, "MASTER_PORT": str(port)}
+        with pytest.raises(UserError, match=f"MASTER_PORT={port}: Address already in use; give"):
             read_plan([RECIPE, "-", "2"], environ)
 
 
