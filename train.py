@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from src.cli import find_resumed_run, parse
@@ -35,7 +36,7 @@ def main(argv: list[str]) -> None:
             help="weights to start from; the head is new if the classes differ",
         )
 
-    state, argv = find_resumed_run(argv)
+    state, argv = find_resumed_run(argv, is_first=os.environ.get("RANK_ID", "0") == "0")
     # A resumed run uses its own config.yaml unless --config is given.
     beside = "output" if state is not None else None
     config, arguments = parse(
@@ -51,7 +52,7 @@ def main(argv: list[str]) -> None:
     import_mindspore()
     from src.training.run import train  # late: importing MindSpore takes seconds
 
-    resume = Path(state) if state and state.is_file() else state is not None
+    resume = state if state and not state.is_dir() else state is not None
     train(config, output, resume, arguments.finetune, arguments.accept_changes)
 
 

@@ -10,7 +10,7 @@ case ${1-} in -h | --help) usage_of "$0"; exit ;; esac
 [ $# -ge 3 ] || fail "CONFIG, DATA and CKPT are required; see --help"
 config=$1 data=$2 checkpoint=$3
 shift 3
-case ${1:---} in --*) id= ;; *) id=$1; shift ;; esac
+case ${1---} in --*) id= ;; *) id=$1; shift ;; esac
 device_words "$id"
 [ -e "$checkpoint" ] || fail "CKPT $checkpoint: no such file; give a checkpoint"
 words=(--ckpt "$checkpoint")

@@ -10,7 +10,7 @@ case ${1-} in -h | --help) usage_of "$0"; exit ;; esac
 [ $# -ge 2 ] || fail "CONFIG and DATA are required; see --help"
 config=$(recipe "$1") data=$2
 shift 2
-case ${1:---} in --*) id= ;; *) id=$1; shift ;; esac
+case ${1---} in --*) id= ;; *) id=$1; shift ;; esac
 device_words "$id"
 words=(--config "$config")
 if [ "$data" != - ]; then

@@ -70,7 +70,8 @@ def parse(
     arguments.config = config
     if schema is not Study:  # its required keys may be in the file alone
         arguments.given = set(parser.parse_args(argv, defaults=False).keys())
-    if is_of_run and "runtime.device_id" not in arguments.given:
+    is_resumed = config_beside == "output"
+    if is_of_run and not is_resumed and "runtime.device_id" not in arguments.given:
         settings.runtime.device_id = None  # which card trained the run says nothing about this host
     return settings, _expand_arguments(arguments)
 
@@ -94,8 +95,13 @@ def require_recipe(checkpoint: str | Path, config: str | None) -> None:
         )
 
 
-def require_free_port(port: int) -> None:
+def require_free_port(port: int, option: str = "--port ", address: str = "127.0.0.1") -> None:
     """Check that a program of this host can listen on a port.
+
+    Args:
+        port: the port.
+        option: its option or variable, as the user types it before the number.
+        address: of the network interface; "" for all.
 
     Raises:
         UserError: it can't.
@@ -103,10 +109,10 @@ def require_free_port(port: int) -> None:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do
         try:
-            probe.bind(("127.0.0.1", port))
+            probe.bind((address, port))
         except (OSError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or "must be 1 to 65535"
-            raise UserError(f"--port {port}: {reason}; give another one") from None
+            raise UserError(f"{option}{port}: {reason}; give another one") from None
 
 
 def _expand_arguments(arguments: Namespace) -> Namespace:
@@ -137,8 +143,15 @@ def take_option(argv: list[str], name: str) -> tuple[list[str], str | None]:
     return rest, value
 
 
-def find_resumed_run(argv: Sequence[str]) -> tuple[Path | bool | None, list[str]]:
+def find_resumed_run(
+    argv: Sequence[str], is_first: bool = True
+) -> tuple[Path | bool | None, list[str]]:
     """Find the run that --resume continues.
+
+    Args:
+        argv: the words.
+        is_first: of the first rank or host, which alone reads the state; the others need not have
+            the run's folder.
 
     Returns:
         The file or folder given with --resume, False if none is given, None without --resume; and
@@ -154,11 +167,15 @@ def find_resumed_run(argv: Sequence[str]) -> tuple[Path | bool | None, list[str]
         if name == "--resume":
             value = value or ("" if following.startswith("--") else following)
             state = Path(os.path.expanduser(value)) if value else False
-    if state and not state.exists():
-        raise UserError(
-            f"--resume {state}: no such file; a run's states are in its checkpoints folder"
-        )
     rest, output = take_option(argv, "--output")
+    if state and not state.exists():
+        if is_first:
+            raise UserError(
+                f"--resume {state}: no such file; a run's states are in its checkpoints folder"
+            )
+        folder = state.parent if state.suffix == ".ckpt" else state
+        run = folder.parent if folder.name == "checkpoints" else folder
+        return state, argv if output else [*argv, "--output", str(run)]
     if state is None or (output is None and not state):
         return state, argv
     run = run_config_of(os.path.expanduser(output or state))

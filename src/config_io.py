@@ -137,15 +137,8 @@ def read_settings(
     Raises:
         UserError: the file, a key or a value is invalid.
     """
-    if file is not None:
-        _check_mapping(file, schema)
-        argv = ["--config", str(file), *argv]
-    try:
-        namespace = parser.read(argv)
-    except UserError as error:
-        if file is not None:
-            _check_file(file, schema)  # raises if the fault is the file's
-        raise error
+    keys = None if file is None else _read_file(file, schema, argv)
+    namespace = parser.read(argv, keys)
     values = {
         key.name: key.type(**vars(namespace.pop(key.name) or Namespace()))
         if dataclasses.is_dataclass(key.type)
@@ -155,12 +148,20 @@ def read_settings(
     return _expand_paths(schema(**values)), namespace
 
 
-def _check_file(file: Path, schema: type) -> None:
-    """Raise a UserError that names a configuration file if it is invalid by itself."""
+def _read_file(file: Path, schema: type, argv: Sequence[str]) -> Namespace:
+    """Return the keys of a configuration file; those that the schema requires may be options.
+
+    jsonargparse does not open the file: it would decode it as the locale says, and change to its
+    folder, which moves the relative paths of other threads.
+    """
+    content = _read_mapping(file, schema)
     parser = ConfigParser(allow_abbrev=False)
     add_keys(parser, schema)
+    given = {word[2:].partition("=")[0] for word in argv if word.startswith("--")}
+    for action in parser._actions:
+        action.required = action.required and action.dest not in given
     try:
-        parser.read(["--config", str(file)])
+        return parser.parse_object(content, defaults=False)
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
 
@@ -182,15 +183,22 @@ def _expand_paths(settings: Any) -> Any:
     return settings
 
 
-def _check_mapping(path: Path, schema: type) -> None:
-    """Reject files and groups that are not mappings, which the parser would accept."""
+def _read_mapping(path: Path, schema: type) -> dict:
+    """Read a file once, as it may be a pipe.
+
+    Rejects files and groups that are not mappings, which the parser would accept.
+    """
     try:
-        if path.is_file() and path.stat().st_size > MAX_BYTES:
-            raise UserError(f"--config {path}: has more than {MAX_BYTES >> 20} MiB; not a recipe")
-        text = path.read_text(encoding="utf-8")
+        with open(path, "rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+    except (OSError, ValueError) as error:  # ValueError: a path with a zero byte
+        reason = getattr(error, "strerror", error)
+        raise UserError(f"--config {path}: {reason}; give a YAML file") from None
+    if len(raw) > MAX_BYTES:
+        raise UserError(f"--config {path}: has more than {MAX_BYTES >> 20} MiB; not a recipe")
+    try:
+        text = raw.decode()
         content = read_yaml(text)
-    except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror}; give a YAML file") from None
     except (ValueError, yaml.YAMLError) as error:  # ValueError: a number with too many digits
         reason = shorten(" ".join(str(error).split()), 200)
         raise UserError(f"--config {path}: invalid YAML: {reason}") from None
@@ -242,6 +250,7 @@ def _check_mapping(path: Path, schema: type) -> None:
                 f"--config {path}: {shorten(key)} has {len(value):,} values; give at most "
                 f"{_MAX_VALUES}"
             )
+    return content
 
 
 def require_outside_images(config: Config, output: Path) -> None:

@@ -53,8 +53,12 @@ class ConfigParser(ArgumentParser):
         """Return the groups of dotted keys; jsonargparse makes each an option that reads a file."""
         return {action.dest.partition(".")[0] for action in self._actions if "." in action.dest}
 
-    def read(self, argv: Sequence[str]) -> Namespace:
+    def read(self, argv: Sequence[str], keys: Namespace | None = None) -> Namespace:
         """Parse a command line.
+
+        Args:
+            argv: the words.
+            keys: values of keys that the command line may override.
 
         Raises:
             UserError: an option or a value is invalid.
@@ -71,7 +75,7 @@ class ConfigParser(ArgumentParser):
             if option.startswith("--") and option[2:] in groups:
                 self.error(f"unrecognized arguments: {option}")
         try:
-            return self.parse_args(list(argv))
+            return self.parse_args(list(argv), keys)
         except RecursionError:
             raise UserError("the command line: a value is nested too deep") from None
 

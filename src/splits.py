@@ -196,8 +196,13 @@ def open_checked(
     return kept
 
 
+def absolute_path(path: str | None) -> str | None:
+    """Return a path of a configuration as one that holds in any folder, without ~ and links."""
+    return path and os.path.realpath(os.path.expanduser(path))
+
+
 def resolve_classes(config: Config, source: Source) -> Config:
-    """Return the configuration with the data's classes and absolute path.
+    """Return the configuration with the data's classes and absolute paths.
 
     Raises:
         UserError: `model.num_classes` differs from the number of classes.
@@ -209,9 +214,10 @@ def resolve_classes(config: Config, source: Source) -> Config:
             f"model.num_classes {classes}: {source.title} has {len(names)} classes; leave out "
             "the key, or name all classes in the order of the labels in data.class_names"
         )
-    path = config.data.path and str(Path(config.data.path).resolve())
+    data = config.data
+    path, index = map(absolute_path, (data.path, data.index))
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, num_classes=classes),
-        data=dataclasses.replace(config.data, class_names=names, path=path),
+        data=dataclasses.replace(data, class_names=names, path=path, index=index),
     )

@@ -1,6 +1,7 @@
 """Recipes and options: what passes, what is refused, and with which words."""
 
 import contextlib
+import os
 import socket
 import subprocess
 import sys
@@ -106,6 +107,44 @@ def test_a_path_that_is_no_utf_8_is_read_back(tmp_path):
     assert load_config(tmp_path / "config.yaml") == config
 
 
+def test_a_configuration_is_utf_8_in_any_locale(tmp_path):
+    config = Config(data=DataConfig(path="/фото", class_names=["é", "狗"]))
+    save_config(config, tmp_path / "config.yaml")
+    program = (
+        "import pathlib, sys, src.config_io as c;"
+        "data = c.load_config(pathlib.Path(sys.argv[1])).data;"
+        "print(ascii([data.path, *data.class_names]))"
+    )
+    words = [sys.executable, "-X", "utf8=0", "-c", program, str(tmp_path / "config.yaml")]
+    ascii_only = {**os.environ, "LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(words, cwd=ROOT, env=ascii_only, capture_output=True, text=True)
+    assert done.stdout.strip() == ascii(["/фото", "é", "狗"]), done.stderr
+
+
+def test_reading_a_configuration_does_not_change_the_current_folder(tmp_path, monkeypatch):
+    """Another thread may read relative paths."""
+    save_config(Config(), tmp_path / "config.yaml")
+    monkeypatch.setattr(os, "chdir", lambda folder: pytest.fail(f"change to {folder}"))
+    assert load_config(tmp_path / "config.yaml") == Config()
+
+
+def test_a_recipe_may_be_a_pipe():
+    reader, writer = os.pipe()
+    os.write(writer, b"optimizer: {lr: 0.5}\n")
+    os.close(writer)
+    config, _ = read(f"--config=/dev/fd/{reader}", "--training.epochs=3")
+    os.close(reader)
+    assert (config.optimizer.lr, config.training.epochs) == (0.5, 3)
+
+
+def test_a_key_that_a_study_needs_may_be_an_option(tmp_path):
+    text = "recipe: r.yaml\nmodels: {a: {}}\ntrain_images: [20]\nseeds: [0]\nevaluate_every: 10\n"
+    file = recipe(tmp_path, text)
+    assert read(file, "--steps", "20", schema=Study)[0].steps == 20
+    with pytest.raises(UserError, match="recipe.yaml: .*required: steps"):
+        read(file, schema=Study)
+
+
 def test_the_config_of_a_run_is_found_beside_its_checkpoint(tmp_path):
     folder = tmp_path / "run" / "checkpoints"
     folder.mkdir(parents=True)
@@ -151,6 +190,18 @@ def test_the_card_of_a_training_run_is_not_that_of_its_evaluation(tmp_path):
     assert device_id() is None
     assert device_id("--runtime.device_id=2") == 2
     assert device_id("--config", str(tmp_path / "config.yaml")) == 3
+
+
+def test_a_resumed_run_keeps_its_card(tmp_path):
+    trained = Config()
+    trained.runtime.device_id = 3
+    save_config(trained, tmp_path / "config.yaml")
+
+    def device_id(*more):
+        return read("--output", str(tmp_path), *more, config_beside="output")[0].runtime.device_id
+
+    assert device_id() == 3
+    assert device_id("--runtime.device_id=2") == 2
 
 
 def test_a_value_is_not_appended():

@@ -200,6 +200,23 @@ def test_only_a_given_card_overrides_the_environments(words):
     assert found[True] == f"{found[False]} --runtime.device_id 3"
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["run_eval.sh", "-", "-", "README.md"],
+        ["run_standalone_train.sh", "config/digits/cvt_nano.yaml", "-"],
+    ],
+)
+def test_an_empty_card_is_none(words):
+    """As "$ID" is where ID is not set."""
+    command = ["bash", f"scripts/{words[0]}", *words[1:]]
+    without, empty = (
+        subprocess.run([*command, *more, "--dry_run"], cwd=ROOT, capture_output=True, text=True)
+        for more in (["--data.workers=1"], ["", "--data.workers=1"])
+    )
+    assert without.returncode == 0 and empty.stdout == without.stdout
+
+
 @pytest.mark.parametrize("word, code", [("--help", 0), ("-h", 0), ("--batch_size", 2)])
 def test_the_quickstart_starts_nothing_with_arguments(word, code):
     done = subprocess.run(

@@ -28,6 +28,24 @@ def test_classes_come_from_the_data():
             resolve_classes(config(model={"num_classes": other}), source)
 
 
+def test_paths_of_the_data_are_absolute(tmp_path, monkeypatch):
+    """A run's config.yaml is read in other folders."""
+    monkeypatch.chdir(tmp_path)
+    data = DataConfig(path="photos", index="shared/index.json")
+    resolved = resolve_classes(config(data=data), open_source("digits", None, "val")).data
+    assert [resolved.path, resolved.index] == [
+        str(tmp_path / "photos"),
+        str(tmp_path / "shared/index.json"),
+    ]
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    data = DataConfig(path="~/photos", index="~/index.json")
+    resolved = resolve_classes(config(data=data), open_source("digits", None, "val")).data
+    assert [resolved.path, resolved.index] == [
+        str(tmp_path / "home/photos"),
+        str(tmp_path / "home/index.json"),
+    ]
+
+
 def test_some_classes_keep_the_labels_that_a_run_gave_them():
     names = list("0123456789")
     for class_names, labels in ((None, [0, 1]), (names, [7, 2])):

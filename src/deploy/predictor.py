@@ -76,6 +76,7 @@ class Predictor:
         if not str(path):
             raise UserError("the model's path is empty; give a .mindir, an .onnx or weights")
         path = find_checkpoint(Path(os.path.expanduser(path)))
+        config = config and os.path.expanduser(config)
         for name, number, most in (
             ("batch_size", batch_size, sys.maxsize),
             ("threads", threads, MAX_THREADS),

@@ -22,7 +22,7 @@ from src.data.imagenet_labels import (
 )
 from src.distributed import SINGLE_PROCESS, Ranks
 from src.errors import UserError, join_names
-from src.splits import open_checked, open_quietly
+from src.splits import absolute_path, open_checked, open_quietly
 from src.weights.origin import are_imagenet, class_names_of, run_settings
 from src.weights.pretrained import SHAPELESS
 
@@ -107,7 +107,7 @@ def warn_trained_before(config: Config, held_out: Source, weights: str) -> None:
     With other classes or another number, `data.val_from_train` holds out other images.
     """
     data = config.data
-    path = data.path and str(Path(data.path).expanduser().resolve())
+    path = absolute_path(data.path)
     run = _settings_of_run(weights)
     if data.val_from_train is None or run is None:
         return
@@ -173,7 +173,7 @@ def _log_held_out(config: Config, checkpoint: str, count: int) -> None:
     """Log that some training images are evaluated: the key may come from the run's config.yaml."""
     run, path = _settings_of_run(checkpoint), config.data.path
     trained_on = run and run.data.path
-    if path and trained_on and Path(path).expanduser().resolve() != Path(trained_on).resolve():
+    if path and trained_on and absolute_path(path) != absolute_path(trained_on):
         logger.warning(
             "%s: is not the folder of the training, %s, but only %d of its images are evaluated; "
             "if these are other images, add --data.val_from_train null (and --data.val_folder . "

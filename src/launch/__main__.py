@@ -10,11 +10,11 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from src.cli import find_resumed_run, parse, take_option
+from src.cli import find_resumed_run, parse, require_free_port, take_option
 from src.config_io import default_output, require_outside_images
 from src.errors import UserError, executable
 from src.launch.job import describe, run
-from src.launch.plan import Plan, build_plan, check_master_address, check_port_free
+from src.launch.plan import Plan, build_plan, check_master_address
 
 ROOT = Path(__file__).resolve().parents[2]
 TARGETS = ("Ascend", "GPU", "CPU")
@@ -72,7 +72,8 @@ def read_plan(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[Plan, bo
     target = environ.get("DEVICE_TARGET", "Ascend")
     if target not in TARGETS:
         raise UserError(f"DEVICE_TARGET={target}: choose one of {', '.join(TARGETS)}")
-    command = _train_command(arguments.config, arguments.data, target, keys)
+    is_first = environ.get("NODE_RANK", "0") == "0"
+    command = _train_command(arguments.config, arguments.data, target, keys, is_first)
     logs = Path(command[-1]) / "ranks" / time.strftime("%Y%m%d-%H%M%S")
     if "RANK_TABLE_FILE" in environ:
         raise UserError(
@@ -89,7 +90,7 @@ def read_plan(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[Plan, bo
     if plan.node_num > 1 and (plan.node_rank == 0 or not arguments.dry_run):
         check_master_address(plan.master_addr, plan.node_rank, arguments.dry_run)
     if not arguments.dry_run and plan.node_rank == 0:
-        check_port_free(plan.master_port)
+        require_free_port(plan.master_port, "MASTER_PORT=", address="")
     return plan, arguments.dry_run
 
 
@@ -124,7 +125,9 @@ def _check_bind_core(value: str | None) -> None:
         )
 
 
-def _train_command(recipe: str, data: str, target: str, keys: list[str]) -> list[str]:
+def _train_command(
+    recipe: str, data: str, target: str, keys: list[str], is_first: bool
+) -> list[str]:
     """Return train.py and its checked arguments with absolute paths; --output DIR comes last."""
     file = next((p for p in (Path(recipe), ROOT / recipe) if p.is_file()), None)
     if file is None:
@@ -139,7 +142,7 @@ def _train_command(recipe: str, data: str, target: str, keys: list[str]) -> list
             )
         words += ["--data.path", str(Path(os.path.expanduser(data)).resolve())]
     words += ["--runtime.device", target, *keys]
-    _, words = find_resumed_run(words)
+    _, words = find_resumed_run(words, is_first)
     words, output = take_option(words, "--output")
 
     def add_arguments(parser) -> None:

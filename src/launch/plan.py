@@ -130,18 +130,6 @@ def visible_devices(target: str, environ: Mapping[str, str]) -> list[int]:
     return sorted(int(p[len(prefix) :]) for p in glob.glob(pattern) if p[len(prefix) :].isdigit())
 
 
-def check_port_free(port: int) -> None:
-    """Raise UserError if another process listens on a port of this host."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", port))
-        except OSError as error:
-            raise UserError(
-                f"MASTER_PORT={port}: {error.strerror}; another job may be using it: set another"
-            ) from None
-
-
 def check_master_address(address: str, node_rank: int, dry_run: bool) -> None:
     """Check MASTER_ADDR of a job on several hosts.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ def read_weights(
         UserError: the file cannot be read, its names belong to no known network, or `entry` is
             needed to choose between sets of weights.
     """
+    path = os.path.expanduser(path)
     report = LoadReport(str(path))
 
     def choose(tensors: Mapping[KeyPath, Any]) -> dict[KeyPath, str]:

@@ -18,6 +18,7 @@ from src.data import create_eval_loader, open_source
 from src.deploy import Predictor
 from src.deploy.export import ExportOptions, export
 from src.errors import UserError
+from src.weights import save_weights
 from tests.conftest import ROOT
 
 
@@ -296,6 +297,15 @@ def test_keys_of_the_runtime_take_effect(trained, digits, monkeypatch):
     assert type(usual.network.norm).__name__ == "LayerNorm"
     difference = abs(usual.logits(inputs) - half.logits(inputs)).max()
     assert 1e-5 < difference < 0.3
+
+
+def test_a_leading_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    """Of the recipe as of the weights."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save_weights({"w": ms.Parameter(ms.Tensor([1.0]))}, tmp_path / "w.ckpt")
+    (tmp_path / "c.yaml").write_text("model: {name: cvt_13}\n")
+    with pytest.raises(UserError, match=f"^{tmp_path}/c.yaml: model.num_classes is not set"):
+        Predictor("~/w.ckpt", config="~/c.yaml")
 
 
 @pytest.mark.parametrize("precision", ["float16", "bfloat16"])

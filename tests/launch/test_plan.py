@@ -1,15 +1,18 @@
 """What the launch script accepts, shows and refuses; nothing is started here."""
 
+import contextlib
 import os
 import shlex
 import socket
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
 import pytest
 
+import train
 from src.errors import UserError
 from src.launch.__main__ import read_plan
 from src.launch.job import _environment, describe
@@ -73,6 +76,38 @@ def test_a_run_named_with_resume_is_the_one_that_goes_on(tmp_path):
         plan(RECIPE, "-", "--resume", str(tmp_path / "exp7"), "--output", str(tmp_path / "exp8"))
     with pytest.raises(UserError, match="no run there to resume"):
         plan(RECIPE, "-", "--resume", str(tmp_path))
+
+
+@pytest.mark.parametrize("given", ["", "checkpoints", "checkpoints/step-00000009.ckpt"])
+def test_only_the_first_host_needs_the_run_to_resume(tmp_path, given):
+    """With disks of their own, the others have no such folder; they receive the state."""
+    hosts = {"NODE_NUM": "2", "MASTER_ADDR": "10.0.0.1"}
+    run = tmp_path / "cvt.v2"
+    words = ["--resume", str(run / given)]
+    other = plan(RECIPE, "-", "2", *words, **hosts, NODE_RANK="1")
+    with pytest.raises(UserError, match="no such file"):
+        plan(RECIPE, "-", "2", *words, **hosts)
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.yaml").touch()
+    if given.endswith(".ckpt"):
+        (run / given).touch()
+    assert plan(RECIPE, "-", "2", *words, **hosts).command == other.command
+    assert other.command[-2:] == ["--output", str(run)]
+
+
+@pytest.mark.parametrize(("rank", "code"), [("0", 2), ("1", 0)])
+def test_only_the_first_rank_needs_the_state(monkeypatch, tmp_path, rank, code):
+    """The others pass it on unread, so that a missing one is never taken for the newest."""
+    seen = []
+    monkeypatch.setenv("RANK_ID", rank)
+    monkeypatch.setattr("src.training.run.train", lambda *arguments: seen.append(arguments))
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(ROOT / RECIPE),
+                        "--resume", "no/step-1.ckpt", "--output", str(tmp_path)])  # fmt: skip
+    monkeypatch.setattr("train.prepare_environment", lambda: None)
+    monkeypatch.setattr("train.log_to", lambda: None)
+    with pytest.raises(SystemExit) if code else contextlib.nullcontext():
+        train.main()
+    assert [arguments[2] for arguments in seen] == [Path("no/step-1.ckpt")] * (not code)
 
 
 def test_a_home_folder_is_expanded(tmp_path):
@@ -177,8 +212,9 @@ def test_a_busy_port_is_refused():
     with socket.socket() as other:
         other.bind(("", 0))
         other.listen()
-        environ = {**ASCEND, "MASTER_PORT": str(other.getsockname()[1])}
-        with pytest.raises(UserError, match="another job may be using it"):
+        port = other.getsockname()[1]
+        environ = {**ASCEND, "MASTER_PORT": str(port)}
+        with pytest.raises(UserError, match=f"MASTER_PORT={port}: Address already in use; give"):
             read_plan([RECIPE, "-", "2"], environ)
 
 

@@ -221,6 +221,13 @@ def test_a_head_for_other_classes_is_new_only_when_asked(tmp_path, net):
         assert after[name].tobytes() == expected.tobytes(), name
 
 
+def test_a_leading_tilde_is_the_home_folder(tmp_path, monkeypatch, net, other):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    saved(net, tmp_path / "w.ckpt")
+    assert load_weights(other, "~/w.ckpt").path == str(tmp_path / "w.ckpt")
+    assert same(values(net), values(other))
+
+
 def test_a_new_head_excuses_nothing_else_and_a_head_that_fits_loads(tmp_path, net, other):
     path = saved(net, tmp_path / "x.ckpt", head__bias=Tensor(np.ones(9, "f4")), norm__beta=None)
     with pytest.raises(WeightsMismatch, match="network: 1 missing: norm.beta$"):
