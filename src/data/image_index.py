@@ -161,16 +161,18 @@ def _map_over_ranks(
 
     Each exchange distributes the remaining numbers again, so that a slow rank gets fewer.
     """
+    if ranks.world == 1:
+        for start in range(0, len(todo), _BATCH):
+            some = todo[start : start + _BATCH]
+            yield from zip(some, work(some))
+        return
     todo = list(todo)
-    seconds = _ROUND_SECONDS if ranks.world > 1 else 0.0
     while todo:
         own, done = todo[ranks.rank :: ranks.world], []
-        end = time.monotonic() + seconds
+        end = time.monotonic() + _ROUND_SECONDS
         while len(done) < len(own) and (not done or time.monotonic() < end):
             done += work(own[len(done) : len(done) + _BATCH])
-        gathered = [done]
-        if ranks.world > 1:
-            gathered = [json.loads(text) for text in ranks.gather_texts(json.dumps(done))]
+        gathered = [json.loads(text) for text in ranks.gather_texts(json.dumps(done))]
         finished = set()
         for rank, results in enumerate(gathered):
             for k, result in zip(todo[rank :: ranks.world], results):

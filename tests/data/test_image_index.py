@@ -13,6 +13,7 @@ from PIL import Image
 
 from src.data import ArraySource, FileSource, drop_broken, image_index
 from src.data.image_index import check_files
+from src.distributed import Ranks
 from src.errors import UserError
 from tests.data.images import file_of, photo
 from tests.processes import together
@@ -89,6 +90,15 @@ def test_new_changed_and_removed_files(check, read, folder, caplog):
     assert "1 files were removed since the last check, such as 0.jpg" in caplog.text
     check()
     assert "since" not in caplog.text
+
+
+def test_a_single_process_walks_once(monkeypatch):
+    """Copying what is left after each batch took minutes for a million images."""
+    monkeypatch.setattr(image_index, "_BATCH", 1)
+    start = time.monotonic()
+    walk = image_index._map_over_ranks(range(20_000), lambda some: [(k,) for k in some], Ranks())
+    assert list(walk) == [(k, (k,)) for k in range(20_000)]
+    assert time.monotonic() - start < 2
 
 
 def test_files_of_another_split_are_kept(folder, read, tmp_path):
