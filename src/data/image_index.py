@@ -79,8 +79,8 @@ def check_files(
             earlier index.
         workers: threads (Pillow decodes outside Python's lock); 0 means one per core.
         progress: creates a progress bar from the number of files and a title.
-        ranks: the ranks that share the work. Only the first reads and writes the index; for files
-            that were not read, the others only learn that they are intact.
+        ranks: the ranks that share the work. Only the first reads and writes the index; the others
+            learn the result for each file from it.
 
     Raises:
         UserError: the index can't be written, or was not written by this program.
@@ -95,6 +95,9 @@ def check_files(
     )
     stale, removed = _drop_outdated(entries, names, stats, index, root)
     stale = ranks.broadcast_indices(stale, len(files))
+    turned = [k for k, name in enumerate(names) if name in entries and entries[name].turned]
+    for k in ranks.broadcast_indices(turned, len(files)):
+        entries.setdefault(names[k], IndexEntry(*stats[k], "", True))
     threads = min(workers or cpu_count(), _MAX_THREADS)
     if ranks.is_first:
         logger.info(

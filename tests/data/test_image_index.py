@@ -15,7 +15,7 @@ from src.data import ArraySource, FileSource, drop_broken, image_index
 from src.data.image_index import check_files
 from src.distributed import Ranks
 from src.errors import UserError
-from tests.data.images import file_of, photo
+from tests.data.images import TURNED, file_of, photo
 from tests.processes import together
 
 
@@ -259,6 +259,17 @@ def test_broken_images_are_left_out_up_to_a_share(caplog):
 def test_images_in_memory_have_no_file():
     source = ArraySource(np.zeros((1, 8, 8, 3), np.uint8), np.zeros(1, int), ["x"], "one")
     assert source.file(0) is None
+
+
+def test_every_rank_learns_from_the_index_which_images_exif_turns(folder):
+    Image.fromarray(photo(20, 20)).save(folder / "3.jpg", exif=TURNED)
+    files = sorted(map(str, folder.glob("*.jpg")))
+    place = folder / "index.json"
+    for start in ("first", "second"):
+        found = together(2, lambda ranks: check_files(files, folder, place, ranks=ranks))
+        for entries in found:
+            assert [k for k, entry in enumerate(entries) if entry.turned] == [3], start
+        assert found[0] == found[1]
 
 
 def test_ranks_share_the_check_and_none_waits_long(tmp_path, monkeypatch):
