@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -106,6 +107,37 @@ def test_files_of_another_split_are_kept(folder, read, tmp_path):
     for some in (files[:4], files[4:], files):
         check_files(some, folder, tmp_path / "index.json")
     assert read() == sorted([*ALL, "5.jpg"])
+
+
+def test_images_of_another_split_are_not_looked_up(tmp_path, monkeypatch, caplog):
+    """A stat for each of ImageNet's training images let the other ranks wait before evaluation."""
+    caplog.set_level(logging.INFO, "cvt")
+    content, place = file_of(photo(20, 20)), tmp_path / "index.json"
+    for split in ("train", "val"):
+        for name in ("a/1", "a/2", "b/3", "c/4"):
+            path = tmp_path / split / f"{name}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+
+    def check(split):
+        """Check a split; return which files the index knows and which had a stat."""
+        seen = []
+        monkeypatch.setattr(image_index, "_stat", lambda file: seen.append(file) or stat(file))
+        files = sorted(map(str, (tmp_path / split).rglob("*.jpg")))
+        check_files(files, tmp_path, place)
+        assert seen == files
+        return sorted(json.loads(place.read_text())["content"]["files"])
+
+    stat = image_index._stat
+    check("train")
+    assert len(check("val")) == 8
+    (tmp_path / "train" / "a" / "1.jpg").unlink()
+    (tmp_path / "train" / "c" / "4.jpg").unlink()
+    assert len(check("val")) == 8, "the folders are there"
+    assert check("train")[:2] == ["train/a/2.jpg", "train/b/3.jpg"]
+    assert "2 files were removed since the last check" in caplog.text
+    shutil.rmtree(tmp_path / "train")
+    assert check("val") == ["val/a/1.jpg", "val/a/2.jpg", "val/b/3.jpg", "val/c/4.jpg"]
 
 
 def test_a_flipped_bit_anywhere_in_the_index_is_noticed(check, read, folder, caplog):
