@@ -209,11 +209,21 @@ def test_a_killed_check_loses_the_last_minutes_only(check, folder, monkeypatch):
 
     def seen(place, root, entries):
         write(place, root, entries)
-        sizes.append(len(image_index._read(place, root)))
+        sizes.append(len(image_index._read(place, root, own=True)))
 
     monkeypatch.setattr(image_index, "_write", seen)
     check()
     assert sizes == [*range(1, 9), 8]
+
+
+def test_only_an_index_from_elsewhere_has_a_largest_size(check, read, monkeypatch, caplog):
+    """ImageNet-22k's was written, but ignored by the next start."""
+    first = check()
+    read()
+    monkeypatch.setattr(image_index, "_MAX_BYTES", 100)
+    assert check() == first and read() == ["5.jpg"]
+    assert check(write=False) == first and read() == ALL
+    assert "image index ignored, all images are read (has more than 0 MiB)" in caplog.text
 
 
 def test_nothing_is_written_where_nothing_is_to_be_kept(check, folder):
