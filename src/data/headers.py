@@ -26,7 +26,7 @@ _WEBP_COPIES = 3  # pictures of 4 bytes per pixel that its decoder holds
 _MAX_CHUNKS = 100_000  # of a PNG, or segments of a JPEG; Pillow needs 5 us for each
 _MAX_METADATA = 1 << 20  # bytes in one of a PNG's chunks
 _PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
-_ORIENTING_TEXTS = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")
+_ORIENTING = re.compile(rb"eXIf|[tzi][TE]Xt(Raw profile type exif|XML:com\.adobe\.xmp)\0")
 _MAGIC = {
     b"\xff\xd8": "JPEG",
     b"\x89PNG": "PNG",
@@ -229,7 +229,7 @@ def _check_png(content: bytes, max_pixels: int) -> Header:
     if content[12:16] == b"IHDR":
         check_size(*struct.unpack(">II", content[16:24].ljust(8, b"\0")), max_pixels)
     view = memoryview(content)
-    kept, upright, at, count = [(0, 8)], True, 8, 0
+    kept, orienting, at, count = [(0, 8)], {}, 8, 0
     kind = b""
     while kind != b"IEND":
         length, kind = int.from_bytes(view[at : at + 4], "big"), bytes(view[at + 4 : at + 8])
@@ -239,17 +239,16 @@ def _check_png(content: bytes, max_pixels: int) -> Header:
             raise UserError(f"damaged or cut off: {what}")
         if zlib.crc32(view[at + 4 : end - 4]) != int.from_bytes(view[end - 4 : end], "big"):
             raise UserError(f"damaged or cut off: wrong checksum in chunk {ascii(kind)[1:]}")
-        orienting = kind == b"eXIf" or bytes(view[at + 8 : at + 30]).startswith(_ORIENTING_TEXTS)
-        if kind in _PIXEL_CHUNKS or (orienting and upright and length <= _MAX_METADATA):
-            if kept[-1][1] == at:
-                kept[-1] = kept[-1][0], end
-            else:
-                kept.append((at, end))
-            upright &= kind in _PIXEL_CHUNKS
+        if kind in _PIXEL_CHUNKS:
+            kept.append((at, end))
+        elif length <= _MAX_METADATA and (found := _ORIENTING.match(content, at + 4)):
+            orienting[found[1]] = at, end  # like Pillow, use the last one of each kind
         at = end
-    if kept != [(0, len(content))]:
+    # In front of the pixels, because Pillow may look for EXIF without reading on behind them.
+    kept[2:2] = orienting.values()
+    if orienting or sum(end - start for start, end in kept) < len(content):
         content = b"".join(view[start:end] for start, end in kept)
-    return Header("PNG", content, upright)
+    return Header("PNG", content, not orienting)
 
 
 def _webp_size(content: bytes) -> tuple[int, int] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
@@ -105,11 +106,14 @@ def _balanced_order(source: Source, seed: int) -> np.ndarray:
 
 
 def _shuffle_by_name(source: Source, seed: int) -> np.ndarray:
-    """Return the indices in a random order, in which each pair of files has a fixed order."""
+    """Return the indices in a random order, in which each pair of files has a fixed order.
+
+    Names count in Unicode's composed form (NFC): macOS stores them decomposed.
+    """
 
     def key(index: int) -> bytes:
-        name = os.fsencode(f"{seed}/{source.name(index)}")
-        return hashlib.blake2b(name, digest_size=8).digest()
+        name = unicodedata.normalize("NFC", source.name(index))
+        return hashlib.blake2b(os.fsencode(f"{seed}/{name}"), digest_size=8).digest()
 
     return np.array(sorted(range(len(source)), key=key))
 

@@ -6,6 +6,7 @@ tests compare them.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -193,5 +194,6 @@ def remove_decoder_dumps(since: float) -> None:
     """
     for name in ("abnormal_image", "unsupported_image"):
         for path in Path().glob(f"{name}.*"):
-            if path.stat().st_mtime >= since - 1:
-                path.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # another rank may remove it first
+                if path.stat().st_mtime >= since - 1:
+                    path.unlink()

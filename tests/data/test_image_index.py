@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -13,8 +14,9 @@ from PIL import Image
 
 from src.data import ArraySource, FileSource, drop_broken, image_index
 from src.data.image_index import check_files
+from src.distributed import Ranks
 from src.errors import UserError
-from tests.data.images import file_of, photo
+from tests.data.images import TURNED, file_of, photo
 from tests.processes import together
 
 
@@ -91,11 +93,51 @@ def test_new_changed_and_removed_files(check, read, folder, caplog):
     assert "since" not in caplog.text
 
 
+def test_a_single_process_walks_once(monkeypatch):
+    """Copying what is left after each batch took minutes for a million images."""
+    monkeypatch.setattr(image_index, "_BATCH", 1)
+    start = time.monotonic()
+    walk = image_index._map_over_ranks(range(20_000), lambda some: [(k,) for k in some], Ranks())
+    assert list(walk) == [(k, (k,)) for k in range(20_000)]
+    assert time.monotonic() - start < 2
+
+
 def test_files_of_another_split_are_kept(folder, read, tmp_path):
     files = sorted(map(str, folder.glob("*.jpg")))
     for some in (files[:4], files[4:], files):
         check_files(some, folder, tmp_path / "index.json")
     assert read() == sorted([*ALL, "5.jpg"])
+
+
+def test_images_of_another_split_are_not_looked_up(tmp_path, monkeypatch, caplog):
+    """A stat for each of ImageNet's training images let the other ranks wait before evaluation."""
+    caplog.set_level(logging.INFO, "cvt")
+    content, place = file_of(photo(20, 20)), tmp_path / "index.json"
+    for split in ("train", "val"):
+        for name in ("a/1", "a/2", "b/3", "c/4"):
+            path = tmp_path / split / f"{name}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+
+    def check(split):
+        """Check a split; return which files the index knows and which had a stat."""
+        seen = []
+        monkeypatch.setattr(image_index, "_stat", lambda file: seen.append(file) or stat(file))
+        files = sorted(map(str, (tmp_path / split).rglob("*.jpg")))
+        check_files(files, tmp_path, place)
+        assert seen == files
+        return sorted(json.loads(place.read_text())["content"]["files"])
+
+    stat = image_index._stat
+    check("train")
+    assert len(check("val")) == 8
+    (tmp_path / "train" / "a" / "1.jpg").unlink()
+    (tmp_path / "train" / "c" / "4.jpg").unlink()
+    assert len(check("val")) == 8, "the folders are there"
+    assert check("train")[:2] == ["train/a/2.jpg", "train/b/3.jpg"]
+    assert "2 files were removed since the last check" in caplog.text
+    shutil.rmtree(tmp_path / "train")
+    assert check("val") == ["val/a/1.jpg", "val/a/2.jpg", "val/b/3.jpg", "val/c/4.jpg"]
 
 
 def test_a_flipped_bit_anywhere_in_the_index_is_noticed(check, read, folder, caplog):
@@ -167,11 +209,21 @@ def test_a_killed_check_loses_the_last_minutes_only(check, folder, monkeypatch):
 
     def seen(place, root, entries):
         write(place, root, entries)
-        sizes.append(len(image_index._read(place, root)))
+        sizes.append(len(image_index._read(place, root, own=True)))
 
     monkeypatch.setattr(image_index, "_write", seen)
     check()
     assert sizes == [*range(1, 9), 8]
+
+
+def test_only_an_index_from_elsewhere_has_a_largest_size(check, read, monkeypatch, caplog):
+    """ImageNet-22k's was written, but ignored by the next start."""
+    first = check()
+    read()
+    monkeypatch.setattr(image_index, "_MAX_BYTES", 100)
+    assert check() == first and read() == ["5.jpg"]
+    assert check(write=False) == first and read() == ALL
+    assert "image index ignored, all images are read (has more than 0 MiB)" in caplog.text
 
 
 def test_nothing_is_written_where_nothing_is_to_be_kept(check, folder):
@@ -249,6 +301,17 @@ def test_broken_images_are_left_out_up_to_a_share(caplog):
 def test_images_in_memory_have_no_file():
     source = ArraySource(np.zeros((1, 8, 8, 3), np.uint8), np.zeros(1, int), ["x"], "one")
     assert source.file(0) is None
+
+
+def test_every_rank_learns_from_the_index_which_images_exif_turns(folder):
+    Image.fromarray(photo(20, 20)).save(folder / "3.jpg", exif=TURNED)
+    files = sorted(map(str, folder.glob("*.jpg")))
+    place = folder / "index.json"
+    for start in ("first", "second"):
+        found = together(2, lambda ranks: check_files(files, folder, place, ranks=ranks))
+        for entries in found:
+            assert [k for k, entry in enumerate(entries) if entry.turned] == [3], start
+        assert found[0] == found[1]
 
 
 def test_ranks_share_the_check_and_none_waits_long(tmp_path, monkeypatch):

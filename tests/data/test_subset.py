@@ -1,10 +1,13 @@
 """Parts of a source."""
 
+import unicodedata
+
 import numpy as np
 import pytest
 
 from src.data import ArraySource, balanced_subset, hold_out, select_classes
 from src.data.base import FileSource
+from src.data.subset import _shuffle_by_name
 from src.errors import UserError
 
 
@@ -82,6 +85,21 @@ def test_held_out_files_stay_where_others_come_and_go(tmp_path):
     assert len(held_out_names(added, tmp_path) & set(trained)) == 0
     removed = [name for name in names if name != min(before)]
     assert len(held_out_names(removed, tmp_path) & set(trained)) <= 1, "one in its place"
+
+
+def test_held_out_files_do_not_depend_on_the_spelling_of_accents(tmp_path):
+    """macOS stores names decomposed; a copy on Linux keeps them so."""
+    names = [f"{c}/Müller é {k:03}.jpg" for c in "abc" for k in range(40)]
+    decomposed = [unicodedata.normalize("NFD", name) for name in names]
+    composed = {unicodedata.normalize("NFC", n) for n in held_out_names(decomposed, tmp_path)}
+    assert composed == held_out_names(names, tmp_path)
+
+
+def test_held_out_files_are_the_same_in_every_version(tmp_path):
+    """Earlier runs have been trained on the others."""
+    names = [*(f"{c}/{k}.jpg" for c in "ab" for k in range(8)), "a/é.jpg", "b/\udce9.jpg"]
+    order = _shuffle_by_name(files(names, tmp_path), seed=3)
+    assert order.tolist() == [17, 5, 0, 6, 7, 13, 1, 3, 11, 4, 2, 15, 16, 9, 8, 10, 12, 14]
 
 
 def test_a_classs_only_image_is_not_held_out(tmp_path):

@@ -2,12 +2,15 @@
 
 import io
 import json
+import os
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from src.data.transforms import Preprocessing
+from src.data.transforms import Preprocessing, remove_decoder_dumps
 from src.errors import UserError
 from tests.data.images import MEAN, STD, file_of, normalised, photo
 
@@ -138,3 +141,19 @@ def test_what_is_no_image_is_refused():
     for wrong in (np.zeros((5, 5), np.uint8), np.zeros((5, 5, 3), np.float32)):
         with pytest.raises(ValueError, match="uint8"):
             preprocessing(wrong)
+
+
+def test_another_rank_may_remove_the_decoders_dumps_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("abnormal_image.1.jpg", "abnormal_image.2.jpg"):
+        (tmp_path / name).touch()
+    stat = Path.stat
+
+    def removed(path, **keywords):
+        if path.name == "abnormal_image.1.jpg":
+            path.unlink(missing_ok=True)
+        return stat(path, **keywords)
+
+    monkeypatch.setattr(Path, "stat", removed)
+    remove_decoder_dumps(time.time())
+    assert not os.listdir(tmp_path)

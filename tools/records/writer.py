@@ -178,13 +178,14 @@ class _Conversion:
     def run(self) -> Converted:
         """Keep the intact shards of an earlier start, write the others, finish with the index."""
         shards = self._intact_shards()
-        kept = len(shards)
-        if kept < len(self._ranges) or not self._is_indexed(shards):
+        kept = len(_written(shards))
+        if len(shards) < len(self._ranges) or not self._is_indexed(shards):
             self._write_missing(shards)
-        self._remove_leftovers({shard["name"] for shard in shards.values()})
+        written = _written(shards)
+        self._remove_leftovers({shard["name"] for shard in written})
         skipped = [name for number in sorted(shards) for name in shards[number]["skipped"]]
-        images = sum(shard["images"] for shard in shards.values())
-        return Converted(images, len(shards), kept, skipped)
+        images = sum(shard["images"] for shard in written)
+        return Converted(images, len(written), kept, skipped)
 
     def _write_missing(self, shards: dict[int, dict[str, Any]]) -> None:
         """Write the shards that are missing in `shards`, add them, and write the index.
@@ -208,13 +209,17 @@ class _Conversion:
                 else:
                     shards[number] = self._write_shard(number, positions, pool, bar)
                     write_json(self._index(shards), unfinished)
-        require_readable(self._folder, [shards[number]["name"] for number in sorted(shards)])
+        written = _written(shards)
+        if not written:
+            raise UserError(f"{self._folder}: no image is readable; is this the right --src?")
+        require_readable(self._folder, [shard["name"] for shard in written])
         write_json(self._index(shards), index)
 
     def _index(self, shards: dict[int, dict[str, Any]]) -> dict[str, Any]:
-        images = sum(shard["images"] for shard in shards.values())
-        ordered = [shards[number] for number in sorted(shards)]
-        return {**self._head, "images": images, "shards": ordered}
+        written = _written(shards)
+        index = {**self._head, "images": sum(shard["images"] for shard in written)}
+        empty = [shards[number] for number in sorted(shards) if not shards[number]["images"]]
+        return {**index, "shards": written, **({"empty": empty} if empty else {})}
 
     def _is_indexed(self, shards: dict[int, dict[str, Any]]) -> bool:
         """Return whether the index describes these shards and no others."""
@@ -285,7 +290,8 @@ class _Conversion:
                 )
             return {}
         earlier = load_index(path)
-        if not earlier["shards"]:
+        shards = earlier["shards"] + earlier.get("empty", [])
+        if not shards:
             return {}
         for key, what in _CHANGED.items():
             # Shards that were written without --skip_broken have no broken image to skip.
@@ -296,7 +302,7 @@ class _Conversion:
             return {}
         intact = {}
         with progress_bar(len(self._source), f"verify {self._folder.name}") as bar:
-            for shard in earlier["shards"]:
+            for shard in shards:
                 number = int(Path(shard["name"]).stem)
                 if number >= len(self._ranges):
                     continue
@@ -304,6 +310,9 @@ class _Conversion:
                     continue
                 if self._fingerprint(self._ranges[number])[2] != shard["origin"]:
                     self._require_force(f"an image file of shard {number} in {self._root} has")
+                    continue
+                if not shard["images"]:
+                    intact[number] = shard
                     continue
                 try:
                     verify_shard(self._folder, shard)
@@ -327,7 +336,7 @@ class _Conversion:
     def _write_shard(
         self, number: int, positions: range, pool: ThreadPoolExecutor, bar: tqdm
     ) -> dict[str, Any]:
-        """Write one shard; returns its entry in the index."""
+        """Write one shard, unless all its images are skipped; returns its entry in the index."""
         folder = self._folder / _PARTIAL
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
@@ -357,10 +366,11 @@ class _Conversion:
                     writer.write_raw_data(batch)
                     batch = []
             if not labels:
-                raise UserError(
-                    f"{self._name(positions[0])} to {self._name(positions[-1])}: no image is "
-                    "readable; is this the right --src?"
-                )
+                _log.warning(
+                    "%s to %s: no image is readable, so there is no %s",
+                    self._name(positions[0]), self._name(positions[-1]), path.name,
+                )  # fmt: skip
+                return {"name": path.name, "images": 0, "skipped": skipped, "origin": origin}
             if batch:
                 writer.write_raw_data(batch)
             writer.commit()
@@ -394,6 +404,11 @@ class _Conversion:
             f"{broken[0]}: not a readable image{more}; replace broken images, or skip them with "
             "--skip_broken"
         )
+
+
+def _written(shards: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the shards that have images, in order; MindRecord has no empty ones."""
+    return [shards[number] for number in sorted(shards) if shards[number]["images"]]
 
 
 def _access(function: Callable[[str], _T], path: str) -> _T | None:

@@ -355,11 +355,44 @@ def test_broken_images_are_skipped_if_told(broken, tmp_path):
     files = open_source("imagefolder", str(broken), "train")
     rest = [i for i in range(21) if i not in (0, 19)]
     assert all(source[k][0].tobytes() == files[i][0].tobytes() for k, i in enumerate(rest))
-    (broken / "val/2/0.jpg").write_text("x")
     again = Options(8, force=True)
     refused("train/2/0.jpg: not a readable image", broken, tmp_path / "out", again)
-    words = "val/2/0.jpg to val/2/0.jpg: no image is readable"
-    refused(words, broken, tmp_path / "ones", Options(1, skip_broken=True), train_folder="val")
+
+
+def test_a_shard_of_broken_images_only_is_left_out(broken, tmp_path, caplog, monkeypatch):
+    one, out = Options(1, skip_broken=True), tmp_path / "out"
+    done = convert(broken, out, one)["train"]
+    bad = ["train/2/0.jpg", "train/33/5.png"]
+    assert (done.images, done.shards, done.kept, done.skipped) == (19, 19, 0, bad)
+    assert (
+        f"{bad[0]} to {bad[0]}: no image is readable, so there is no 00000.mindrecord"
+        in caplog.text
+    )
+    assert not (out / "train/00000.mindrecord").exists()
+    before = contents(out)
+    assert verify(out)[out / "train"] == len(open_source("mindrecord", str(out), "train")) == 19
+    (out / "train/index.json").rename(out / "train/unfinished.json")
+    (out / "train/00001.mindrecord").unlink()
+    monkeypatch.setattr(
+        writer, "_read", lambda path, read=writer._read: reads.append(path) or read(path)
+    )
+    for kept, expected in ((18, ["train/2/1.jpg"]), (19, [])):
+        reads = []
+        done = convert(broken, out, one)["train"]
+        assert (done.images, done.shards, done.kept, done.skipped) == (19, 19, kept, bad)
+        assert [os.path.relpath(path, broken) for path in reads] == expected
+        assert contents(out) == before
+    refused("--skip_broken has changed", broken, out, Options(1))
+    with pytest.raises(UserError, match="2/0.jpg: not a readable image"):
+        convert(broken, out, Options(1, force=True))
+
+
+def test_a_split_without_a_readable_image_is_refused(broken, tmp_path):
+    for path in (broken / "val").rglob("*.*"):
+        path.write_text("x")
+    for size in (1, 100, 1):
+        options = Options(size, skip_broken=True, force=True)
+        refused("no image is readable; is this the right --src", broken, tmp_path / "out", options)
 
 
 def test_the_folders_faults_are_imagefolders(folder, tmp_path):
