@@ -94,7 +94,7 @@ def save_state(step: TrainStep, progress: Progress, checkpoints: Path, keep: int
             old.unlink(missing_ok=True)
         except OSError as error:  # the new state is safe
             logger.warning("%s: cannot be deleted: %s", old, error.strerror)
-    remove_unfinished(checkpoints)
+    remove_unfinished(checkpoints, "step-*.ckpt", LAST, BEST)  # an export may be writing here
 
 
 def save_best(step: TrainStep, progress: Progress, checkpoints: Path, top1: float) -> None:

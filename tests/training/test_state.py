@@ -18,6 +18,7 @@ from src.config_io import load_config
 from src.data import ArraySource
 from src.errors import UserError
 from src.evaluation.evaluator import Evaluator
+from src.files import replacing_together
 from src.training.resume import check_compatible
 from src.training.run import train
 from src.training.schedule import learning_rates
@@ -238,6 +239,18 @@ def test_last_stays_where_the_file_system_has_no_links(tmp_path, monkeypatch):
         assert last == (tmp_path / f"step-{number:08}.ckpt").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "last.ckpt", "step-00000003.ckpt", "step-00000004.ckpt"
+    ]  # fmt: skip
+
+
+def test_saving_leaves_the_file_alone_that_another_process_writes(tmp_path):
+    """An export writes beside best.ckpt unless --output names another place."""
+    (tmp_path / ".step-00000001.ckpt.partial-killed").mkdir()
+    with replacing_together(tmp_path / "best.mindir.json", tmp_path / "best.mindir") as written:
+        for each in written:
+            each.touch()
+        save_state(Step().at(2), Progress(), tmp_path, keep=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "best.mindir", "best.mindir.json", "last.ckpt", "step-00000002.ckpt",
     ]  # fmt: skip
 
 
