@@ -13,9 +13,10 @@ from mindspore import nn
 from src.build import build_for_weights, without_flash_attention
 from src.config import Config, ModelConfig
 from src.errors import UserError
-from src.files import replacing, require_replaceable
+from src.files import replacing, require_replaceable, sha256_of
 from src.models.cvt import SIZES
 from src.weights.checkpoint import read_checkpoint, read_safetensors, save_weights
+from src.weights.files import unchanged
 from src.weights.load import load_tensors, read_weights
 from src.weights.load_report import LoadReport
 
@@ -26,11 +27,19 @@ _VARIANTS = {
 
 
 class Conversion(NamedTuple):
-    """The result of `convert`; `verified` is the number of compared tensors, None without."""
+    """The result of `convert`.
+
+    Args:
+        model: the model's name.
+        report: what happened to each tensor.
+        verified: the number of compared tensors; None without a comparison.
+        sources: the SHA-256 of each file that was read.
+    """
 
     model: str
     report: LoadReport
     verified: int | None
+    sources: dict[Path, str]
 
 
 def convert(
@@ -59,7 +68,9 @@ def convert(
     """
     require_replaceable(target, "--dst", lambda path: bool(_read_tensors(path)), force)
     known = _parameter_names(config) if config else ()
-    tensors, report = read_weights(source, known, entry)
+    with unchanged(source) as files:
+        sources = {file: sha256_of(file) for file in files}
+        tensors, report = read_weights(source, known, entry)
     if config is None:
         config = Config(model=ModelConfig(name=model or _recognise(source, tensors)))
     if config.model.num_classes is None:
@@ -84,7 +95,7 @@ def convert(
             verified = _verify(tensors, net, unfinished) if verify else None
     except OSError as error:
         raise UserError(f"{target}: {error.strerror}; give another --dst") from error
-    return Conversion(config.model.name, report, verified)
+    return Conversion(config.model.name, report, verified, sources)
 
 
 def _read_tensors(path: Path) -> dict[str, np.ndarray]:

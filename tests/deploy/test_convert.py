@@ -138,6 +138,21 @@ def test_only_the_same_result_is_replaced(tmp_path, config):
     assert target.read_bytes() == first
 
 
+def test_the_checksum_is_that_of_the_weights_that_were_read(tmp_path, config, monkeypatch):
+    """A run may replace its best weights during the conversion."""
+    source = tmp_path / "source.bin"
+    source.write_bytes(SOURCE.read_bytes())
+
+    def replace_source(*arguments):
+        source.write_bytes(b"others")
+        return verify(*arguments)
+
+    verify = conversion._verify
+    monkeypatch.setattr(conversion, "_verify", replace_source)
+    done = conversion.convert(source, tmp_path / "x.ckpt", None, config, verify=True)
+    assert done.sources == {source: hashlib.sha256(SOURCE.read_bytes()).hexdigest()}
+
+
 def test_verifying_computes_nothing(tmp_path, config, monkeypatch):
     """Devices compute float32 in ways of their own, which says nothing about the file."""
     monkeypatch.setattr(CvT, "construct", None)

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 from unittest.mock import Mock
@@ -27,6 +28,7 @@ from src.deploy.engines import open_model
 from src.deploy.export import ExportOptions
 from src.deploy.predictor import Predictor
 from src.errors import UserError
+from src.files import sha256_of
 from src.models import create_model, list_models
 from src.models.compiled import use_compiled
 from src.weights import save_weights
@@ -303,6 +305,21 @@ def test_a_network_that_is_written_in_parts_is_refused(run, tmp_path, monkeypatc
     with pytest.raises(UserError, match="1 GiB.*float16"):
         room.export(*run, tmp_path / "m.mindir", ExportOptions(), "CPU")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_checksum_is_that_of_the_weights_that_were_read(run, tmp_path, monkeypatch):
+    """A run may replace its best.ckpt during the export."""
+    checkpoint = Path(shutil.copy(run[1], tmp_path / "best.ckpt"))
+    before = sha256_of(checkpoint)
+
+    def replace_checkpoint(*arguments):
+        checkpoint.write_bytes(b"others")
+        writers.write_model(*arguments)
+
+    monkeypatch.setattr(room, "write_model", replace_checkpoint)
+    room.export(run[0], checkpoint, tmp_path / "m.onnx", ExportOptions("onnx"), "CPU")
+    description = json.loads((tmp_path / "m.onnx.json").read_text())
+    assert description["checkpoint_sha256"] == before
 
 
 def test_what_mindspore_cannot_write_is_one_line(run, tmp_path, monkeypatch):
