@@ -74,7 +74,7 @@ def convert(
     if config is None:
         config = Config(model=ModelConfig(name=model or _recognise(source, tensors)))
     if config.model.num_classes is None:
-        classes = len(tensors["head.bias"]) if "head.bias" in tensors else 0
+        classes = _first_dimension(source, tensors, "head.bias", 1)
         config = _with_classes(config, classes)
     net = build_for_weights(without_flash_attention(config)).set_train(False)
     load_tensors(net, tensors, report)
@@ -123,10 +123,10 @@ def _recognise(source: Path, tensors: dict[str, np.ndarray]) -> str:
     """Return the name of the CvT variant with the sizes of these tensors."""
     sizes = []
     for stage in range(3):
-        embedding = tensors.get(f"stage{stage}.patch_embed.proj.weight")
+        width = _first_dimension(source, tensors, f"stage{stage}.patch_embed.proj.weight", 4)
         blocks = (re.match(rf"stage{stage}\.blocks\.(\d+)\.", name) for name in tensors)
         depth = len({match[1] for match in blocks if match})
-        sizes.append((0 if embedding is None else embedding.shape[0], depth))
+        sizes.append((width, depth))
     if tuple(sizes) not in _VARIANTS:
         dims, depths = zip(*sizes)
         raise UserError(
@@ -134,6 +134,25 @@ def _recognise(source: Path, tensors: dict[str, np.ndarray]) -> str:
             f"{', '.join(_VARIANTS.values())}; give --config with the model's keys"
         )
     return _VARIANTS[tuple(sizes)]
+
+
+def _first_dimension(
+    source: Path, tensors: dict[str, np.ndarray], name: str, dimensions: int
+) -> int:
+    """Return the first dimension of a tensor; 0 if the file has no such tensor.
+
+    Raises:
+        UserError: the tensor has another number of dimensions.
+    """
+    if name not in tensors:
+        return 0
+    shape = tensors[name].shape
+    if len(shape) != dimensions:
+        raise UserError(
+            f"{source}: {name} has shape {list(shape)}, must have {dimensions} dimension"
+            f"{'s' * (dimensions > 1)}; the file is damaged or of another model"
+        )
+    return shape[0]
 
 
 def _verify(tensors: dict[str, np.ndarray], net: nn.Cell, written: Path) -> int:

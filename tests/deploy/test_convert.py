@@ -15,7 +15,7 @@ from src.deploy import convert as conversion
 from src.errors import UserError
 from src.models import create_model, list_models
 from src.models.cvt import CvT
-from src.weights import load_weights, save_weights
+from src.weights import load_weights, save_checkpoint, save_weights
 from src.weights.names import to_ours
 from tests.conftest import TINY, run_command
 from tests.golden import pico
@@ -188,6 +188,20 @@ def test_our_own_variants_are_recognised(tmp_path):
     assert done.model == "cvt_nano" and len(done.report.loaded) == len(list(net.get_parameters()))
     assert done.verified is None
     assert set(conversion._VARIANTS.values()) <= set(list_models())
+
+
+@pytest.mark.parametrize("values", [np.float32(1), np.ones((2, 2), np.float32), "text"])
+@pytest.mark.parametrize("name", ["head.bias", "stage0.patch_embed.proj.weight"])
+def test_a_tensor_of_another_kind_is_one_line(tmp_path, name, values):
+    """Also numbers and strings, which a .ckpt may hold beside the tensors."""
+    weights = {p.name: p for p in create_model("cvt_nano", num_classes=7).get_parameters()}
+    del weights[name]
+    extra = {name: values if isinstance(values, str) else values.tolist()}
+    if np.ndim(values):
+        weights[name], extra = Tensor(values), {}
+    save_checkpoint(weights, tmp_path / "x.ckpt", **extra)
+    with pytest.raises(UserError, match=rf"x.ckpt: {name} has shape \[.*\], must have [14] dim"):
+        conversion.convert(tmp_path / "x.ckpt", tmp_path / "y.ckpt", None, None, False)
 
 
 def test_a_backbone_without_head_converts(tmp_path):
