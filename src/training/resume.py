@@ -117,7 +117,7 @@ def restore(
             "%s continues; files that do not belong to it any more are renamed in %s: %s",
             state.name, checkpoints, ", ".join(path.name for path in abandoned),
         )  # fmt: skip
-    kept = ("epoch", "position", "losses", "rows", "best_top1", "best_sha256")
+    kept = ("epoch", "position", "losses", "seconds", "rows", "best_top1", "best_sha256")
     return dataclasses.replace(current, **{name: getattr(saved, name) for name in kept})
 
 

@@ -19,7 +19,7 @@ from src.data import ArraySource
 from src.errors import UserError
 from src.evaluation.evaluator import Evaluator
 from src.files import replacing_together
-from src.training.resume import check_compatible
+from src.training.resume import check_compatible, restore
 from src.training.run import train
 from src.training.schedule import learning_rates
 from src.training.state import Progress, save_state
@@ -252,6 +252,13 @@ def test_saving_leaves_the_file_alone_that_another_process_writes(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "best.mindir", "best.mindir.json", "last.ckpt", "step-00000002.ckpt",
     ]  # fmt: skip
+
+
+def test_the_position_and_seconds_of_an_epoch_are_restored(tmp_path):
+    saved = Progress(epoch=1, position=3, losses=[1.0, 2.0, 3.0], seconds=12.5)
+    save_state(Step().at(12), saved, tmp_path / "checkpoints", 1)
+    options = {"steps_per_epoch": 9, "keep": 1, "accept_changes": False}
+    assert restore(Step(), Progress(), tmp_path, None, **options) == saved
 
 
 def test_an_old_state_that_cannot_be_deleted_stops_nothing(tmp_path, monkeypatch, caplog):
