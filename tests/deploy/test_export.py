@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import shutil
+import signal
 import sys
 from pathlib import Path
 from unittest.mock import Mock
@@ -356,6 +357,17 @@ def test_an_existing_file_asks_for_force(trained, tmp_path, run_here):
     done = run_here("export.py", *words, "--force")
     assert done.returncode == 0, done.stderr
     assert Predictor(tmp_path / "a ü/m.mindir").batch_size == 1
+
+
+def test_sigterm_leaves_no_unfinished_files(trained, tmp_path, run_here, monkeypatch):
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    monkeypatch.setattr(room, "write_model", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        words = ("--ckpt", str(trained / "checkpoints/best.ckpt"), "--output", "m.onnx")
+        done = run_here("export.py", *words, "--format=onnx")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert done.returncode == 128 + signal.SIGTERM and not list(tmp_path.iterdir())
 
 
 def test_onnx_runs_any_batch_and_states_its_opset(run, tmp_path):
