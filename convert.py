@@ -72,8 +72,8 @@ def main(argv: list[str]) -> None:
     print(f"{done.report.table()}\n\n{done.model}: {done.report}")
     if done.verified is not None:
         print(f"verified: all {done.verified} tensors of the result equal the source's")
-    for file in files:
-        print(f"source  {sha256_of(file)}  {file}")
+    for file, checksum in done.sources.items():
+        print(f"source  {checksum}  {file}")
     print(f"result  {sha256_of(target)}  {target}")
     recipe = arguments.config or _own_recipe(files[0]) or "RECIPE"
     words = shlex.join(["--ckpt", str(target), "--config", str(recipe)])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
+import sys
 from pathlib import Path
 
 from jsonargparse.typing import PositiveFloat
@@ -82,6 +84,8 @@ def main(argv: list[str]) -> None:
         raise UserError(
             "--runtime.precision: applies to training; use --precision for the exported file"
         )
+    # As Ctrl-C, remove the unfinished files; while MindSpore compiles, both wait.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     prepare_environment()
     log_to()
     import_mindspore()

@@ -81,6 +81,20 @@ def discard_output() -> None:
     os.dup2(nowhere, output)
 
 
+def _open_closed_streams() -> None:
+    """Open /dev/null in place of standard streams that the shell closed (`2>&-`).
+
+    Otherwise Python has None for them, and the next file that is opened gets their number, and with
+    it the messages of C++ code.
+    """
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(number, True)
+    os.close(number)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - open until the end
+
+
 def executable(main: Callable[[list[str]], None]) -> Callable[[], None]:
     """Decorate `main(argv)`: a UserError becomes one line on stderr and exit code 2.
 
@@ -90,6 +104,7 @@ def executable(main: Callable[[list[str]], None]) -> Callable[[], None]:
 
     @functools.wraps(main)
     def program() -> None:
+        _open_closed_streams()
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")

@@ -77,10 +77,17 @@ def _replace_in(error: Exception, old: str, new: str) -> None:
                 setattr(error, name, os.fsdecode(getattr(error, name)).replace(old, new))
 
 
-def remove_unfinished(folder: Path) -> None:
-    """Remove the temporary folders of processes killed inside `replacing`."""
-    for left in folder.glob(f".*{PARTIAL}*"):
-        shutil.rmtree(left, ignore_errors=True)
+def remove_unfinished(folder: Path, *names: str) -> None:
+    """Remove the temporary folders of processes killed inside `replacing`.
+
+    Args:
+        folder: the folder.
+        names: patterns of the files that only the caller writes; by default all files. Another
+            process may be writing others.
+    """
+    for name in names or ("*",):
+        for left in folder.glob(f".{name}{PARTIAL}*"):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def write_json(content: Any, path: str | Path) -> None:

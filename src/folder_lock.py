@@ -15,6 +15,7 @@ from src.errors import UserError
 
 logger = logging.getLogger("cvt")
 LOCK = ".lock"
+MARK = "A program that writes into this folder locks this file.\n"  # another's file lacks it
 
 
 @contextlib.contextmanager
@@ -43,7 +44,9 @@ def lock_folder(folder: Path, option: str = "--output") -> Iterator[None]:
         try:
             yield
         finally:
-            (folder / LOCK).unlink(missing_ok=True)
+            with contextlib.suppress(OSError, ValueError):  # it was removed, or is another's file
+                if (folder / LOCK).read_text(encoding="utf-8") == MARK:
+                    (folder / LOCK).unlink()
             with contextlib.suppress(OSError):  # not empty
                 for each in missing:
                     each.rmdir()
@@ -58,7 +61,13 @@ def _locked(folder: Path) -> IO:
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            lock = open(folder / LOCK, "a")  # noqa: SIM115 - it is held, not read
+            try:
+                lock = open(folder / LOCK, "x", encoding="utf-8")  # noqa: SIM115 - it is held
+            except FileExistsError:
+                lock = open(folder / LOCK, "a")  # noqa: SIM115
+            else:
+                lock.write(MARK)
+                lock.flush()
         except FileNotFoundError:  # the folder was removed meanwhile
             continue
         try:

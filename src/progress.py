@@ -15,5 +15,5 @@ def progress_bar(images: int, title: str) -> tqdm:
         unit=" img",
         dynamic_ncols=True,
         leave=False,
-        disable=not sys.stderr.isatty(),
+        disable=sys.stderr is None or not sys.stderr.isatty(),  # None: closed by the caller
     )

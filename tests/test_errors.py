@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from src.errors import UserError, executable, printable
+from src.progress import progress_bar
 from tests.conftest import ROOT
 
 
@@ -81,6 +82,37 @@ def test_a_reader_that_went_away_is_no_fault():
     words = f'"{sys.executable}" -c "{code}" | head -1; exit ${{PIPESTATUS[0]}}'
     done = subprocess.run(["bash", "-c", words], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (141, "0\n", "")
+
+
+@pytest.mark.parametrize("closed", ["2>&-", ">&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_no_fault(closed, tmp_path):
+    """A file must not get the number of standard error: MindSpore's C++ code prints there."""
+    code = (
+        "import os, sys\n"
+        "from src.errors import executable\n"
+        "from src.progress import progress_bar\n"
+        "def main(argv):\n"
+        "    with progress_bar(1, 'images') as bar, open(argv[0], 'w') as file:\n"
+        "        bar.write('out')\n"
+        "        print('err', file=sys.stderr)\n"
+        "        os.system('echo child >&2')\n"
+        "        file.write(str(file.fileno() > 2))\n"
+        "executable(main)()\n"
+    )
+    words = f'"{sys.executable}" -c "{code}" "{tmp_path}/file" {closed}'
+    done = subprocess.run(["bash", "-c", words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ("out\n" if closed == "2>&-" else "")
+    assert done.stderr == ("err\nchild\n" if closed == ">&-" else "")
+    assert (tmp_path / "file").read_text() == "True"
+
+
+def test_a_progress_bar_without_standard_error_shows_nothing(monkeypatch):
+    """As in Python code whose process has none."""
+    monkeypatch.setattr(sys, "stderr", None)
+    with progress_bar(1, "images") as bar:
+        bar.update()
+    assert bar.disable
 
 
 def test_text_from_files_is_safe_to_print():

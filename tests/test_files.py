@@ -123,6 +123,9 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
     (tmp_path / ".last.ckpt.partial-abc").mkdir()
     (tmp_path / ".last.ckpt.partial-abc" / "last.ckpt").write_text("half")
     (tmp_path / "step-1.ckpt").write_text("whole")
+    (tmp_path / ".last.ckpt.json.partial-abc").mkdir()
+    remove_unfinished(tmp_path, "last.ckpt", "step-*.ckpt")
+    assert sorted(os.listdir(tmp_path)) == [".last.ckpt.json.partial-abc", "step-1.ckpt"]
     remove_unfinished(tmp_path)
     assert os.listdir(tmp_path) == ["step-1.ckpt"]
 

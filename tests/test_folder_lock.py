@@ -6,7 +6,7 @@ import fcntl
 import pytest
 
 from src.errors import UserError
-from src.folder_lock import lock_folder
+from src.folder_lock import MARK, lock_folder
 
 
 def test_the_lock_has_no_race(tmp_path):
@@ -20,7 +20,8 @@ def test_the_lock_has_no_race(tmp_path):
         if not opened:
             opened.append(file)
             (folder / ".lock").unlink()
-            other = open(folder / ".lock", "a")  # noqa: SIM115 - held until the end
+            other = open(folder / ".lock", "w")  # noqa: SIM115 - held until the end
+            print(MARK, end="", file=other, flush=True)
             opened.append(other)
             real(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return real(file, how)
@@ -36,6 +37,26 @@ def test_the_lock_has_no_race(tmp_path):
     with lock_folder(folder), pytest.raises(UserError, match="another run"), lock_folder(folder):
         pass
     assert folder.exists() and not list(folder.iterdir())
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff of another program"])
+def test_another_programs_file_stays(tmp_path, content):
+    """It is locked all the same, as versions do that use the name without a mark."""
+    (tmp_path / ".lock").write_bytes(content)
+    with lock_folder(tmp_path):
+        with pytest.raises(UserError, match="another run"), lock_folder(tmp_path):
+            pass
+        assert (tmp_path / ".lock").read_bytes() == content
+    assert (tmp_path / ".lock").read_bytes() == content
+
+
+def test_the_file_of_a_killed_run_is_removed(tmp_path):
+    with lock_folder(tmp_path):
+        left = (tmp_path / ".lock").read_bytes()
+    (tmp_path / ".lock").write_bytes(left)
+    with lock_folder(tmp_path):
+        pass
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_lock_leaves_no_empty_folder(tmp_path):

@@ -7,10 +7,11 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TextIO
 
 from src.data.folders import IMAGE_EXTENSIONS, list_images
 from src.deploy.predictor import Predictor
-from src.errors import UserError, printable
+from src.errors import UserError, discard_output, printable
 from src.files import is_json, require_replaceable, write_json
 from src.plots.contact_sheet import SHEET_SUFFIXES, Tile, draw_sheet
 from src.plots.image_files import check_picture
@@ -69,6 +70,16 @@ def classify_files(
     """
     files = find_images(inputs, leave_out=sheet)
     entries, tiles, broken = [], [], []
+
+    def show(line: str, stream: TextIO) -> None:
+        try:
+            bar.write(line, file=stream)
+            stream.flush()  # not at exit, where a closed pipe is an error
+        except BrokenPipeError:  # as of `| head`
+            if json_file is None and sheet is None:
+                raise
+            discard_output()  # the files are still wanted
+
     with progress_bar(len(files), "classify") as bar:
         for file, result in zip(files, predictor.stream(files, top_k)):
             entry, tile = {"file": file, "top": []}, Tile(file)
@@ -76,10 +87,11 @@ def classify_files(
                 broken.append(str(result))
                 entry["error"] = str(result)
                 if len(files) > 1:
-                    bar.write(printable(result), file=sys.stderr)
+                    show(printable(result), sys.stderr)
             else:
                 best = result[0]
-                bar.write(f"{printable(file)}  {printable(best.name)}  {best.probability:.4f}")
+                line = f"{printable(file)}  {printable(best.name)}  {best.probability:.4f}"
+                show(line, sys.stdout)
                 entry["top"] = [each._asdict() for each in result]
                 tile = Tile(file, best.name, best.probability)
             if json_file is not None:

@@ -13,9 +13,10 @@ from mindspore import nn
 from src.build import build_for_weights, without_flash_attention
 from src.config import Config, ModelConfig
 from src.errors import UserError
-from src.files import replacing, require_replaceable
+from src.files import replacing, require_replaceable, sha256_of
 from src.models.cvt import SIZES
 from src.weights.checkpoint import read_checkpoint, read_safetensors, save_weights
+from src.weights.files import unchanged
 from src.weights.load import load_tensors, read_weights
 from src.weights.load_report import LoadReport
 
@@ -26,11 +27,19 @@ _VARIANTS = {
 
 
 class Conversion(NamedTuple):
-    """The result of `convert`; `verified` is the number of compared tensors, None without."""
+    """The result of `convert`.
+
+    Args:
+        model: the model's name.
+        report: what happened to each tensor.
+        verified: the number of compared tensors; None without a comparison.
+        sources: the SHA-256 of each file that was read.
+    """
 
     model: str
     report: LoadReport
     verified: int | None
+    sources: dict[Path, str]
 
 
 def convert(
@@ -59,11 +68,13 @@ def convert(
     """
     require_replaceable(target, "--dst", lambda path: bool(_read_tensors(path)), force)
     known = _parameter_names(config) if config else ()
-    tensors, report = read_weights(source, known, entry)
+    with unchanged(source) as files:
+        sources = {file: sha256_of(file) for file in files}
+        tensors, report = read_weights(source, known, entry)
     if config is None:
         config = Config(model=ModelConfig(name=model or _recognise(source, tensors)))
     if config.model.num_classes is None:
-        classes = len(tensors["head.bias"]) if "head.bias" in tensors else 0
+        classes = _first_dimension(source, tensors, "head.bias", 1)
         config = _with_classes(config, classes)
     net = build_for_weights(without_flash_attention(config)).set_train(False)
     load_tensors(net, tensors, report)
@@ -84,7 +95,7 @@ def convert(
             verified = _verify(tensors, net, unfinished) if verify else None
     except OSError as error:
         raise UserError(f"{target}: {error.strerror}; give another --dst") from error
-    return Conversion(config.model.name, report, verified)
+    return Conversion(config.model.name, report, verified, sources)
 
 
 def _read_tensors(path: Path) -> dict[str, np.ndarray]:
@@ -112,10 +123,10 @@ def _recognise(source: Path, tensors: dict[str, np.ndarray]) -> str:
     """Return the name of the CvT variant with the sizes of these tensors."""
     sizes = []
     for stage in range(3):
-        embedding = tensors.get(f"stage{stage}.patch_embed.proj.weight")
+        width = _first_dimension(source, tensors, f"stage{stage}.patch_embed.proj.weight", 4)
         blocks = (re.match(rf"stage{stage}\.blocks\.(\d+)\.", name) for name in tensors)
         depth = len({match[1] for match in blocks if match})
-        sizes.append((0 if embedding is None else embedding.shape[0], depth))
+        sizes.append((width, depth))
     if tuple(sizes) not in _VARIANTS:
         dims, depths = zip(*sizes)
         raise UserError(
@@ -123,6 +134,25 @@ def _recognise(source: Path, tensors: dict[str, np.ndarray]) -> str:
             f"{', '.join(_VARIANTS.values())}; give --config with the model's keys"
         )
     return _VARIANTS[tuple(sizes)]
+
+
+def _first_dimension(
+    source: Path, tensors: dict[str, np.ndarray], name: str, dimensions: int
+) -> int:
+    """Return the first dimension of a tensor; 0 if the file has no such tensor.
+
+    Raises:
+        UserError: the tensor has another number of dimensions.
+    """
+    if name not in tensors:
+        return 0
+    shape = tensors[name].shape
+    if len(shape) != dimensions:
+        raise UserError(
+            f"{source}: {name} has shape {list(shape)}, must have {dimensions} dimension"
+            f"{'s' * (dimensions > 1)}; the file is damaged or of another model"
+        )
+    return shape[0]
 
 
 def _verify(tensors: dict[str, np.ndarray], net: nn.Cell, written: Path) -> int:

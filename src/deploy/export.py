@@ -28,7 +28,7 @@ from src.errors import UserError
 from src.evaluation.labels import compare_with_run, with_class_names
 from src.files import as_json, as_utf8, is_utf8, replacing_together, sha256_of
 from src.splits import open_split, resolve_classes
-from src.weights import load_weights, weight_files
+from src.weights import load_weights, unchanged
 
 logger = logging.getLogger("cvt")
 CHECKED_IMAGES = 16
@@ -95,7 +95,9 @@ def export(
     # The run's precision does not matter for the file.
     runtime = dataclasses.replace(config.runtime, precision="float32", flash_attention=False)
     net = build_for_weights(dataclasses.replace(config, runtime=runtime))
-    logger.info("%s", load_weights(net, checkpoint))
+    with unchanged(checkpoint) as files:  # a run may replace its best.ckpt
+        checksum = sha256_of(*files)
+        logger.info("%s", load_weights(net, checkpoint))
     net.set_train(False)
     images = _load_images(config, preprocessing)
     try:
@@ -116,9 +118,9 @@ def export(
                     size,
                     run and run.parent,
                 )
-            description = _describe(
-                config, checkpoint, partial, options, preprocessing, names, quantization
-            )
+            description = _describe(config, partial, options, preprocessing, names, quantization)
+            description["checkpoint"] = checkpoint.name
+            description["checkpoint_sha256"] = checksum
             described.write_bytes(as_utf8(as_json(description)))
     except OSError as error:
         files = {Path(name) for name in (error.filename, error.filename2) if name}
@@ -167,7 +169,6 @@ def _with_classes_of(config: Config, run: Config) -> Config:
 
 def _describe(
     config: Config,
-    checkpoint: Path,
     file: Path,
     options: ExportOptions,
     preprocessing: Preprocessing,
@@ -185,8 +186,6 @@ def _describe(
         "weight_dtype": options.weight_dtype,
         "precision": options.precision,
         "file_sha256": sha256_of(file),
-        "checkpoint": checkpoint.name,
-        "checkpoint_sha256": sha256_of(*weight_files(checkpoint)),
         "mindspore": ms.__version__,
     }
     if quantization is not None:

@@ -7,6 +7,7 @@ import stat
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple, Union
 
@@ -77,13 +78,9 @@ class Predictor:
             raise UserError("the model's path is empty; give a .mindir, an .onnx or weights")
         path = find_checkpoint(Path(os.path.expanduser(path)))
         config = config and os.path.expanduser(config)
-        for name, number, most in (
-            ("batch_size", batch_size, sys.maxsize),
-            ("threads", threads, MAX_THREADS),
-            ("max_pixels", max_pixels, sys.maxsize),
-        ):
-            if number is not None and not (isinstance(number, int) and 1 <= number <= most):
-                raise UserError(f"{name} {number}: must be a whole number from 1 to {most}")
+        batch_size = _whole("batch_size", batch_size)
+        max_pixels = _whole("max_pixels", max_pixels)
+        threads = None if threads is None else _whole("threads", threads, MAX_THREADS)
         if not path.exists():
             raise UserError(f"{path}: no such file; give a .mindir, an .onnx or weights")
         check_engine(path, engine)
@@ -191,8 +188,7 @@ class Predictor:
         return self._rank(self.logits(inputs), top_k)
 
     def _rank(self, logits: Sequence[np.ndarray], top_k: int) -> list[list[Prediction]]:
-        if not isinstance(top_k, (int, np.integer)) or top_k < 1:
-            raise UserError(f"top_k {top_k!r}: must be an integer, 1 or more")
+        top_k = _whole("top_k", top_k)
         if not len(logits):
             return []
         logits = np.asarray(logits, np.float64)
@@ -278,6 +274,17 @@ class Predictor:
 
     def _name(self, label: int) -> str:
         return self.class_names[label] if label < len(self.class_names) else str(label)
+
+
+def _whole(name: str, number: Any, most: int = sys.maxsize) -> int:
+    """Return a whole number of any type, such as NumPy's, from 1 to `most`.
+
+    Raises:
+        UserError: it is none.
+    """
+    if not isinstance(number, Integral) or isinstance(number, bool) or not 1 <= number <= most:
+        raise UserError(f"{name} {number!r}: must be a whole number from 1 to {most}")
+    return int(number)
 
 
 def _read(path: Path, max_pixels: int) -> bytes:

@@ -117,8 +117,9 @@ def _quantize_file(path: Path, quantized: Path, batches: Iterator[tuple]) -> Non
             images, _, _ = next(batches, (None, None, 0))
             return None if images is None else {"images": images}
 
-    handlers = list(logging.root.handlers)
-    logging.disable(logging.WARNING)  # hides advice to preprocess the file, which it does not need
+    handlers, disabled = list(logging.root.handlers), logging.root.manager.disable
+    # Hides advice to preprocess the file, which it does not need.
+    logging.disable(max(disabled, logging.WARNING))
     try:
         ort.quantize_static(
             str(path),
@@ -138,7 +139,7 @@ def _quantize_file(path: Path, quantized: Path, batches: Iterator[tuple]) -> Non
             f"--quantize int8: onnxruntime failed ({reason}); is there space beside --output?"
         ) from error
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(disabled)
         logging.root.handlers[:] = handlers  # onnxruntime adds one, which would repeat our lines
 
 

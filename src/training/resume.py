@@ -117,7 +117,7 @@ def restore(
             "%s continues; files that do not belong to it any more are renamed in %s: %s",
             state.name, checkpoints, ", ".join(path.name for path in abandoned),
         )  # fmt: skip
-    kept = ("epoch", "position", "losses", "rows", "best_top1", "best_sha256")
+    kept = ("epoch", "position", "losses", "seconds", "rows", "best_top1", "best_sha256")
     return dataclasses.replace(current, **{name: getattr(saved, name) for name in kept})
 
 
@@ -137,7 +137,7 @@ def set_aside_newer(
 
     Args:
         step: holds the state's parameters.
-        progress: of the state; `best_top1` is reset if best.ckpt belongs to the other branch.
+        progress: of the state; `best_top1` is reset unless best.ckpt is that of the state.
         state: the file resumed from.
         checkpoints: the run's folder of states.
         keep: number of states to keep.
@@ -154,7 +154,8 @@ def set_aside_newer(
     best = checkpoints / BEST
     if not best.is_file():
         progress.best_top1, progress.best_sha256 = -1.0, ""
-    elif with_best or ((newer or not is_own) and sha256_of(best) != progress.best_sha256):
+    elif with_best or sha256_of(best) != progress.best_sha256:
+        # A run killed between saving best.ckpt and the state leaves weights of a later epoch.
         progress.best_top1, progress.best_sha256 = -1.0, ""
         newer = [*newer, best]
     used = [int(m[1]) for m in map(_ABANDONED.fullmatch, os.listdir(checkpoints)) if m]

@@ -38,6 +38,7 @@ class Progress:
         epoch: finished epochs.
         position: finished steps of the current epoch.
         losses: of those steps, without skipped ones.
+        seconds: of the current epoch so far, without those between an interruption and its resume.
         rows: the lines of metrics.jsonl, one for each finished epoch.
         best_top1: best held-out accuracy so far, in per cent; -1 for none.
         best_sha256: checksum of best.ckpt with these weights; "" if there is none.
@@ -56,6 +57,7 @@ class Progress:
     epoch: int = 0
     position: int = 0
     losses: list[float] = field(default_factory=list)
+    seconds: float = 0.0
     rows: list[dict] = field(default_factory=list)
     best_top1: float = -1.0
     best_sha256: str = ""
@@ -94,7 +96,7 @@ def save_state(step: TrainStep, progress: Progress, checkpoints: Path, keep: int
             old.unlink(missing_ok=True)
         except OSError as error:  # the new state is safe
             logger.warning("%s: cannot be deleted: %s", old, error.strerror)
-    remove_unfinished(checkpoints)
+    remove_unfinished(checkpoints, "step-*.ckpt", LAST, BEST)  # an export may be writing here
 
 
 def save_best(step: TrainStep, progress: Progress, checkpoints: Path, top1: float) -> None:

@@ -96,6 +96,7 @@ class Trainer:
         self.skipped = 0  # consecutive steps
         self.config_changed = False  # since config.yaml was written
         self.graph_compiled = False
+        self.epoch_start = time.perf_counter()
 
     @property
     def evaluated_net(self):
@@ -154,10 +155,10 @@ class Trainer:
         self._log_start()
         with self.stop_signal:
             while self.progress.epoch < self.config.training.epochs:
-                start = time.perf_counter()
+                self.epoch_start = time.perf_counter() - self.progress.seconds
                 speed = self._train_epoch()
                 metrics = self._evaluate()
-                self._finish_epoch(metrics, speed, start)
+                self._finish_epoch(metrics, speed)
         best = self.progress.best_top1
         found = f"best top1 {best:.2f}" if best >= 0 else "not evaluated"
         logger.info("%s; results are in %s", found, self.output)
@@ -262,9 +263,7 @@ class Trainer:
         metrics = result.metrics
         return {"loss": metrics.loss, "top1": metrics.top1, "top5": metrics.top5}
 
-    def _finish_epoch(
-        self, metrics: dict[str, float | None], speed: float | None, start: float
-    ) -> None:
+    def _finish_epoch(self, metrics: dict[str, float | None], speed: float | None) -> None:
         """Save the best weights, the state, and then the files with the metrics."""
         progress, epochs = self.progress, self.config.training.epochs
         step = (progress.epoch + 1) * self.steps_per_epoch
@@ -275,7 +274,7 @@ class Trainer:
             "train_loss": float(np.mean(progress.losses)) if progress.losses else None,
             **metrics,
             "images_per_second": speed,
-            "seconds": time.perf_counter() - start,
+            "seconds": time.perf_counter() - self.epoch_start,
         }
         progress.rows.append(row)
         progress.epoch, progress.position, progress.losses = row["epoch"], 0, []
@@ -302,6 +301,8 @@ class Trainer:
 
     def _save(self) -> None:
         self._require_equal_ranks()
+        within_epoch = self.progress.position > 0
+        self.progress.seconds = within_epoch * (time.perf_counter() - self.epoch_start)
         if self.ranks.is_first:
             save_state(self.step, self.progress, self.checkpoints, self.config.training.keep)
             if self.config_changed:

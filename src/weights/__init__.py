@@ -1,7 +1,7 @@
 """Read and write weight files."""
 
 from src.weights.checkpoint import read_checkpoint, save_checkpoint, save_weights
-from src.weights.files import weight_files
+from src.weights.files import unchanged, weight_files
 from src.weights.load import load_state, load_weights
 from src.weights.load_report import LoadReport, WeightsMismatch
 from src.weights.pretrained import create_pretrained, list_pretrained, pretrained_folder
@@ -17,5 +17,6 @@ __all__ = [
     "read_checkpoint",
     "save_checkpoint",
     "save_weights",
+    "unchanged",
     "weight_files",
 ]

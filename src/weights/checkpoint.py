@@ -59,6 +59,7 @@ def save_checkpoint(
     if kind not in ("ckpt", "safetensors"):
         raise UserError(f"{path}: the name must end in .ckpt or .safetensors")
     entries = [{"name": name, "data": tensor} for name, tensor in parameters.items()]
+    disabled = logging.root.manager.disable  # by the caller
     try:
         logging.disable(logging.CRITICAL)  # MindSpore prints a long log for each failure
         with replacing(path) as unfinished:
@@ -69,7 +70,7 @@ def save_checkpoint(
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: cannot be written: {reason}; give another path") from error
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(disabled)
 
 
 def save_weights(weights: nn.Cell | Mapping[str, Tensor], path: str | Path) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,27 @@ def weight_files(path: str | Path) -> list[Path]:
     for file in files:
         _kind(file)
     return [_index_of(path), *files] if indexed else files
+
+
+@contextlib.contextmanager
+def unchanged(path: str | Path) -> Iterator[list[Path]]:
+    """Yield the files of some weights, to be read and hashed in the block as one version.
+
+    Raises:
+        UserError: as `weight_files`, or a file was replaced before the end of the block.
+    """
+
+    def versions() -> list[tuple[Path, int, int, int]]:
+        stats = [(file, file.stat()) for file in weight_files(path)]
+        return [(file, stat.st_ino, stat.st_mtime_ns, stat.st_size) for file, stat in stats]
+
+    before = versions()
+    yield [file for file, *_ in before]
+    if versions() != before:
+        raise UserError(
+            f"{path}: was replaced while it was read, as by a run that saves better weights; run "
+            "this command again, or give it a copy"
+        )
 
 
 def _kind(file: Path) -> str:

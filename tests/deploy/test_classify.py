@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image
 from src.deploy import classify as room
 from src.deploy.classify import check_outputs, classify_files
 from src.deploy.predictor import Prediction
-from src.errors import UserError
+from src.errors import UserError, discard_output
 from tests.conftest import ROOT
 
 
@@ -51,6 +52,22 @@ def test_a_line_per_image_and_json(folder, tmp_path, capsys):
         "file": str(folder / "sub1/1.png"),
         "top": [{"label": 0, "name": "dark", "probability": 0.75}],
     }
+
+
+def test_the_files_are_written_though_nobody_reads_the_lines(folder, tmp_path, monkeypatch):
+    """As with `| head`; without files to write there is nothing to go on for."""
+    for json_file in (str(tmp_path / "out.json"), None):
+        reader, writer = os.pipe()
+        os.close(reader)
+        with open(writer, "w") as output, monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", output)
+            if json_file is not None:
+                classify_files(Brightness(), str(folder), 1, json_file)
+                continue
+            with pytest.raises(BrokenPipeError):
+                classify_files(Brightness(), str(folder), 1, None)
+            discard_output()  # so that `output` can be closed
+    assert len(json.loads((tmp_path / "out.json").read_text())) == 3
 
 
 def test_files_of_other_kinds_are_left_out_by_name(folder, caplog):

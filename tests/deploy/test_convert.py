@@ -15,7 +15,7 @@ from src.deploy import convert as conversion
 from src.errors import UserError
 from src.models import create_model, list_models
 from src.models.cvt import CvT
-from src.weights import load_weights, save_weights
+from src.weights import load_weights, save_checkpoint, save_weights
 from src.weights.names import to_ours
 from tests.conftest import TINY, run_command
 from tests.golden import pico
@@ -138,6 +138,21 @@ def test_only_the_same_result_is_replaced(tmp_path, config):
     assert target.read_bytes() == first
 
 
+def test_the_checksum_is_that_of_the_weights_that_were_read(tmp_path, config, monkeypatch):
+    """A run may replace its best weights during the conversion."""
+    source = tmp_path / "source.bin"
+    source.write_bytes(SOURCE.read_bytes())
+
+    def replace_source(*arguments):
+        source.write_bytes(b"others")
+        return verify(*arguments)
+
+    verify = conversion._verify
+    monkeypatch.setattr(conversion, "_verify", replace_source)
+    done = conversion.convert(source, tmp_path / "x.ckpt", None, config, verify=True)
+    assert done.sources == {source: hashlib.sha256(SOURCE.read_bytes()).hexdigest()}
+
+
 def test_verifying_computes_nothing(tmp_path, config, monkeypatch):
     """Devices compute float32 in ways of their own, which says nothing about the file."""
     monkeypatch.setattr(CvT, "construct", None)
@@ -173,6 +188,20 @@ def test_our_own_variants_are_recognised(tmp_path):
     assert done.model == "cvt_nano" and len(done.report.loaded) == len(list(net.get_parameters()))
     assert done.verified is None
     assert set(conversion._VARIANTS.values()) <= set(list_models())
+
+
+@pytest.mark.parametrize("values", [np.float32(1), np.ones((2, 2), np.float32), "text"])
+@pytest.mark.parametrize("name", ["head.bias", "stage0.patch_embed.proj.weight"])
+def test_a_tensor_of_another_kind_is_one_line(tmp_path, name, values):
+    """Also numbers and strings, which a .ckpt may hold beside the tensors."""
+    weights = {p.name: p for p in create_model("cvt_nano", num_classes=7).get_parameters()}
+    del weights[name]
+    extra = {name: values if isinstance(values, str) else values.tolist()}
+    if np.ndim(values):
+        weights[name], extra = Tensor(values), {}
+    save_checkpoint(weights, tmp_path / "x.ckpt", **extra)
+    with pytest.raises(UserError, match=rf"x.ckpt: {name} has shape \[.*\], must have [14] dim"):
+        conversion.convert(tmp_path / "x.ckpt", tmp_path / "y.ckpt", None, None, False)
 
 
 def test_a_backbone_without_head_converts(tmp_path):

@@ -7,6 +7,8 @@ import json
 import logging
 import os
 import re
+import shutil
+import signal
 import sys
 from pathlib import Path
 from unittest.mock import Mock
@@ -27,6 +29,7 @@ from src.deploy.engines import open_model
 from src.deploy.export import ExportOptions
 from src.deploy.predictor import Predictor
 from src.errors import UserError
+from src.files import sha256_of
 from src.models import create_model, list_models
 from src.models.compiled import use_compiled
 from src.weights import save_weights
@@ -305,6 +308,21 @@ def test_a_network_that_is_written_in_parts_is_refused(run, tmp_path, monkeypatc
     assert not list(tmp_path.iterdir())
 
 
+def test_the_checksum_is_that_of_the_weights_that_were_read(run, tmp_path, monkeypatch):
+    """A run may replace its best.ckpt during the export."""
+    checkpoint = Path(shutil.copy(run[1], tmp_path / "best.ckpt"))
+    before = sha256_of(checkpoint)
+
+    def replace_checkpoint(*arguments):
+        checkpoint.write_bytes(b"others")
+        writers.write_model(*arguments)
+
+    monkeypatch.setattr(room, "write_model", replace_checkpoint)
+    room.export(run[0], checkpoint, tmp_path / "m.onnx", ExportOptions("onnx"), "CPU")
+    description = json.loads((tmp_path / "m.onnx.json").read_text())
+    assert description["checkpoint_sha256"] == before
+
+
 def test_what_mindspore_cannot_write_is_one_line(run, tmp_path, monkeypatch):
     def fails(*arguments, **options):
         raise RuntimeError("\nExporting PadV3 operator is not yet supported.\n\n---- C++ stack")
@@ -339,6 +357,17 @@ def test_an_existing_file_asks_for_force(trained, tmp_path, run_here):
     done = run_here("export.py", *words, "--force")
     assert done.returncode == 0, done.stderr
     assert Predictor(tmp_path / "a ü/m.mindir").batch_size == 1
+
+
+def test_sigterm_leaves_no_unfinished_files(trained, tmp_path, run_here, monkeypatch):
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    monkeypatch.setattr(room, "write_model", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        words = ("--ckpt", str(trained / "checkpoints/best.ckpt"), "--output", "m.onnx")
+        done = run_here("export.py", *words, "--format=onnx")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert done.returncode == 128 + signal.SIGTERM and not list(tmp_path.iterdir())
 
 
 def test_onnx_runs_any_batch_and_states_its_opset(run, tmp_path):

@@ -64,10 +64,22 @@ def test_exported_files_and_checkpoint_agree(trained, exported, digits):
     assert len(everything) == 10 and sum(e.probability for e in everything) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("top_k", [0, 1.5, "3"])
+@pytest.mark.parametrize("top_k", [0, 1.5, "3", True])
 def test_a_number_of_classes_that_makes_no_sense_is_refused(exported, digits, top_k):
-    with pytest.raises(UserError, match=f"top_k {top_k!r}: must be an integer, 1 or more"):
+    with pytest.raises(UserError, match=f"top_k {top_k!r}: must be a whole number from 1 to"):
         Predictor(exported / "any.mindir")(digits[1][:1], top_k=top_k)
+
+
+def test_whole_numbers_of_numpy_are_as_good_as_any(exported, digits):
+    number = np.int64(2)
+    predict = Predictor(
+        exported / "any.mindir", None, number, threads=number, max_pixels=1000 * number
+    )
+    assert predict.batch_size == 2 and len(predict(digits[1][:3], top_k=number)[2]) == 2
+    for name in ("batch_size", "threads", "max_pixels"):
+        for wrong in (True, 0, 2.0):
+            with pytest.raises(UserError, match=f"{name} {wrong}: must be a whole number from 1"):
+                Predictor(exported / "any.mindir", **{name: wrong})
 
 
 def test_no_images_give_no_results(trained, exported):
@@ -274,7 +286,7 @@ def test_arguments_without_effect_are_refused(trained, exported):
         (mindir, {"engine": "openvino"}, "engine openvino: .mindir is run by mindspore"),
         (mindir, {"threads": 0}, "threads 0: must be a whole number from 1 to 1024"),
         (mindir, {"threads": 10**10}, "threads 10000000000: must be a whole number"),
-        (mindir, {"batch_size": "4"}, "batch_size 4: must be a whole number"),
+        (mindir, {"batch_size": "4"}, "batch_size '4': must be a whole number"),
         (mindir, {"max_pixels": 0}, "max_pixels 0: must be a whole number"),
         (trained, {"engine": "onnxruntime"}, "engine onnxruntime: .ckpt is run by mindspore"),
         (trained, {"runtime": {"seed": 1}}, "runtime.seed: choose from mode, precision"),

@@ -42,8 +42,12 @@ def test_a_failure_of_onnxruntime_is_one_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr(ort, "quantize_static", fail)
     monkeypatch.setattr(quantization, "_weighted_nodes", lambda path: [])
-    with pytest.raises(UserError, match=r"int8: .*failed \(Truncated message.\); is there space"):
-        quantization._quantize_file(tmp_path / "a.onnx", tmp_path / "b.onnx", iter(()))
+    for disabled in (logging.NOTSET, logging.CRITICAL):  # by the caller
+        logging.disable(disabled)
+        with pytest.raises(UserError, match=r"failed \(Truncated message.\); is there space"):
+            quantization._quantize_file(tmp_path / "a.onnx", tmp_path / "b.onnx", iter(()))
+        now, _ = logging.root.manager.disable, logging.disable(logging.NOTSET)
+        assert now == disabled
 
 
 def test_int8_keeps_the_accuracy(trained, tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from src.errors import UserError
+from src.files import sha256_of
 from src.training.resume import set_aside_newer
 from src.training.run import train
 from src.training.state import Progress, has_state, read_newest, read_state, save_state
@@ -27,12 +28,11 @@ def weight(path):
 @pytest.fixture
 def folder(tmp_path):
     """States 300, 400 and 500 of one branch, and the best weights of its end."""
-    step = Step()
+    step, best = Step(), tmp_path / "best.ckpt"
     for number in (300, 400, 500):
-        save_state(
-            step.at(number, number), Progress(best_top1=number, best_sha256="x"), tmp_path, 9
-        )
-    (tmp_path / "best.ckpt").write_bytes(b"of step 500")
+        best.write_bytes(b"of step %d" % number)
+        progress = Progress(best_top1=number, best_sha256=sha256_of(best))
+        save_state(step.at(number, number), progress, tmp_path, 9)
     return tmp_path
 
 
@@ -83,6 +83,17 @@ def test_the_newest_state_sets_nothing_aside(folder):
     for state in (None, "last.ckpt", "step-00000500.ckpt"):
         _, progress, aside = resume(folder, state, 1)
         assert aside == [] and names(folder) == before and progress.best_top1 == 500
+
+
+@pytest.mark.parametrize("progress", [None, Progress()], ids=["the second best", "the first"])
+def test_best_weights_saved_before_a_kill_are_set_aside(folder, progress):
+    """Without their state: their epoch is repeated, and may end otherwise or not at all."""
+    (folder / "best.ckpt").write_bytes(b"of step 510")
+    if progress is not None:  # the run had not been evaluated before
+        save_state(Step().at(500), progress, folder, 1)
+    _, progress, aside = resume(folder, None, 1)
+    assert aside == ["abandoned-1-best.ckpt"]
+    assert (progress.best_top1, progress.best_sha256) == (-1, "")
 
 
 def test_damaged_newer_states_are_set_aside_too(folder):

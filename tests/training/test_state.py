@@ -18,7 +18,8 @@ from src.config_io import load_config
 from src.data import ArraySource
 from src.errors import UserError
 from src.evaluation.evaluator import Evaluator
-from src.training.resume import check_compatible
+from src.files import replacing_together
+from src.training.resume import check_compatible, restore
 from src.training.run import train
 from src.training.schedule import learning_rates
 from src.training.state import Progress, save_state
@@ -239,6 +240,25 @@ def test_last_stays_where_the_file_system_has_no_links(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "last.ckpt", "step-00000003.ckpt", "step-00000004.ckpt"
     ]  # fmt: skip
+
+
+def test_saving_leaves_the_file_alone_that_another_process_writes(tmp_path):
+    """An export writes beside best.ckpt unless --output names another place."""
+    (tmp_path / ".step-00000001.ckpt.partial-killed").mkdir()
+    with replacing_together(tmp_path / "best.mindir.json", tmp_path / "best.mindir") as written:
+        for each in written:
+            each.touch()
+        save_state(Step().at(2), Progress(), tmp_path, keep=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "best.mindir", "best.mindir.json", "last.ckpt", "step-00000002.ckpt",
+    ]  # fmt: skip
+
+
+def test_the_position_and_seconds_of_an_epoch_are_restored(tmp_path):
+    saved = Progress(epoch=1, position=3, losses=[1.0, 2.0, 3.0], seconds=12.5)
+    save_state(Step().at(12), saved, tmp_path / "checkpoints", 1)
+    options = {"steps_per_epoch": 9, "keep": 1, "accept_changes": False}
+    assert restore(Step(), Progress(), tmp_path, None, **options) == saved
 
 
 def test_an_old_state_that_cannot_be_deleted_stops_nothing(tmp_path, monkeypatch, caplog):

@@ -13,6 +13,7 @@ from src.config import (
 )
 from src.data import open_source
 from src.splits import resolve_classes
+from src.training import trainer as loop
 from src.training.state import Progress
 from src.training.trainer import Trainer
 from tests.conftest import TINY
@@ -77,3 +78,21 @@ def test_a_step_that_compiles_has_no_speed(trainer):
     assert trainer._train_epoch() is None
     trainer.progress = Progress(epoch=1, position=7)
     assert trainer._train_epoch() > 0
+
+
+def test_an_epoch_counts_the_seconds_before_an_interruption(trainer, monkeypatch):
+    """A state saved within the epoch keeps them; the speed is that of this process."""
+    saved = []
+    monkeypatch.setattr(
+        loop, "save_state", lambda step, progress, *_: saved.append(progress.seconds)
+    )
+    monkeypatch.setattr(trainer, "_evaluate", lambda: {"loss": None, "top1": None, "top5": None})
+    monkeypatch.setattr(trainer, "_write_metrics", lambda: None)
+    trainer.step = Watched(trainer.step, [])
+    trainer.config.training.save_every = trainer.steps_per_epoch
+    trainer.progress = Progress(position=6, seconds=10_000.0)
+    trainer.fit()
+    first, second = trainer.progress.rows
+    assert 10_000 < saved[0] < first["seconds"] < 11_000
+    assert first["images_per_second"] > 1 and second["seconds"] < 1000
+    assert saved[1] == saved[3] == trainer.progress.seconds == 0 < saved[2] < 1000

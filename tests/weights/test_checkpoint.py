@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import struct
 import time
 import tracemalloc
@@ -252,3 +253,14 @@ def test_places_that_cannot_be_written_are_refused(tmp_path, capfd):
             save_weights({"w": Tensor([1.0])}, tmp_path / name)
     assert sorted(each.name for each in tmp_path.iterdir()) == ["file", "folder.ckpt"]
     assert "Failed" not in capfd.readouterr().err
+
+
+def test_saving_leaves_the_callers_level_of_logging(tmp_path):
+    logging.disable(logging.INFO)
+    try:
+        save_weights({"w": Tensor([1.0])}, tmp_path / "x.ckpt")
+        with pytest.raises(UserError):
+            save_weights({"w": Tensor([1.0])}, tmp_path / "x.ckpt/y.ckpt")
+        assert logging.root.manager.disable == logging.INFO
+    finally:
+        logging.disable(logging.NOTSET)

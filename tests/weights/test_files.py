@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from src.errors import UserError
 from src.files import sha256_of
-from src.weights import save_weights, weight_files
+from src.weights import save_weights, unchanged, weight_files
 from src.weights.files import read_content
 from tests.weights.torch_bytes import SOUND, mapping, tensor, write_zip
 
@@ -46,6 +46,16 @@ def test_torch_shards_with_an_index(tmp_path):
     files = weight_files(tmp_path)
     assert [each.name for each in files] == [file.name, *shards.values()]
     assert sha256_of(*files) != sha256_of(*files[1:])
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_refused(tmp_path):
+    """Its checksum would be of other weights."""
+    for number in range(2):
+        save_weights({"w": Tensor(ONE * number)}, tmp_path / f"{number}.ckpt")
+    with unchanged(tmp_path / "0.ckpt") as files:
+        assert files == [tmp_path / "0.ckpt"]
+    with pytest.raises(UserError, match="0.ckpt: was replaced while"), unchanged(files[0]):
+        (tmp_path / "1.ckpt").replace(files[0])
 
 
 def test_a_fold_of_a_cross_validation_is_no_shard(tmp_path):

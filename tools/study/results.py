@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import mindspore as ms
 import numpy as np
 
 from tools.study.cells import Cell
@@ -162,7 +161,7 @@ def _caption(cells: Sequence[Cell], results: Sequence[Result]) -> str:
         f"Top-1 accuracy in % on {held_out or 'the'} held-out images, of {weights} after the last "
         f"of {values(lambda cell: cell.steps)} steps of {images} images: mean ± sample standard "
         f"deviation (number of seeds). Held-out accuracy selects nothing within a run. "
-        f"{len(results)} of {len(cells)} runs are finished. MindSpore {ms.__version__}."
+        f"{len(results)} of {len(cells)} runs are finished."
     )
 
 

@@ -31,7 +31,7 @@ CURVES = {
     "accuracy_operations.png": (
         "training, 10^12 multiply-accumulates", lambda r: r.training_macs / 1e12
     ),
-    "accuracy_time.png": ("training, minutes on this machine", lambda r: r.seconds / 60),
+    "accuracy_time.png": ("training, minutes", lambda r: r.seconds / 60),
 }  # fmt: skip
 RESULT_FILES = ("cells.csv", "table.md", "accuracy_images.png", *CURVES, "accuracy_cost.png")
 

@@ -14,7 +14,7 @@ from tests.conftest import ROOT
 from tools.check_device import limits, table
 from tools.check_device.__main__ import parse, select_checks
 from tools.check_device.checks import programs
-from tools.check_device.checks.speed import PROFILED, summarise
+from tools.check_device.checks.speed import PROFILED, forms, summarise
 from tools.check_device.checks.training import last_line
 from tools.check_device.compare import by_largest, by_norm, check_limits
 from tools.check_device.registry import CHECKS, Finding, NotHere, Setting
@@ -177,6 +177,19 @@ def test_a_profile_of_a_card_names_what_runs_on_the_host(tmp_path):
     found = summarise(tmp_path)
     assert found["slowest kernels"]["MatMulV2 (AI_CORE)"] == 8 / PROFILED
     assert found["kernels on the host"] == {"Cast": 0.5 / PROFILED, "RightShift": 1 / PROFILED}
+
+
+def test_a_form_that_does_not_finish_leaves_the_others(monkeypatch, tmp_path):
+    def run(command, **options):
+        if json.loads(command[-1])["form"] == "shifts":
+            raise subprocess.TimeoutExpired(command, options["timeout"])
+        return subprocess.CompletedProcess(command, 0, '{"images_per_second": 3.5}\n', "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    found = forms(Setting("CPU", 1, True, str(tmp_path), []))
+    assert found.measured == "fastest: O0, conv, 3.5 img/s" and not found.passed
+    assert found.hint == "; ".join(f"O{k}, shifts: not finished after 1200 s" for k in (0, 1))
+    assert [*found.details["by level and form"]] == ["O0, conv", "O1, conv"]
 
 
 def test_the_last_error_is_told_before_what_is_logged_behind_it():

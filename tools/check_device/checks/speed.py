@@ -138,10 +138,14 @@ def forms(setting: Setting) -> Finding:
             continue
         order = json.dumps({"device": setting.device, "level": level, "form": form})
         command = [sys.executable, "-m", "tools.check_device.checks.speed", order]
-        done = subprocess.run(
-            command, cwd=setting.folder, capture_output=True, text=True, timeout=FORM_SECONDS
-        )
         name = f"{level}, {form}"
+        try:
+            done = subprocess.run(
+                command, cwd=setting.folder, capture_output=True, text=True, timeout=FORM_SECONDS
+            )
+        except subprocess.TimeoutExpired:  # the others may still finish
+            faults.append(f"{name}: not finished after {FORM_SECONDS} s")
+            continue
         if done.returncode:
             faults.append(f"{name}: {done.stderr.strip().splitlines()[-1:]}")
             continue
