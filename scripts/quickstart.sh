@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Install, then train, evaluate, export and use CvT on handwritten digits: about 5 minutes on two
+# Install, then train, evaluate, export and use CvT on handwritten digits: about 2 minutes on two
 # cores after the installation. PYTHON=... selects the interpreter, OUTPUT=... the run folder.
 set -euo pipefail
 # shellcheck source=scripts/environment.sh
