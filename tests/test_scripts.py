@@ -223,7 +223,7 @@ def test_the_quickstart_starts_nothing_with_arguments(word, code):
         ["bash", "scripts/quickstart.sh", word], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == code
-    assert "5 minutes" in done.stdout if code == 0 else "takes no arguments" in done.stderr
+    assert "handwritten digits" in done.stdout if code == 0 else "takes no arguments" in done.stderr
 
 
 def test_the_quickstart_writes_its_samples(tmp_path):
