@@ -75,3 +75,9 @@ JPEG = saved(RGB, "JPEG")
 def assert_matches(text, words):
     with pytest.raises(UserError, match=words):
         raise UserError(text)
+
+
+def tilted(kind, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return saved(RGB, kind, exif=exif)
