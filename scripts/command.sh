@@ -14,6 +14,7 @@ from_project() {
   environment requirements.txt
   cd "$user" || return
   case $PYTHON in .venv/*) PYTHON=$project/$PYTHON ;; esac
+  preload_jemalloc
   PYTHONPATH=$paths exec "$PYTHON" "$@"
 }
 

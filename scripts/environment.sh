@@ -107,6 +107,18 @@ same_version() {
   }
 }
 
+# preload_jemalloc: on a host without cards, let $PYTHON use the allocator of MindSpore's package, which
+# is faster than glibc's (docs/performance.md), unless LD_PRELOAD is set or the loader complains.
+preload_jemalloc() {
+  local library
+  [ -z "${LD_PRELOAD+set}" ] && ! compgen -G '/dev/davinci[0-9]*' >/dev/null &&
+    ! compgen -G '/dev/nvidia[0-9]*' >/dev/null || return 0
+  library=$("$PYTHON" -c 'import importlib.util as u
+print(u.find_spec("mindspore").submodule_search_locations[0])' 2>/dev/null)/lib/libjemalloc.so.2
+  [ -e "$library" ] && [ -z "$(LD_PRELOAD=$library "$PYTHON" -c '' 2>&1)" ] || return 0
+  export LD_PRELOAD=$library
+}
+
 fail() {
   echo "error: $1" >&2
   exit 2

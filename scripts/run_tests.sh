@@ -26,6 +26,7 @@ export PYTEST_XDIST_AUTO_NUM_WORKERS
 # One thread each, because threads that wait for another one spin on the core that it needs. Tests of
 # threads set their number.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS-1}
+preload_jemalloc
 words=(-n auto --dist loadfile --no-loadscope-reorder)
 if [ "${1-}" = --quick ]; then
   shift
