@@ -16,12 +16,14 @@ environment() {
     return 2
     ;;
   esac
-  modules='import mindspore, jsonargparse, docstring_parser, matplotlib, mlxtend, tqdm, yaml, PIL, onnx'
+  modules='jsonargparse docstring_parser matplotlib mlxtend tqdm yaml PIL onnx'
   if [ "$requirements" != requirements.txt ]; then
-    modules+=', pytest, xdist, ruff, onnxruntime, fastapi, uvicorn'
-    [ "$(uname -m)" != x86_64 ] || modules+=', openvino'
+    modules+=' pytest xdist ruff onnxruntime fastapi uvicorn'
+    [ "$(uname -m)" != x86_64 ] || modules+=' openvino'
   fi
-  if "$base" -c "$modules" 2>/dev/null; then
+  # Only MindSpore is imported, which depends on the host's drivers; all of them would take a second more.
+  if "$base" -c "import mindspore, sys; from importlib.util import find_spec
+sys.exit(not all(map(find_spec, '$modules'.split())))" 2>/dev/null; then
     PYTHON=$base
     return
   fi

@@ -42,8 +42,8 @@ def interpreter(path, version, mindspore=False):
     """A stand-in for Python of a version, perhaps with all packages, that prints its words."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(
-        f'#!/bin/sh\ncase "$2" in\n*print*) echo {version};;\n'
-        f"*exit*) exit {int(version not in ('3.10', '3.11'))};;\n"
+        f'#!/bin/sh\ncase "$2" in\n"import mindspore"*) exit {int(not mindspore)};;\n'
+        f"*print*) echo {version};;\n*exit*) exit {int(version not in ('3.10', '3.11'))};;\n"
         f'import*) exit {int(not mindspore)};;\n*) echo "ran $*";;\nesac\n'
     )
     path.chmod(0o755)
