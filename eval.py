@@ -15,7 +15,7 @@ from src.device import (
     setup,
 )
 from src.errors import executable
-from src.files import require_replaceable, write_json
+from src.files import require_different, require_replaceable, write_json
 
 
 @executable
@@ -57,6 +57,8 @@ def main(argv: list[str]) -> None:
     folder = None
     if ranks.is_first and report:
         folder = check_report(arguments.report, arguments.force)
+    if report and arguments.json:
+        require_different({"--json": arguments.json, "--report": arguments.report})
     if ranks.is_first and arguments.json:
         require_replaceable(arguments.json, "--json", is_result, arguments.force)
     # Only the user may name files to write, not a config.yaml found beside a checkpoint.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import signal
 import sys
 from pathlib import Path
@@ -71,7 +72,7 @@ def main(argv: list[str]) -> None:
     output = Path(arguments.output or named.with_suffix(f".{arguments.format}"))
     if output.suffix != f".{arguments.format}":
         raise UserError(f"--output {output}: the name must end in .{arguments.format}")
-    if (output.exists() or Path(f"{output}.json").exists()) and not arguments.force:
+    if any(map(os.path.lexists, (output, f"{output}.json"))) and not arguments.force:
         raise UserError(f"--output {output}: exists; add --force to replace it")
     for written in (output, f"{output}.json"):
         require_writable(written, "--output")

@@ -10,7 +10,7 @@ from jsonargparse.typing import PositiveInt
 from src.cli import parse
 from src.config import RuntimeOnly
 from src.device import import_mindspore, log_to, prepare_environment, setup
-from src.errors import executable
+from src.errors import UserError, executable
 
 
 @executable
@@ -22,7 +22,6 @@ def main(argv: list[str]) -> None:
     log_to()
     import_mindspore()
     from src.data.headers import MAX_PIXELS
-    from src.deploy.attention_image import check_attention, save_attention
     from src.deploy.classify import check_outputs, classify_files
     from src.deploy.loaded_model import RUNTIME_OF_WEIGHTS
     from src.deploy.predictor import Predictor
@@ -31,10 +30,15 @@ def main(argv: list[str]) -> None:
     runtime = {key: getattr(keys.runtime, key) for key in given if key in RUNTIME_OF_WEIGHTS}
     check_outputs(arguments.json, arguments.sheet, arguments.attention, arguments.force)
     if arguments.attention:
+        from src.deploy.attention_image import check_attention, save_attention  # with Matplotlib
+
         check_attention(arguments.model, arguments.input, arguments.attention, arguments.force)
         runtime["mode"] = keys.runtime.mode = "pynative"  # hooks read the attention
+    ignored = {key for key in arguments.given if key.startswith("runtime.")} - {"runtime.device"}
     if not arguments.model.endswith(".onnx"):
         setup(keys.runtime)
+    elif ignored:
+        raise UserError(f"--{min(ignored)}: has no effect on an ONNX file; leave it out")
     elif keys.runtime.device not in ("auto", "CPU"):
         logging.getLogger("cvt").info("ONNX files run on the CPU, not on %s", keys.runtime.device)
     predictor = Predictor(

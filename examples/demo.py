@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from src.cli import parse, require_free_port  # noqa: E402
 from src.device import prepare_environment  # noqa: E402
-from src.errors import UserError, executable  # noqa: E402
+from src.errors import UserError, executable, join_names  # noqa: E402
 
 
 def explain(predictor, image: str | Image.Image) -> tuple[dict[str, float], Image.Image]:
@@ -60,7 +60,7 @@ def build_page(predictor):
         gradio.Image(type="filepath", image_mode=None, label="image"),
         [gradio.Label(label="classes"), gradio.Image(label="attention", format="png")],
         title="CvT",
-        description=f"Classes: {', '.join(predictor.class_names)}.",
+        description=f"Classes: {join_names(predictor.class_names or ['unnamed'], 20)}",
         flagging_mode="never",
         analytics_enabled=False,
     )
@@ -94,7 +94,9 @@ def main(argv: list[str]) -> None:
     from src.weights import pretrained_folder
 
     model = arguments.model or pretrained_folder("cvt_nano", "cifar10")
-    page = build_page(Predictor(model, arguments.config, runtime={"mode": "pynative"}))
+    predictor = Predictor(model, arguments.config, runtime={"mode": "pynative"})
+    explain(predictor, Image.new("RGB", (64, 64)))  # an error if it has no class token to look from
+    page = build_page(predictor)
     page.launch(server_name="127.0.0.1", server_port=arguments.port, quiet=False)
 
 

@@ -52,7 +52,9 @@ def build_app(predictor):
 
     # A plain function: FastAPI runs it in a thread and serves other requests meanwhile.
     @app.post("/classify", dependencies=[Depends(take_place)])
-    def classify(content: bytes = Depends(read_body), top_k: int = Query(5, ge=1)) -> list[dict]:
+    def classify(
+        content: bytes = Depends(read_body), top_k: int = Query(5, ge=1, le=1000)
+    ) -> list[dict]:
         result = next(predictor.stream([content], top_k))
         if isinstance(result, UserError):
             raise HTTPException(422, str(result))

@@ -86,7 +86,7 @@ is_complete() {
   [ -x "$1/bin/python" ] && [ -x "$1/bin/pip" ]
 }
 
-# make_venv PYTHON: make .venv, in place of one that was left unfinished, but of nobody else's.
+# make_venv PYTHON: create .venv; replace an unfinished one, but only if this script created it.
 make_venv() {
   local code=0
   if [ -L .venv ] || { [ -e .venv ] && [ ! -e .venv/machine ]; }; then
@@ -116,7 +116,8 @@ preload_jemalloc() {
   [ -z "${LD_PRELOAD+set}" ] && ! compgen -G '/dev/davinci[0-9]*' >/dev/null &&
     ! compgen -G '/dev/nvidia[0-9]*' >/dev/null || return 0
   library=$("$PYTHON" -c 'import importlib.util as u
-print(u.find_spec("mindspore").submodule_search_locations[0])' 2>/dev/null)/lib/libjemalloc.so.2
+print(u.find_spec("mindspore").submodule_search_locations[0])' 2>/dev/null)/lib/libjemalloc.so.2 ||
+    return 0
   [ -e "$library" ] && [ -z "$(LD_PRELOAD=$library "$PYTHON" -c '' 2>&1)" ] || return 0
   export LD_PRELOAD=$library
 }

@@ -23,8 +23,8 @@ PYTEST_XDIST_AUTO_NUM_WORKERS=${PYTEST_XDIST_AUTO_NUM_WORKERS-$("$PYTHON" -c 'im
 from src.cores import cpu_count
 print(max(1, min(cpu_count() + 1, 17, psutil.virtual_memory().available >> 31)))')}
 export PYTEST_XDIST_AUTO_NUM_WORKERS
-# One thread each, because threads that wait for another one spin on the core that it needs. Tests of
-# threads set their number.
+# One thread each, because threads that wait for another one spin on the core that it needs. Tests that
+# need more set the number themselves.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS-1}
 preload_jemalloc
 words=(-n auto --dist loadfile --no-loadscope-reorder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
+import errno
 import importlib.metadata
 import logging
 import logging.handlers
@@ -327,5 +328,6 @@ class ConsoleHandler(logging.Handler):
         """Print one record."""
         try:
             tqdm.write(self.format(record))
-        except OSError:  # the terminal or `| tee` has ended; a run goes on, or saves and ends
-            discard_output()
+        except OSError as error:  # a run goes on, or saves and ends
+            if error.errno in (errno.EPIPE, errno.EIO):  # `| tee` or the terminal has ended
+                discard_output()

@@ -58,6 +58,7 @@ def _printable(letter: str) -> str:
 
 
 def _exit(fault: object) -> NoReturn:
+    _output_fails()
     message = printable(f"{_program()}: error: {fault}")
     print(message, file=sys.stderr)
     sys.exit(2)
@@ -79,6 +80,19 @@ def discard_output() -> None:
     if os.path.samestat(os.fstat(output), os.fstat(errors)):
         os.dup2(nowhere, errors)
     os.dup2(nowhere, output)
+
+
+def _output_fails() -> bool:
+    """Return whether standard output can't be written; then its content is discarded.
+
+    Otherwise Python would fail on it at its exit, too.
+    """
+    try:
+        sys.stdout.flush()
+    except OSError:
+        discard_output()
+        return True
+    return False
 
 
 def _open_closed_streams() -> None:
@@ -114,6 +128,7 @@ def executable(main: Callable[[list[str]], None]) -> Callable[[], None]:
             _exit("the current folder was deleted; change to another")
         try:
             main(sys.argv[1:])
+            sys.stdout.flush()  # at Python's exit, an error would be no line
         except UserError as error:
             _exit(error)
         except KeyboardInterrupt:
@@ -124,8 +139,8 @@ def executable(main: Callable[[list[str]], None]) -> Callable[[], None]:
                 sys.exit(128 + signal.SIGPIPE)
             if error.errno not in _SYSTEM_ERRORS:
                 raise
-            where = f"{shorten(error.filename)}: " if error.filename else ""
-            _exit(f"{where}{error.strerror}")
+            name = error.filename or ("standard output" if _output_fails() else "")
+            _exit(f"{shorten(name)}: {error.strerror}" if name else error.strerror)
         except MemoryError as error:
             _exit(f"not enough memory: {error or 'make the network, images or batch smaller'}")
 

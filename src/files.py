@@ -160,6 +160,20 @@ def require_writable(path: str | Path, option: str) -> None:
         raise UserError(f"{option} {path}: {parent} is not writable; give another file")
 
 
+def require_different(outputs: dict[str, str | None]) -> None:
+    """Check that no two output options name the same file.
+
+    Args:
+        outputs: the options and their paths; None for an option that was not given.
+
+    Raises:
+        UserError: two are the same.
+    """
+    given = {option: path for option, path in outputs.items() if path is not None}
+    if len({os.path.realpath(path) for path in given.values()}) < len(given):
+        raise UserError(f"{', '.join(given)}: name the same file; give each its own")
+
+
 def require_replaceable(
     path: str | Path, option: str, is_ours: Callable[[Path], bool], force: bool = False
 ) -> None:

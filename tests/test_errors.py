@@ -84,6 +84,33 @@ def test_a_reader_that_went_away_is_no_fault():
     assert (done.returncode, done.stdout, done.stderr) == (141, "0\n", "")
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+@pytest.mark.parametrize(
+    ("last", "words"),
+    [
+        ("print(1)", "standard output: No space left on device"),
+        ("raise UserError('bad')", "bad"),
+    ],
+)
+def test_output_that_a_full_disk_does_not_take_is_an_error(last, words):
+    code = (
+        "from src.device import log_to, logger\n"
+        "from src.errors import UserError, executable\n"
+        "def main(argv):\n"
+        "    log_to()\n"
+        "    logger.info('started')\n"
+        f"    {last}\n"
+        "executable(main)()\n"
+    )
+    buffered = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=ROOT, env=buffered, stdout=full, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+    assert (done.returncode, done.stderr) == (2, f"-c: error: {words}\n")
+
+
 @pytest.mark.parametrize("closed", ["2>&-", ">&-", "<&- >&- 2>&-"])
 def test_closed_streams_are_no_fault(closed, tmp_path):
     """A file must not get the number of standard error: MindSpore's C++ code prints there."""

@@ -162,6 +162,22 @@ def test_windows_is_refused(tmp_path):
     assert done.returncode == 2 and "WSL 2" in done.stderr
 
 
+def test_no_module_of_the_users_folder_chooses_the_allocator(tmp_path):
+    """Nor ends a script: the project's interpreter looks for its own MindSpore."""
+    user = tmp_path / "user"
+    user.mkdir()
+    (user / "mindspore.py").write_text("raise SystemExit(1)")
+    project = tmp_path / "project"
+    shutil.copytree(ROOT / "scripts", project / "scripts")
+    environment = {key: value for key, value in os.environ.items() if key != "LD_PRELOAD"}
+    done = subprocess.run(
+        ["bash", "-c", f"source {project}/scripts/command.sh; environment() {{ :; }};"
+         "preload_jemalloc() { pwd; }; from_project -c 'print(1)'"],
+        cwd=user, env={**environment, "PYTHON": sys.executable}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.stdout, done.stderr) == (f"{project}\n1\n", "")
+
+
 def test_scripts_find_their_project_and_the_interpreter_from_any_folder(tmp_path):
     """With CDPATH, which makes `cd scripts/..` go elsewhere, and PYTHON from the user's folder."""
     project, user = tmp_path / "project", tmp_path / "user"

@@ -12,7 +12,7 @@ from typing import TextIO
 from src.data.folders import IMAGE_EXTENSIONS, list_images
 from src.deploy.predictor import Predictor
 from src.errors import UserError, discard_output, printable
-from src.files import is_json, require_replaceable, write_json
+from src.files import is_json, require_different, require_replaceable, write_json
 from src.plots.contact_sheet import SHEET_SUFFIXES, Tile, draw_sheet
 from src.plots.image_files import check_picture
 from src.progress import progress_bar
@@ -34,11 +34,7 @@ def check_outputs(
     Raises:
         UserError: a file can't be written or replaced, or two are the same.
     """
-    outputs = {"--json": json_file, "--sheet": sheet, "--attention": attention}
-    paths = [os.path.realpath(path) for path in outputs.values() if path is not None]
-    if len({*paths}) < len(paths):
-        names = ", ".join(name for name, path in outputs.items() if path is not None)
-        raise UserError(f"{names}: name the same file; give each its own")
+    require_different({"--json": json_file, "--sheet": sheet, "--attention": attention})
     if json_file is not None:
         require_replaceable(json_file, "--json", _is_result, force)
     if sheet is not None:
@@ -79,6 +75,9 @@ def classify_files(
             if json_file is None and sheet is None:
                 raise
             discard_output()  # the files are still wanted
+        except OSError:  # a full disk; if it stays full, the program ends with this error
+            if json_file is None and sheet is None:
+                raise
 
     with progress_bar(len(files), "classify") as bar:
         for file, result in zip(files, predictor.stream(files, top_k)):

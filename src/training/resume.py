@@ -73,7 +73,7 @@ def restore(
         The saved progress with this process's settings.
 
     Raises:
-        UserError: no usable state, or settings or images that differ.
+        UserError: no usable state, or settings or images that differ, or that would have no effect.
     """
     checkpoints = output / "checkpoints"
     found = read_newest(checkpoints) if state is None else read_state(state)
@@ -93,6 +93,11 @@ def restore(
             f"{state}: does not fit the current settings ({'; '.join(changes.values())}); start a "
             f"new run from its weights with --finetune {state}"
         ) from None
+    if changes and saved.epoch >= (epochs := current.settings["training.epochs"]):
+        raise UserError(
+            f"{state}: has {saved.epoch} of {epochs} epochs, so no step would be trained with the "
+            f"changed settings ({'; '.join(changes.values())}); raise training.epochs"
+        )
     scale = "training.loss_scale"
     if scale in saved.settings and saved.settings[scale] != current.settings[scale]:
         step.reset_loss_scale()

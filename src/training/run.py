@@ -212,6 +212,8 @@ def _start_files(config: Config, output: Path, resume: Path | bool) -> None:
     try:
         if not (resume and (output / CONFIG).exists()):
             save_config(config, output / CONFIG)
+        (output / "checkpoints").mkdir(exist_ok=True)
         log_to(output / "log.txt")
     except OSError as error:
-        raise UserError(f"{output}: {error.strerror}; give another --output") from None
+        file = error.filename or output
+        raise UserError(f"{file}: {error.strerror}; give another --output") from None

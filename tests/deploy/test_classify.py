@@ -70,6 +70,19 @@ def test_the_files_are_written_though_nobody_reads_the_lines(folder, tmp_path, m
     assert len(json.loads((tmp_path / "out.json").read_text())) == 3
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_the_files_are_written_though_the_lines_find_no_space(folder, tmp_path, monkeypatch):
+    with open("/dev/full", "w") as full, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", full)
+        classify_files(Brightness(), str(folder), 1, str(tmp_path / "out.json"))
+        with pytest.raises(OSError, match="No space left"):
+            classify_files(Brightness(), str(folder), 1, None)
+        with pytest.raises(OSError, match="No space left"):  # as at the end of a program
+            full.flush()
+        discard_output()  # so that `full` can be closed
+    assert len(json.loads((tmp_path / "out.json").read_text())) == 3
+
+
 def test_files_of_other_kinds_are_left_out_by_name(folder, caplog):
     """A phone's HEIC is no image here, but its owner expects a line for it."""
     (folder / "sub0/phone.heic").write_bytes(b"x")
@@ -115,6 +128,12 @@ def test_the_sheet_is_no_image_of_the_next_time(folder, tmp_path, capsys):
         assert capsys.readouterr().out.count("0.7500") == 3  # the log may be printed, too
     with pytest.raises(UserError, match="--sheet, --attention: name the same file"):
         check_outputs(None, "a.png", "./a.png")
+
+
+def test_keys_without_effect_on_an_onnx_file_are_refused(run_here):
+    done = run_here("infer.py", "--model=m.onnx", "--input=a", "--runtime.seed=5")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--runtime.seed: has no effect on an ONNX file; leave it out" in done.stderr
 
 
 def test_places_without_images_are_refused(tmp_path):

@@ -350,10 +350,14 @@ def test_an_existing_file_asks_for_force(trained, tmp_path, run_here):
     """Also where only the description is left; and a folder may have any name."""
     words = ("--ckpt", str(trained / "checkpoints/best.ckpt"), "--output", "a ü/m.mindir")
     (tmp_path / "a ü").mkdir()
-    (tmp_path / "a ü/m.mindir.json").write_text("mine")
-    done = run_here("export.py", *words)
-    assert done.returncode == 2 and "exists; add --force" in done.stderr
-    assert (tmp_path / "a ü/m.mindir.json").read_text() == "mine"
+    description = tmp_path / "a ü/m.mindir.json"
+    for place in (lambda: description.write_text("mine"), lambda: description.symlink_to("gone")):
+        place()
+        done = run_here("export.py", *words)
+        assert done.returncode == 2 and "exists; add --force" in done.stderr
+        assert description.is_symlink() or description.read_text() == "mine"
+        description.unlink()
+    description.write_text("mine")
     done = run_here("export.py", *words, "--force")
     assert done.returncode == 0, done.stderr
     assert Predictor(tmp_path / "a ü/m.mindir").batch_size == 1

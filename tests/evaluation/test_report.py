@@ -178,6 +178,8 @@ def test_a_report_replaces_an_earlier_one_and_nothing_of_the_users(tmp_path, nam
 
 def test_eval_reports_on_the_digits(trained, tmp_path, run_here):
     words = ("eval.py", f"--ckpt={trained / 'checkpoints/best.ckpt'}", "--json=figures.json")
+    done = run_here(*words, "--runtime.mode=pynative", "--report=./figures.json")
+    assert done.returncode == 2 and "--json, --report: name the same file" in done.stderr
     done = run_here(*words, "--runtime.mode=pynative", "--report=report")
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "figures.json").read_text())

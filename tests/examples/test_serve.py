@@ -68,7 +68,7 @@ def test_an_image_is_classified_over_http(server, trained, digits):
     assert len(post(server, digit.read_bytes())) == 2, "a bad image must not end the service"
 
 
-@pytest.mark.parametrize("top_k", [0, -1])
+@pytest.mark.parametrize("top_k", [0, -1, 10**9])
 def test_a_number_of_classes_that_makes_no_sense_is_refused(server, digits, top_k):
     with pytest.raises(urllib.error.HTTPError, match="422"):
         post(server, digits[0].read_bytes(), top_k)

@@ -239,7 +239,7 @@ def test_a_loss_that_is_not_finite_stops_before_it_is_saved(trained, few_digits,
     config = small(trained, optimizer__lr=1e30, optimizer__warmup_epochs=0)
     with pytest.raises(UserError, match="step 2: the loss is nan.*lower optimizer.lr"):
         train(config, tmp_path / "run")
-    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
 def test_too_few_images_for_a_batch(trained, tmp_path):
@@ -271,6 +271,19 @@ def test_files_that_no_run_wrote_are_not_replaced(trained, few_digits, tmp_path,
         train(small(trained), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [name]
     assert (tmp_path / name).read_text() == "optimizer: {lr: 5}"
+
+
+@pytest.mark.parametrize("is_link", [True, False])
+def test_a_folder_that_takes_no_states_is_refused_before_an_epoch(
+    trained, few_digits, tmp_path, monkeypatch, is_link
+):
+    """A link to a scratch folder that was purged, or a file."""
+    (tmp_path / "run").mkdir()
+    place = tmp_path / "run/checkpoints"
+    place.symlink_to(tmp_path / "gone") if is_link else place.touch()
+    monkeypatch.setattr(Trainer, "fit", lambda self: pytest.fail("trains"))
+    with pytest.raises(UserError, match="run/checkpoints: File exists; give another --output"):
+        train(small(trained), tmp_path / "run")
 
 
 def test_resuming_nothing_leaves_no_folder(trained, tmp_path):

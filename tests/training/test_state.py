@@ -109,7 +109,11 @@ def test_best_weights_of_other_settings_are_set_aside(trained, few_digits, tmp_p
     train(small(trained, training__epochs=1), tmp_path / "run")
     checkpoints = tmp_path / "run/checkpoints"
     old = (checkpoints / "best.ckpt").read_bytes()
-    other = small(trained, training__epochs=2, data__mean=[0.9, 0.1, 0.5])
+    other = small(trained, training__epochs=1, data__mean=[0.9, 0.1, 0.5])
+    with pytest.raises(UserError, match="has 1 of 1 epochs.*data.mean.*raise training.epochs"):
+        train(other, tmp_path / "run", resume=True, accept_changes=True)
+    assert (checkpoints / "best.ckpt").read_bytes() == old
+    other.training.epochs = 2
     train(other, tmp_path / "run", resume=True, accept_changes=True)
     assert (checkpoints / "abandoned-1-best.ckpt").read_bytes() == old
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
@@ -316,7 +320,7 @@ def test_bad_batches_are_skipped_where_told_so(trained, few_digits, tmp_path, mo
     config = small_cvt(trained, training__batch_size=25, training__epochs=1)
     with pytest.raises(UserError, match=r"step 2: the loss is nan.*image \d+ of.* and 22 more"):
         train(config, tmp_path / "stops")
-    assert not (tmp_path / "stops/checkpoints").exists()
+    assert not list((tmp_path / "stops/checkpoints").iterdir())
     seen.clear()
     config.training.non_finite = "skip"
     train(config, tmp_path / "skips")

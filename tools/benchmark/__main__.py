@@ -144,7 +144,8 @@ def _given(arguments) -> dict:
     given = {n: getattr(arguments, n) for n in names if getattr(arguments, n) is not None}
     for name in given:
         if arguments.mode in COUNTED or arguments.mode not in ONLY.get(name, (arguments.mode,)):
-            raise UserError(f"--{name}: has no effect in mode {arguments.mode}; leave it out")
+            instead = "give --training.batch_size" if name == "batch_size" else "leave it out"
+            raise UserError(f"--{name}: has no effect in mode {arguments.mode}; {instead}")
     return given
 
 

@@ -1,8 +1,7 @@
 """Limits on differences from the exact results, by the arithmetic detected on the device.
 
 Logits use `by_largest`, gradients `by_norm` for each tensor, losses and gradient norms `relative`.
-Only the CPU's limits are based on measurements; those of cards are estimates until the first report
-arrives.
+Only the CPU's limits are based on measurements; those of cards are estimates.
 """
 
 from __future__ import annotations

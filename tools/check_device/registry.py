@@ -217,7 +217,7 @@ CHECKS = (
         uses_device=False,
     ),
     Check("speed", "speed:speed", "speed", 1800, "the profile, in the report file"),
-    Check("speed by form", "speed:forms", "speed by form", 3600,
+    Check("speed by form", "speed:forms", "speed by form", 7500,  # six forms of up to 1,200 s
           "the failing form; leave runtime.jit_level and runtime.depthwise at their defaults",
           full=True, uses_device=False),
 )  # fmt: skip

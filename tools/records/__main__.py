@@ -46,6 +46,10 @@ def main(argv: list[str]) -> None:
     _, arguments = parse(argv, "-m tools.records", description, add_arguments, schema=None)
     if not arguments.src and not arguments.verify:
         raise UserError("--src is missing; give the image folder, or --verify to check --dst")
+    words = {word.partition("=")[0] for word in argv}
+    for option in ("--images_per_shard", "--workers", "--skip_broken", "--force"):
+        if not arguments.src and option in words:
+            raise UserError(f"{option}: applies to a conversion; give --src too, or leave it out")
     prepare_environment()
     log_to()
     from src.data.records import INDEX, verify

@@ -338,14 +338,14 @@ class _Conversion:
     ) -> dict[str, Any]:
         """Write one shard, unless all its images are skipped; returns its entry in the index."""
         folder = self._folder / _PARTIAL
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
         path = folder / f"{number:05d}.mindrecord"
         sizes, content_digest, origin = self._fingerprint(positions)
         layout = self._layout
         files = [self._source.describe(position) for position in positions]
         labels, skipped, unready, batch = [], [], 0, []
         try:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
             writer = open_writer(path, layout, content_digest)
             reads = _map_ahead(pool, _read, files, 4 * self._workers)
             for position, file, size, read in zip(positions, files, sizes, reads):

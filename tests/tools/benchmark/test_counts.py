@@ -90,7 +90,8 @@ def test_a_recipe_and_options_reach_the_network(monkeypatch, capsys):
         (["--model.image_size=8"], "16 pixels or more"),
         (["--model.width=64"], "unknown key model.width"),
         (["--json=."], "--json .: is a folder"),
-        (["--batch_size=2"], "--batch_size: has no effect in mode complexity"),
+        (["--batch_size=2"], "mode complexity; give --training.batch_size"),
+        (["--rounds=2"], "--rounds: has no effect in mode complexity; leave it out"),
     ],
     ids=lambda value: value if isinstance(value, str) else value[0],
 )

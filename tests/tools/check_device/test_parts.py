@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -60,6 +61,35 @@ def test_onnx_is_not_checked_where_no_engine_is_installed(monkeypatch, tmp_path)
     monkeypatch.setattr(writers, "installed_engines", lambda file_format: [])
     with pytest.raises(NotHere, match="neither onnxruntime nor OpenVINO"):
         programs.onnx(Setting("CPU", 0, False, str(tmp_path), []))
+
+
+@pytest.mark.parametrize(
+    ("found", "passed"),
+    [
+        ({0: 0.6, 1: 0.4}, True),
+        ({0: 0.6 + 1e-6, 1: 0.4 - 1e-6}, True),
+        ({0: 0.61, 1: 0.39}, False),
+        ({0: 0.4, 1: 0.6}, False),
+        ({0: 0.6}, None),  # a class is missing
+    ],
+)
+def test_a_file_that_predicts_otherwise_than_its_weights_fails(
+    monkeypatch, tmp_path, found, passed
+):
+    def program(setting, name, *words):
+        if name == "export.py":
+            Path(words[-1]).touch()
+            return "exported\n"
+        model, output = (Path(words[words.index(option) + 1]) for option in ("--model", "--json"))
+        each = {0: 0.6, 1: 0.4} if model.suffix == ".ckpt" else found
+        top = [{"label": label, "probability": value} for label, value in each.items()]
+        output.write_text(json.dumps([{"file": "a.png", "top": top}]))
+        return ""
+
+    monkeypatch.setattr(programs, "run_program", program)
+    monkeypatch.setattr(programs, "_weights", lambda folder: folder / "weights.ckpt")
+    finding = programs.mindir(Setting("CPU", 0, False, str(tmp_path), []))
+    assert finding.passed == bool(passed) and "1 images differ" in finding.measured
 
 
 def test_the_checks_run_without_the_variables_of_a_cluster(monkeypatch, tmp_path):

@@ -475,6 +475,10 @@ def test_a_disk_that_does_not_take_it_is_one_line(folder, tmp_path, monkeypatch)
     monkeypatch.setattr(writer.ds, "MindDataset", full)
     refused("out/train: cannot write 00000.mindrecord: .ERROR. write", folder, tmp_path / "out",
             EIGHT)  # fmt: skip
+    monkeypatch.undo()
+    monkeypatch.setattr(writer.shutil, "rmtree", lambda *_, **__: None)  # files that are in use
+    refused("out/train: cannot write 00000.mindrecord: .*File exists", folder, tmp_path / "out",
+            EIGHT)  # fmt: skip
     (tmp_path / "file").write_text("")
     refused("give another --dst", folder, tmp_path / "file" / "x", EIGHT)
 
@@ -496,6 +500,7 @@ def test_the_command(folder, tmp_path, run_here):
     for wrong, complaint in (
         (("--dst=out", "--verify"), "out/val/00000.mindrecord: the shard is missing"),
         (("--dst=out",), "--src is missing"),
+        (("--dst=out", "--verify", "--force"), "--force: applies to a conversion; give --src"),
         (("--src=folder", "--dst=out", "--image_per_shard=9"), "did you mean images_per_shard?"),
         (("--src=nowhere", "--dst=out"), "nowhere: no such folder"),
     ):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tools.check_device.registry import Finding, Setting
 
-VARIABLES = re.compile(r"(HCCL|MS|ASCEND)_\w+")
+VARIABLES = re.compile(r"(HCCL|MS|ASCEND)_\w+|LD_PRELOAD")
 PACKAGES = ("mindspore", "numpy", "onnx", "onnxruntime", "pillow")
 CANN_FILES = ("version.cfg", "version.info", "ascend_toolkit_install.info")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ from tools.check_device.runner import ROOT
 
 RECIPE = ROOT / "config/digits/cvt_nano.yaml"
 EPOCHS, LOWEST_TOP1 = 2, 70.0
+# Largest difference of a probability; an image's classes differ by about 0.02.
+ON_CPU, ON_CARD = 1e-5, 1e-3
 
 
 def run_program(setting: Setting, name: str, *words: str) -> str:
@@ -49,12 +52,12 @@ def train(setting: Setting) -> Finding:
 
 
 def mindir(setting: Setting) -> Finding:
-    """Export a MINDIR file, which export.py checks, and run it on this device by infer.py."""
-    return _export(setting, "mindir", "--runtime.device", setting.device)
+    """Export a MINDIR file, run it on this device, and compare it with the weights on the CPU."""
+    return _export(setting, "mindir", setting.device)
 
 
 def onnx(setting: Setting) -> Finding:
-    """Export an ONNX file and run it in the installed engine."""
+    """Export an ONNX file, run it in the installed engine, and compare it with the weights."""
     from src.deploy.writers import installed_engines
 
     if not installed_engines("onnx"):
@@ -69,8 +72,8 @@ def air(setting: Setting) -> Finding:
     return _export(setting, "air")
 
 
-def _export(setting: Setting, kind: str, *words: str) -> Finding:
-    """Export random weights, and classify digits with the file unless it is AIR."""
+def _export(setting: Setting, kind: str, device: str = "CPU") -> Finding:
+    """Export random weights, and compare the file's predictions with theirs unless it is AIR."""
     folder = Path(setting.folder)
     checkpoint = _weights(folder)
     file = folder / f"model.{kind}"
@@ -78,21 +81,37 @@ def _export(setting: Setting, kind: str, *words: str) -> Finding:
         setting, "export.py", "--ckpt", str(checkpoint), "--format", kind, "--output", str(file)
     )
     print(text)
-    size = file.stat().st_size / 2**20
-    measured = f"{size:.1f} MB; {last_line(text)}"
-    if kind != "air":
-        from src.data.samples import write_samples
+    details = {"export.py": text.splitlines()}
+    size = f"{file.stat().st_size / 2**20:.1f} MB"
+    if kind == "air":
+        return Finding(f"{size}; {last_line(text)}", details=details)
+    exact, found = _classify(setting, checkpoint, "CPU"), _classify(setting, file, device)
+    difference = max(
+        abs(exact[name][label] - found.get(name, {}).get(label, math.inf))
+        for name in exact
+        for label in exact[name]
+    )
+    limit = ON_CPU if device == "CPU" else ON_CARD
+    return Finding(
+        f"{size}; probabilities of {len(exact)} images differ by {difference:.1e}",
+        f"<= {limit:.0e}", difference <= limit, details=details,
+    )  # fmt: skip
 
-        digits = folder / "digits"
-        if not digits.exists():
-            write_samples(digits)
-        run_program(
-            setting, "infer.py", "--model", str(file), "--input", str(digits), "--json",
-            str(folder / f"{kind}.json"), *words,
-        )  # fmt: skip
-        found = json.loads((folder / f"{kind}.json").read_text())
-        measured = f"{size:.1f} MB, {len(found)} images classified"
-    return Finding(measured, details={"export.py": text.splitlines()})
+
+def _classify(setting: Setting, model: Path, device: str) -> dict[str, dict[int, float]]:
+    """Return what infer.py finds on the digits: by image, the probability of each class."""
+    from src.data.samples import write_samples
+
+    folder = Path(setting.folder)
+    digits, output = folder / "digits", folder / f"predictions-{model.name}.json"
+    if not digits.exists():
+        write_samples(digits)
+    run_program(
+        setting, "infer.py", "--model", str(model), "--input", str(digits), "--top_k", "10",
+        "--json", str(output), "--runtime.device", device,
+    )  # fmt: skip
+    entries = json.loads(output.read_text())
+    return {e["file"]: {top["label"]: top["probability"] for top in e["top"]} for e in entries}
 
 
 def _weights(folder: Path) -> Path:

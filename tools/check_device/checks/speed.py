@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from tools.check_device.checks.training import last_line
 from tools.check_device.registry import Finding, Setting
 
 BATCHES = {"CPU": 2, "GPU": 64, "Ascend": 64}
@@ -147,7 +148,7 @@ def forms(setting: Setting) -> Finding:
             faults.append(f"{name}: not finished after {FORM_SECONDS} s")
             continue
         if done.returncode:
-            faults.append(f"{name}: {done.stderr.strip().splitlines()[-1:]}")
+            faults.append(f"{name}: {last_line(done.stderr)}")
             continue
         found[name] = json.loads(done.stdout.splitlines()[-1])
     speeds = {name: each["images_per_second"] for name, each in found.items()}
