@@ -102,7 +102,7 @@ class Predictor:
 
     @property
     def network(self) -> nn.Cell:
-        """The network of a weight file.
+        """The network of a weight file; on a CPU, `copy.deepcopy` can't copy its operators.
 
         Raises:
             UserError: the model is an exported file.
@@ -120,6 +120,8 @@ class Predictor:
         Raises:
             UserError: the image can't be read.
         """
+        if isinstance(image, str) and not image:
+            raise UserError("an image's path is empty (an unset variable?); give a file")
         name = f"{image}: " if isinstance(image, (str, os.PathLike)) else ""
         try:
             if isinstance(image, Image.Image):

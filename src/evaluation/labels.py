@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import logging
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from src.build import build_preprocessing
-from src.config import Config
+from src.config import Config, ModelConfig
 from src.config_io import run_config_of
 from src.data import Source
 from src.data.imagenet_labels import (
@@ -22,6 +23,7 @@ from src.data.imagenet_labels import (
 )
 from src.distributed import SINGLE_PROCESS, Ranks
 from src.errors import UserError, join_names
+from src.models.cvt import SIZES, CvT
 from src.splits import absolute_path, open_checked, open_quietly
 from src.weights.origin import are_imagenet, class_names_of, run_settings
 from src.weights.pretrained import SHAPELESS
@@ -77,7 +79,7 @@ def compare_with_run(
     before, used = (
         {
             **dataclasses.asdict(build_preprocessing(each)),
-            **{f"model.{key}": getattr(each.model, key) for key in SHAPELESS},
+            **{f"model.{key}": _shapeless(each.model, key) for key in SHAPELESS},
         }
         for each in (run, config)
     )
@@ -91,6 +93,15 @@ def compare_with_run(
         changed.append(f"the classes {join_names(names[0])}, not {join_names(names[1])}")
     if changed:
         logger.warning("%s: its run had %s", checkpoint, "; ".join(changed))
+
+
+def _shapeless(model: ModelConfig, key: str) -> Any:
+    """Return the value of a key; for null, that of the CvT variant."""
+    value = getattr(model, key)
+    if value is None:
+        default = inspect.signature(CvT.__init__).parameters[key].default
+        value = SIZES.get(model.name, {}).get(key, default)
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _settings_of_run(checkpoint: str | Path) -> Config | None:

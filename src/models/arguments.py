@@ -65,7 +65,7 @@ def check_count(name: str, value: int) -> None:
     Raises:
         UserError: it is not an integer of 1 or more.
     """
-    if not isinstance(value, int) or value < 1:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UserError(f"{name} {value}: must be one integer, 1 or more")
 
 
@@ -75,5 +75,5 @@ def check_num_classes(num_classes: int) -> None:
     Raises:
         UserError: it is not an integer, or negative.
     """
-    if not isinstance(num_classes, int) or num_classes < 0:
+    if not isinstance(num_classes, int) or isinstance(num_classes, bool) or num_classes < 0:
         raise UserError(f"num_classes {num_classes}: must be an integer, 0 (no head) or more")

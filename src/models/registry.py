@@ -51,8 +51,8 @@ def create_model(name: str, num_classes: int = 1000, **kwargs) -> nn.Cell:
     Raises:
         UserError: the name is unknown, or an argument is unknown or invalid.
     """
-    if name not in _MODELS:
-        near = difflib.get_close_matches(name, _MODELS, n=1)
+    if not isinstance(name, str) or name not in _MODELS:
+        near = difflib.get_close_matches(str(name), _MODELS, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise UserError(
             f"model {shorten(repr(name))} is unknown: {hint}choose from {', '.join(list_models())}"

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor, nn
+from mindspore import Parameter, Tensor, nn
 from safetensors import SafetensorError, deserialize
 
 from src.errors import UserError
@@ -73,6 +73,17 @@ def save_checkpoint(
         logging.disable(disabled)
 
 
+def own_parameters(net: nn.Cell) -> dict[str, Parameter]:
+    """Return a network's parameters by their names in it, also if it is a part of another cell.
+
+    A cell prepends the name of the attribute that holds a network to the network's names.
+    """
+    pairs = [*net.parameters_and_names()]
+    prefixes = {p.name.removesuffix(name) for name, p in pairs if p.name.endswith(name)}
+    prefix = prefixes.pop() if len(prefixes) == 1 else ""
+    return {parameter.name.removeprefix(prefix): parameter for _, parameter in pairs}
+
+
 def save_weights(weights: nn.Cell | Mapping[str, Tensor], path: str | Path) -> None:
     """Write a network's parameters, or a dict of tensors, to a .ckpt or .safetensors file.
 
@@ -80,7 +91,7 @@ def save_weights(weights: nn.Cell | Mapping[str, Tensor], path: str | Path) -> N
         UserError: another suffix, or the file cannot be written.
     """
     if isinstance(weights, nn.Cell):
-        weights = {parameter.name: parameter for parameter in weights.get_parameters()}
+        weights = own_parameters(weights)
     save_checkpoint(weights, path)
 
 

@@ -14,11 +14,12 @@ from mindspore import Parameter, Tensor, nn, ops
 from PIL import Image
 
 from src.errors import UserError
+from src.weights.checkpoint import own_parameters
 from src.weights.content import KeyPath
 from src.weights.files import read_content
 from src.weights.load_report import LoadReport, WeightsMismatch
 from src.weights.names import HUGGING_FACE
-from src.weights.origin import run_settings
+from src.weights.origin import run_settings, warn_other_settings
 from src.weights.select import select
 from src.weights.torch_pickle import FLOAT8
 
@@ -97,8 +98,9 @@ def load_weights(
         WeightsMismatch: `strict`, and the file does not fit; has the report.
         UserError: the file cannot be read.
     """
-    known = {parameter.name for parameter in net.get_parameters()}
-    tensors, report = read_weights(path, known, entry)
+    tensors, report = read_weights(path, own_parameters(net), entry)
+    if report.naming == HUGGING_FACE:
+        warn_other_settings(path, net)
     load_tensors(net, tensors, report, strict, new_head)
     return report
 
@@ -111,7 +113,7 @@ def load_tensors(
     new_head: bool = False,
 ) -> None:
     """Load the result of `read_weights` as `load_weights` does, and complete the report."""
-    parameters = {parameter.name: parameter for parameter in net.get_parameters()}
+    parameters = own_parameters(net)
     tensors = _fit_pos_embeds(net, parameters, tensors, report)
     _compare(parameters, tensors, report)
     for name, old_grid, _ in report.interpolated:
@@ -197,13 +199,18 @@ def _require_fit(report: LoadReport) -> None:
 
 
 def _require_float(name: str, values: np.ndarray, path: str | Path) -> None:
-    """Raise UserError for other types than floats, and for what float32 can't hold."""
+    """Raise UserError for other types than floats, infinity, NaN, and what float32 can't hold."""
     if values.dtype.kind != "f":
         kind = "float8" if values.dtype == FLOAT8 else str(values.dtype)
         kind += ", such as quantized weights" if values.dtype.kind in "iu" else ""
         raise UserError(f"{path}: {name} holds {kind}; save float16 or float32")
-    if values.dtype == np.float64 and values.size:
-        largest = np.abs(values[np.isfinite(values)]).max(initial=0)
+    if not np.isfinite(values).all():
+        raise UserError(
+            f"{path}: {name} has infinity or NaN, as after a diverged training or an overflow in "
+            "float16; give other weights"
+        )
+    if values.dtype == np.float64:
+        largest = np.abs(values).max(initial=0)
         if largest > np.finfo(np.float32).max:
             raise UserError(f"{path}: {name} reaches {largest:.1e}, more than float32 holds")
 

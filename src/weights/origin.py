@@ -7,12 +7,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from mindspore import nn
+
 from src.config import Config
 from src.config_io import load_config, run_config_of
 from src.data.base import normalize_name
 from src.data.imagenet_labels import find_class_order_fault, imagenet_names
 from src.errors import UserError
 from src.json_reader import read_json
+from src.models.layers import Attention
 
 MAX_BYTES = 16 << 20  # of a .json
 _MAX_CLASSES, _MAX_NAME = 100_000, 1_000
@@ -51,11 +54,40 @@ def class_names_of(
     if settings is not None and settings.data.class_names:
         names = settings.data.class_names
         return names if outputs in (None, len(names)) else None
-    place = Path(weights) if Path(weights).is_dir() else Path(weights).parent
-    names = _hugging_face_names(place / "config.json", outputs)
+    names = _hugging_face_names(_config_json(weights), outputs)
     if names:
         log(f"{weights}: classes are named as in its config.json")
     return names
+
+
+def warn_other_settings(weights: str | Path, net: nn.Cell) -> None:
+    """Log a warning if Hugging Face's config.json has settings that no tensor's shape shows."""
+    try:
+        settings = read_json(_config_json(weights), MAX_BYTES)
+        own = dict(zip(("num_heads", "stride_kv", "qkv_projection_method"), _attention(net)))
+        changed = [
+            f"{key} {settings[key]}, not {values}"
+            for key, values in own.items()
+            if values and list(settings.get(key, values)) != values
+        ]
+    except (OSError, ValueError, AttributeError, TypeError):  # another program's file
+        return
+    if changed:
+        logger.warning("%s: its config.json has %s", weights, "; ".join(changed))
+
+
+def _attention(net: nn.Cell) -> tuple[list[int], list[int], list[str]]:
+    """Return heads, stride of keys and values, and projection of each stage of a CvT."""
+    stages = {}
+    for name, cell in net.cells_and_names():
+        if isinstance(cell, Attention):
+            stages.setdefault(name.partition(".")[0], cell)
+    cells = stages.values()
+    return (
+        [cell.num_heads for cell in cells],
+        [cell.conv_proj_k.conv.stride[0] for cell in cells if cell.qkv_projection == "conv"],
+        [{"conv": "dw_bn"}.get(cell.qkv_projection, cell.qkv_projection) for cell in cells],
+    )
 
 
 def are_same_classes(names: Sequence[str], classes: Sequence[str]) -> bool:
@@ -84,6 +116,10 @@ def check_class_names(names: Any) -> list[str]:
     if not all(isinstance(name, str) and len(name) <= _MAX_NAME for name in names):
         raise ValueError(f"class_names must be strings of at most {_MAX_NAME} characters")
     return names
+
+
+def _config_json(weights: str | Path) -> Path:
+    return (Path(weights) if Path(weights).is_dir() else Path(weights).parent) / "config.json"
 
 
 def _hugging_face_names(file: Path, outputs: int | None) -> list[str] | None:

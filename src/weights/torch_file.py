@@ -24,12 +24,23 @@ import numpy as np
 from src.errors import UserError
 from src.weights.content import AGAIN, RESAVE, WIDENED, Content, KeyPath, short, short_names, widen
 from src.weights.kinds import MAX_TENSORS, TORCH_LEGACY, TORCH_ZIP, kind_of
-from src.weights.torch_pickle import BFLOAT16, REFUSED, Interpreter, Storage, StoredTensor, Stream
+from src.weights.torch_pickle import (
+    BFLOAT16,
+    REFUSED,
+    Foreign,
+    Interpreter,
+    Storage,
+    StoredTensor,
+    Stream,
+)
 
 _MAX_PICKLE = 4 << 20  # CvT-W24's, with its average and AdamW's state, takes 0.5 MB
 _MAX_DIRECTORY, _MAX_DEPTH, _MAX_LIST = 4 << 20, 5, 16
 _MAGIC = 0x1950A86A20F9469CFC6C
 _HELPERS = ("_codecs.encode", "copyreg._reconstructor", "copy_reg._reconstructor")
+
+_PARAMETERS = ("weight", "bias", "running_mean", "running_var")
+_ARRAYS = "NumPy arrays, which are not read; save torch.from_numpy(array) of each with torch.save"
 
 # Given all tensors, returns a name for each one to read.
 Choose = Callable[[dict[KeyPath, StoredTensor]], dict[KeyPath, str]]
@@ -65,6 +76,7 @@ def read_torch_file(path: str | Path, choose: Choose | None = None) -> Content:
             content, read_storage = opened(file, size, pickles)
             stored = _find_tensors(content, pickles)
             names = (choose or _largest_dict)(stored)
+            _require_no_arrays(content, {path[:-1] for path in names})
             tensors = {name: stored[path] for path, name in names.items()}
             arrays = _arrays(tensors, read_storage, size)
         return Content(arrays, _notes(content, names, tensors, pickles))
@@ -74,6 +86,28 @@ def read_torch_file(path: str | Path, choose: Choose | None = None) -> Content:
     except Exception as error:  # for damaged bytes, zipfile, pickletools and NumPy raise many types
         reason = f"{type(error).__name__}: {short(error)}"
         raise UserError(f"{path}: cannot be read, possibly damaged ({reason}); {AGAIN}") from error
+
+
+def _require_no_arrays(content: Any, places: set[KeyPath]) -> None:
+    """Raise UserError if a parameter beside the chosen tensors is a NumPy array, which is not read.
+
+    Its tensor would be missing, and a new head would take its place.
+    """
+    for place in places:
+        container = content
+        for key in place:
+            container = dict(_entries(container))[key]
+        arrays = [
+            key
+            for key, value in _entries(container)
+            if key.rpartition(".")[2] in _PARAMETERS and _is_array(value)
+        ]
+        if arrays:
+            raise UserError(f"{short_names(arrays, 4)}: {_ARRAYS}")
+
+
+def _is_array(value: Any) -> bool:
+    return type(value) is Foreign and str(value.kind).endswith("multiarray._reconstruct")
 
 
 def _notes(content: Any, names: dict, tensors: dict, pickles: Interpreter) -> list[str]:
@@ -101,7 +135,8 @@ def _open_zip(file: BinaryIO, size: int, pickles: Interpreter) -> _Opened:
     roots = [name[: -len("data.pkl")] for name in records if name.endswith("/data.pkl")]
     if len(roots) != 1:
         raise UserError(
-            "a zip archive, but not one that torch.save wrote (no data.pkl); give the weight file"
+            "a zip archive, but not one that torch.save wrote (no data.pkl); give the weight file, "
+            "or save NumPy's arrays as .safetensors"
         )
     root = roots[0]
     if f"{root}constants.pkl" in records:
@@ -155,7 +190,10 @@ def _open_legacy(file: BinaryIO, size: int, pickles: Interpreter) -> _Opened:
     head = Stream(file.read(_MAX_PICKLE))
     storages = pickles.storages
     if pickles.unpickle(head) != _MAGIC or pickles.unpickle(head) != 1001:
-        raise UserError("a pickle, but not one that torch.save wrote; give the weight file")
+        raise UserError(
+            "a pickle, but not one that torch.save wrote; give the weight file, or save its "
+            "tensors with torch.save"
+        )
     pickles.unpickle(head)  # the writer's C types, which PyTorch does not use either
     content, keys = pickles.unpickle(head), pickles.unpickle(head)
 
@@ -201,6 +239,8 @@ def _find_tensors(content: Any, pickles: Interpreter) -> dict[KeyPath, StoredTen
     if not found:
         listed = short_names([key for key, _ in _entries(content)], 8)
         only = f", only: {listed}" if listed else ""
+        if any(name.endswith("multiarray._reconstruct") for name in pickles.foreign):
+            raise UserError(f"no tensors in the top level{only}, but {_ARRAYS}")
         raise UserError(
             f"no tensors in the top level{only}{_objects(pickles)}; save model.state_dict() alone"
         )

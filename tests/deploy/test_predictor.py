@@ -398,5 +398,7 @@ def test_files_that_are_no_images_are_not_read(exported, tmp_path):
         predict([tmp_path / "pipe.jpg"])
     with pytest.raises(UserError, match="large.jpg: 1048576 MiB, too much for an image of at most"):
         predict([tmp_path / "large.jpg"])
+    with pytest.raises(UserError, match="^an image's path is empty"):
+        predict([""])
     with pytest.raises(UserError, match="path is empty"):
         Predictor("")

@@ -138,9 +138,12 @@ def test_a_network_that_computes_otherwise_is_told(tmp_path, caplog):
     save_config(config, tmp_path / "config.yaml")
     compare_with_run(tmp_path / "best.ckpt", config)
     assert not caplog.text
+    given = dataclasses.replace(config.model, num_heads=[1, 3, 6], qkv_projection="conv")
+    compare_with_run(tmp_path / "best.ckpt", dataclasses.replace(config, model=given))
+    assert not caplog.text, "these are the variant's own"
     config.model.kv_stride, config.data.class_names = None, ["b", "a"]
     compare_with_run(tmp_path / "best.ckpt", config)
-    assert "model.kv_stride 1, not None; the classes a, b, not b, a" in caplog.text
+    assert "model.kv_stride 1, not 2; the classes a, b, not b, a" in caplog.text
 
 
 @pytest.mark.parametrize("moved", [True, False])

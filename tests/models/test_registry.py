@@ -1,5 +1,7 @@
 """Names of models."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -38,6 +40,8 @@ def test_numbers_of_numpy_are_taken():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        ({"num_classes": True}, "num_classes True: must be an integer"),
+        ({"in_channels": True}, "in_channels True: must be one integer"),
         ({"num_classes": None}, "num_classes None: must be an integer"),
         ({"num_classes": "5"}, "num_classes 5: must be an integer"),
         ({"in_channels": 0}, "in_channels 0: must be one integer"),
@@ -46,3 +50,9 @@ def test_numbers_of_numpy_are_taken():
 def test_arguments_of_a_wrong_type_are_named(name, options, words):
     with pytest.raises(UserError, match=words):
         create_model(name, **options)
+
+
+@pytest.mark.parametrize("name", [None, 13, ["cvt_13"]])
+def test_a_name_of_a_wrong_type_is_unknown(name):
+    with pytest.raises(UserError, match=f"model {re.escape(repr(name))} is unknown: "):
+        create_model(name)

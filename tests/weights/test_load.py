@@ -82,7 +82,7 @@ def test_files_of_real_libraries_give_the_official_logits():
 
 
 def test_round_trip_is_exact_to_the_bit(tmp_path, net, other):
-    special = Tensor(np.array([np.nan, -0.0, 1e-45, np.inf] + [1 / 3] * 6, np.float32))
+    special = Tensor(np.array([3e38, -0.0, 1e-45, -1e-38] + [1 / 3] * 6, np.float32))
     first = saved(net, tmp_path / "a.ckpt", head__bias=special)
     load_weights(other, first)
     save_weights(other, tmp_path / "b.safetensors")
@@ -91,6 +91,26 @@ def test_round_trip_is_exact_to_the_bit(tmp_path, net, other):
     save_weights(again, tmp_path / "c.ckpt")
     assert (tmp_path / "a.ckpt").read_bytes() == (tmp_path / "c.ckpt").read_bytes()
     assert values(again)["head.bias"].tobytes() == special.asnumpy().tobytes()
+
+
+class Detector(nn.Cell):
+    """A network of the user's, with ours as a part."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.backbone = net
+
+
+@pytest.mark.parametrize("hold", [Detector, lambda net: nn.SequentialCell(Detector(net), net)])
+def test_a_part_of_another_cell_loads_and_saves_as_itself(tmp_path, net, hold):
+    """The cell that holds a network prepends its attribute's name to the parameters' names."""
+    part = create_model("cvt_nano", **TINY)
+    whole = hold(part)
+    assert next(whole.get_parameters()).name.split(".")[0] != "stage0"
+    report = load_weights(part, saved(net, tmp_path / "x.ckpt"))
+    assert len(report.loaded) == len(values(net))
+    save_weights(part, tmp_path / "y.ckpt")
+    assert (tmp_path / "y.ckpt").read_bytes() == (tmp_path / "x.ckpt").read_bytes()
 
 
 def test_plain_files_of_mindspore_load(tmp_path, net, other):
@@ -122,6 +142,11 @@ def test_bfloat16_and_other_types_are_converted(tmp_path, net, other):
             "holds int8, such as quantized weights; save",
         ),
         (lambda array: array.astype(np.float64) + 1e300, r"reaches 1.0e\+300, more than float32"),
+        (
+            lambda array: (array + 1e5).astype(np.float16),
+            "has infinity or NaN, as after",
+        ),
+        (lambda array: array * np.float32(np.nan), "has infinity or NaN"),
     ],
 )
 def test_numbers_that_float32_does_not_hold_are_refused(tmp_path, net, other, change, words):

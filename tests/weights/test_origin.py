@@ -13,7 +13,7 @@ from src.data.imagenet_labels import imagenet_names, synsets
 from src.models import create_model
 from src.training.setup import load_pretrained
 from src.weights import save_weights
-from src.weights.origin import are_same_classes, class_names_of
+from src.weights.origin import are_same_classes, class_names_of, warn_other_settings
 from tests.conftest import TINY
 
 PETS = {"0": "dog", "1": "cat"}
@@ -35,6 +35,25 @@ def test_a_runs_names_come_before_those_of_config_json(tmp_path):
     assert class_names_of(weights, 2) is None
     (tmp_path / "config.yaml").write_text("learning_rate: 1\n")  # another program's
     assert class_names_of(weights) == ["dog", "cat"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({}, None),
+        ({"num_heads": [1, 2, 4], "qkv_projection_method": ["dw_bn"] * 3}, None),
+        ({"num_heads": [2, 4, 8], "stride_kv": [1] * 3}, "num_heads [2, 4, 8], not [1, 2, 4]; st"),
+        ({"qkv_projection_method": ["avg"] * 3}, "['avg', 'avg', 'avg'], not ['dw_bn', 'dw_bn'"),
+        ({"num_heads": 3}, None),  # another program's
+    ],
+)
+def test_settings_of_hugging_face_that_no_shape_shows_are_compared(
+    tmp_path, caplog, settings, words
+):
+    net = create_model("cvt_nano", **{**TINY, "num_heads": (1, 2, 4)})
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    warn_other_settings(tmp_path / "model.safetensors", net)
+    assert words in caplog.text if words else not caplog.text
 
 
 def test_imagenets_words_and_synsets_are_the_same_classes():

@@ -47,6 +47,23 @@ def test_parameter_size_and_metadata(tmp_path):
     assert list(read(write_zip(tmp_path / "x.pth", body))) == ["w"]
 
 
+def test_numpy_arrays_among_the_tensors_are_named(tmp_path):
+    """Left out, a head would be trained anew without a word."""
+    state = tup(num(1), nums(2), text("f4"), b"\x89", text("bytes"))
+    for package in ("numpy.core", "numpy._core"):
+        array = glob(f"{package}.multiarray", "_reconstruct")
+        array += tup(glob("numpy", "ndarray"), nums(0), text("b")) + b"R" + state + b"b"
+        beside = mapping(**{"head.weight": tensor(), "head.bias": array})
+        for body in (beside, mapping(model=beside)):
+            refuse(
+                write_zip(tmp_path / "x.pth", body), "head.bias: NumPy arrays, which are not read"
+            )
+        alone = write_zip(tmp_path / "x.pth", mapping(model=mapping(head=array)))
+        refuse(alone, "only: model, but NumPy arrays, which are not read; save torch.from_numpy")
+        extra = mapping(model=mapping(weight=tensor()), history=array)
+        assert list(read(write_zip(tmp_path / "x.pth", extra))) == ["weight"]
+
+
 def test_tensors_saved_on_other_devices(tmp_path):
     """torch_npu/utils/storage.py, and torch/_tensor.py for XLA."""
     hooks = glob("collections", "OrderedDict") + b")R"
