@@ -130,7 +130,7 @@ def find_classes(folder: Path, split: str) -> list[str]:
         UserError: there are none, or the classes are one level deeper.
     """
     found = list_class_folders(folder)
-    _log_system_folders(folder)
+    _log_ignored_folders(folder)
     if not found:
         images = [entry.name for entry in os.scandir(folder) if _is_image(entry)]
         if images:
@@ -162,16 +162,16 @@ def holds_class_folders(folder: Path) -> bool:
     return any(_is_image(entry) for path in inside for entry in os.scandir(path))
 
 
-def _log_system_folders(folder: Path) -> None:
-    """Log the folders that are ignored as a system's, if they hold images: one may be a class."""
+def _log_ignored_folders(folder: Path) -> None:
+    """Log the hidden folders and those of a system, if they hold images: one may be a class."""
     for entry in os.scandir(folder):
-        name = entry.name.lower()
-        if name in _SYSTEM_FOLDERS - _THUMBNAILS and entry.is_dir():
+        ignored = not is_visible(entry.name) and entry.name.lower() not in _THUMBNAILS
+        if ignored and entry.is_dir():
             files = (file for _, _, names in os.walk(entry.path) for file in names)
             if any(is_visible(file) and file.lower().endswith(IMAGE_EXTENSIONS) for file in files):
                 logger.info(
-                    "%s: left out with its images, because a system gives folders this name; "
-                    "rename it if it is a class", entry.path,
+                    "%s: left out with its images, because folders of this name are hidden or a "
+                    "system's; rename it if it is a class", entry.path,
                 )  # fmt: skip
 
 

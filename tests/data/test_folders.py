@@ -190,16 +190,19 @@ def test_what_systems_leave_behind_is_no_image(flowers, caplog):
     caplog.set_level("INFO", "cvt")
     waste = ("@eaDir", "__MACOSX", "#recycle", "@Recycle", "#snapshot", "lost+found",
              "$Recycle.Bin", "System Volume Information")  # fmt: skip
-    for name in (*waste, ".thumbnails"):
+    hidden = (".thumbnails", ".NET")
+    for name in (*waste, *hidden):
         image(flowers / "train" / "daisy" / name / "1.png")
         image(flowers / "train" / "daisy" / "deep" / name / "1.png")
         image(flowers / "train" / name / "1.png")
     image(flowers / "train" / "daisy" / "._1.png")
-    (flowers / "train" / "@Recently-Snapshot").mkdir()  # without images
+    for name in ("@Recently-Snapshot", ".cache"):
+        (flowers / "train" / name).mkdir()  # without images
     assert labelled(flowers) == expected
     left_out = [record.args[0] for record in caplog.records]
     # The first two hold copies only.
-    assert sorted(left_out) == sorted(str(flowers / "train" / name) for name in waste[2:])
+    ignored = (*waste[2:], *hidden)
+    assert sorted(left_out) == sorted(str(flowers / "train" / name) for name in ignored)
 
 
 def test_other_names_of_jpeg_and_webp_are_images(flowers):
