@@ -67,10 +67,11 @@ def open_source(
         root = Path(os.path.expanduser(path))
         if not root.is_dir():
             raise UserError(f"{root}: no such folder; give the data's folder with --data.path")
-        folder = root / (train_folder if split == "train" else val_folder)
+        subfolder = train_folder if split == "train" else val_folder
+        folder = root / subfolder
         if name == "imagefolder":
             if not folder.is_dir():
-                raise UserError(_describe_missing(root, folder, split, class_names))
+                raise UserError(_describe_missing(root, subfolder, split, class_names))
             if split == "train" or class_names is None:  # the train folder names the classes
                 _require_separate(root, train_folder, val_folder)
             return _imagefolder(folder, root / train_folder, split, title, class_names)
@@ -144,7 +145,7 @@ def _require_separate(root: Path, train_folder: str, val_folder: str) -> None:
 
 
 def _describe_missing(
-    root: Path, folder: Path, split: str, class_names: Sequence[str] | None
+    root: Path, subfolder: str, split: str, class_names: Sequence[str] | None
 ) -> str:
     """Return the message for a missing split folder, with the options that probably help."""
     there = sorted(entry.name for entry in os.scandir(root))
@@ -166,7 +167,7 @@ def _describe_missing(
         )
         if split == "val":
             hint += f", or hold out training images with {hold_out}"
-    missing = f"no folder {folder.name!r} for the {split} split"
+    missing = f"no folder {subfolder!r} for the {split} split"
     return f"{root}: {missing}, there is {join_names(there) or 'nothing'}; {hint}"
 
 

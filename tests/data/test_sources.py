@@ -78,6 +78,8 @@ def test_folder_names_can_be_chosen(folder):
     assert len(here) == 6 and here.class_names == ("ant", "bee", "cat")
     (folder / "val").rename(folder / "test")
     refused("imagefolder", folder, "val", match="no folder 'val' .* there is test, train;")
+    for given in ("test/2", str(folder / "2")):
+        refused("imagefolder", folder, "val", match=f"no folder '{given}' for", val_folder=given)
     assert len(open_source("imagefolder", str(folder), "val", val_folder="test")) == 6
 
 
