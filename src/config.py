@@ -268,7 +268,8 @@ class TrainingConfig:
     """The training run.
 
     Args:
-        epochs: passes over the training images.
+        epochs: number of epochs. Each is a pass over the training images, unless epoch_steps or
+            augment.repeats is set.
         epoch_steps: steps per epoch, independent of the number of training images; passes over the
             images continue across epochs. null ends an epoch with each pass.
         batch_size: images per batch on one device.
