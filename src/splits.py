@@ -197,7 +197,7 @@ def open_checked(
     turned = sum(entry.turned for entry in entries)
     source.inflated = bool(turned)
     if turned and ranks.is_first:
-        logger.info("%s: %d images are rotated as their EXIF data says", source.title, turned)
+        logger.info("%s: images rotated as their EXIF data says: %d", source.title, turned)
     skips = data.broken == "skip" or (data.broken == "auto" and split == "train")
     raise_limit = f"or raise data.broken_share (now {data.broken_share:g})"
     remedy = raise_limit if skips else "or skip them with --data.broken skip"

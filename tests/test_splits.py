@@ -122,12 +122,14 @@ def test_fewer_training_images_than_classes_are_refused():
         open_split(config(data=data), "train")
 
 
-def test_photographs_that_exif_turns_are_said_to_become_bitmaps(photos):
+def test_photographs_that_exif_turns_are_said_to_become_bitmaps(photos, caplog):
+    caplog.set_level("INFO", "cvt")
     assert not open_checked(photo_config(photos), "train").inflated
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (20, 20)).save(photos / "train/a/0.jpg", exif=exif)
     assert open_checked(photo_config(photos), "train").inflated
+    assert "images rotated as their EXIF data says: 1" in caplog.text
 
 
 def test_the_validation_images_are_spoken_of_once(photos, caplog):
@@ -288,7 +290,7 @@ WRONG_VALUES = {
         "data": {"class_names": ["a", "b", "a"]}
     },
     "data.classes: is empty; name each": {"data": {"classes": []}},
-    "val/a: 2 images, such as 0.jpg, but no class folders": {"data": {"val_folder": "val/a"}},
+    r"val/a: images \(2\), such as 0.jpg, but no class folders": {"data": {"val_folder": "val/a"}},
     "no folder 'valid' for the val split": {"data": {"val_folder": "valid"}},
     "val2/z: 'z' is none of the 2 known classes": {"data": {"val_folder": "val2"}},
 }

@@ -72,7 +72,7 @@ class Walk:
                 (images if known else others).append(path)
         if refused:
             logger.warning(
-                "%s: did not follow %d links to folders that are already read, such as %s",
+                "%s: did not follow links (%d) to folders that are already read, such as %s",
                 folder, len(refused), refused[0],
             )  # fmt: skip
         return images, others
@@ -135,8 +135,8 @@ def find_classes(folder: Path, split: str) -> list[str]:
         images = [entry.name for entry in os.scandir(folder) if _is_image(entry)]
         if images:
             raise UserError(
-                f"{folder}: {len(images)} images, such as {images[0]}, but no class folders; move "
-                f"each image into the folder of its class, {folder.name}/<class>/{images[0]}"
+                f"{folder}: images ({len(images)}), such as {images[0]}, but no class folders; "
+                f"move each image into the folder of its class, {folder.name}/<class>/{images[0]}"
             )
         raise UserError(f"{folder}: no class folders in it; it should hold <class>/*.jpg")
     place, inner, with_images, seen = folder, found, False, set()

@@ -133,7 +133,7 @@ def _imagefolder(
         )
     if skipped:
         logger.warning(
-            "%s: left out %d files that are not in a class folder or not %s, such as %s",
+            "%s: left out files (%d) that are not in a class folder or not %s, such as %s",
             folder, len(skipped), " ".join(IMAGE_EXTENSIONS), skipped[0],
         )  # fmt: skip
     return FileSource(files, np.array(labels, np.int32), class_names, title, folder)
