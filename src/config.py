@@ -195,8 +195,9 @@ class AugmentConfig:
         padding: pixels of zeros around the image for pad.
         hflip: probability of a horizontal flip.
         rand_augment: RandAugment in timm's notation, such as rand-m9-mstd0.5-inc1; its parts are m
-            (magnitude 0..10), mstd (its deviation), n (operations per image, 2), p (probability of
-            each, 0.5) and inc1 (the only supported set of operations).
+            (magnitude 0..10), mstd (its deviation; above 100, magnitudes are uniform in 0..m), n
+            (operations per image, 2), p (probability of each, 0.5) and inc1 (the only supported set
+            of operations).
         color_jitter: maximum deviation from 1 of the factors on brightness, contrast and
             saturation. The official configs have 0.4, but timm ignores it with RandAugment; here
             both are applied.
@@ -267,7 +268,8 @@ class TrainingConfig:
     """The training run.
 
     Args:
-        epochs: passes over the training images.
+        epochs: number of epochs. Each is a pass over the training images, unless epoch_steps or
+            augment.repeats is set.
         epoch_steps: steps per epoch, independent of the number of training images; passes over the
             images continue across epochs. null ends an epoch with each pass.
         batch_size: images per batch on one device.

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import os
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +48,6 @@ def open_split(config: Config, split: str) -> Source:
         if names is not None and (twice or not names):
             what = f"names {join_names(twice)} more than once" if twice else "is empty"
             raise UserError(f"data.{key}: {what}; name each class once")
-    names = None if data.classes else data.class_names
     held_out = data.val_from_train is not None
     if held_out and split == "val" and data.val_folder != DataConfig.val_folder:
         logger.warning(
@@ -62,16 +62,20 @@ def open_split(config: Config, split: str) -> Source:
             "data.%s %s is not used, because data.source %s has no such folder; leave it out",
             key, folders[key], data.source,
         )  # fmt: skip
-    source = open_source(data.source, data.path, opened, class_names=names, **folders)
-    classes = data.classes
-    if held_out and classes and data.class_names:
-        # A run holds images out from all of its classes, whichever of them are evaluated.
-        known = set(map(normalize_name, source.class_names))
-        classes = [name for name in data.class_names if normalize_name(name) in known]
+    # A run holds images out from all of its classes, whichever of them are evaluated.
+    classes = data.class_names if held_out and data.classes and data.class_names else data.classes
+    source = open_source(
+        data.source,
+        data.path,
+        opened,
+        class_names=data.class_names,
+        selected=classes,
+        **folders,
+    )
     if classes:
         source = select_classes(source, classes, data.class_names)
     if split == "train":
-        _check_train_classes(source, given=bool(data.class_names))
+        _check_train_classes(source, data)
     if held_out:  # the same images for any runtime.seed, so that trials are comparable
         source = hold_out(source, data.val_from_train, seed=0)[split == "val"]
     if classes != data.classes:
@@ -84,39 +88,50 @@ def open_split(config: Config, split: str) -> Source:
                 "give one image for each, or more"
             )
         source = balanced_subset(source, data.train_images, config.runtime.seed)
+    if split == "val":
+        _warn_absent_classes(source, data)
     return source
 
 
-def _check_train_classes(source: Source, given: bool) -> None:
+def _check_train_classes(source: Source, data: DataConfig) -> None:
     """Check which classes have images to train on.
 
-    Args:
-        source: the images for training.
-        given: whether `data.class_names` may name more classes than the data have, such as those
-            of pretrained weights.
+    `data.class_names` may name more classes than the data have, such as those of pretrained
+    weights; `data.classes` may not.
 
     Raises:
         UserError: fewer than two classes have images, or one of the data's own has none.
     """
-    counts = np.bincount(source.labels, minlength=len(source.class_names))
-    present, absent = (
-        [name for name, count in zip(source.class_names, counts) if bool(count) is wanted]
-        for wanted in (True, False)
-    )
+    present = [source.class_names[label] for label in np.unique(source.labels)]
     if len(present) < 2:
         found = f"only one class ({present[0]!r}) has images" if present else "no images"
         raise UserError(
             f"{source.title}: {found}; training needs two or more: add class folders, or name more "
             "in data.classes"
         )
+    absent = _describe_absent(source, data.classes or source.class_names)
+    if absent and (data.classes or not data.class_names):
+        raise UserError(f"{source.title}: {absent}; add some, or name the others in data.classes")
+    if absent:
+        logger.warning("%s: %s", source.title, absent)
+
+
+def _warn_absent_classes(source: Source, data: DataConfig) -> None:
+    """Warn about classes without images to evaluate on, whose accuracy stays unknown."""
+    absent = _describe_absent(source, data.classes or source.class_names)
+    if absent and data.val_from_train is not None:
+        logger.warning("data.val_from_train %d holds out %s", data.val_from_train, absent)
+    elif absent:
+        logger.warning("%s: %s", source.title, absent)
+
+
+def _describe_absent(source: Source, names: Sequence[str]) -> str:
+    """Return which of these classes have no images; empty if all have some."""
+    present = {normalize_name(source.class_names[label]) for label in np.unique(source.labels)}
+    absent = [name for name in names if normalize_name(name) not in present]
     if not absent:
-        return
-    what = f"{source.title}: no images of {len(absent)} of {len(counts)} classes"
-    if not given:
-        raise UserError(
-            f"{what}: {join_names(absent)}; add some, or name the others in data.classes"
-        )
-    logger.warning("%s: %s", what, join_names(absent))
+        return ""
+    return f"no images of {len(absent)} of {len(names)} classes: {join_names(absent)}"
 
 
 def open_quietly(config: Config, split: str) -> Source:
@@ -182,7 +197,7 @@ def open_checked(
     turned = sum(entry.turned for entry in entries)
     source.inflated = bool(turned)
     if turned and ranks.is_first:
-        logger.info("%s: %d images are rotated as their EXIF data says", source.title, turned)
+        logger.info("%s: images rotated as their EXIF data says: %d", source.title, turned)
     skips = data.broken == "skip" or (data.broken == "auto" and split == "train")
     raise_limit = f"or raise data.broken_share (now {data.broken_share:g})"
     remedy = raise_limit if skips else "or skip them with --data.broken skip"

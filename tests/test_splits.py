@@ -122,12 +122,14 @@ def test_fewer_training_images_than_classes_are_refused():
         open_split(config(data=data), "train")
 
 
-def test_photographs_that_exif_turns_are_said_to_become_bitmaps(photos):
+def test_photographs_that_exif_turns_are_said_to_become_bitmaps(photos, caplog):
+    caplog.set_level("INFO", "cvt")
     assert not open_checked(photo_config(photos), "train").inflated
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (20, 20)).save(photos / "train/a/0.jpg", exif=exif)
     assert open_checked(photo_config(photos), "train").inflated
+    assert "images rotated as their EXIF data says: 1" in caplog.text
 
 
 def test_the_validation_images_are_spoken_of_once(photos, caplog):
@@ -185,6 +187,68 @@ def test_a_class_without_training_images_is_told(tmp_path, caplog):
         )
 
 
+def add_images(folder, *names, count=1):
+    for name in names:
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for number in range(count):
+            Image.new("RGB", (20, 20)).save(folder / name / f"{number}.jpg")
+
+
+@pytest.mark.parametrize(
+    "classes, absent",
+    [
+        (None, "2 of 3 classes: b, c"),
+        (["a", "b"], "1 of 2 classes: b"),
+        (["b", "c"], "2 of 2 classes: b, c"),
+    ],
+)
+def test_classes_without_evaluation_images_are_told(tmp_path, caplog, classes, absent):
+    """With and without data.classes; a run's class names are known without a training folder."""
+    add_images(tmp_path / "val", "a")
+    data = DataConfig(path=str(tmp_path), classes=classes, class_names=["a", "b", "c"])
+    source = open_split(Config(data=data), "val")
+    assert source.class_names == ("a", "b", "c")
+    assert source.labels.tolist() == [0] * ("a" in (classes or "a"))
+    assert f"(val): no images of {absent}" in caplog.text
+    data.classes = ["a", "bb"]
+    with pytest.raises(UserError, match="data.classes: 'bb' is none of the run's classes, a, b, c"):
+        open_split(Config(data=data), "val")
+    data.class_names = None
+    with pytest.raises(UserError, match="has no class 'bb'; it has a"):
+        open_split(Config(data=data), "val")
+
+
+def test_a_run_on_some_classes_needs_images_of_each_and_ignores_other_folders(tmp_path, caplog):
+    add_images(tmp_path / "train", "a", "b", "c")
+    add_images(tmp_path / "val", "a", "zz")
+    data = DataConfig(path=str(tmp_path), classes=["b", "a"])
+    assert open_split(Config(data=data), "train").labels.tolist() == [1, 0]
+    assert open_split(Config(data=data), "val").labels.tolist() == [1]
+    assert "imagefolder (val): no images of 1 of 2 classes: b" in caplog.text
+    data.classes = ["a", "b", "d"]
+    for split in ("train", "val"):
+        with pytest.raises(UserError, match="has no class 'd'; it has a, b, c"):
+            open_split(Config(data=data), split)
+    data.class_names = ["a", "b", "d"]  # as in the config.yaml of a run that is resumed
+    with pytest.raises(UserError, match=r"\(train\): no images of 1 of 3 classes: d; add some"):
+        open_split(Config(data=data), "train")
+
+
+def test_classes_without_held_out_images_are_told(tmp_path, caplog):
+    add_images(tmp_path / "train", "a", "b", "c", count=3)
+    data = DataConfig(path=str(tmp_path), val_from_train=2)
+    open_split(Config(data=data), "train")
+    assert not caplog.text
+    assert len(open_split(Config(data=data), "val")) == 2
+    assert "data.val_from_train 2 holds out no images of 1 of 3 classes: b" in caplog.text
+    caplog.clear()
+    data.val_from_train = 3
+    open_split(Config(data=data), "val")
+    data.classes, data.class_names = ["a", "b"], ["a", "b", "c"]
+    open_split(Config(data=data), "val")
+    assert not caplog.text
+
+
 def test_a_class_without_training_records_is_refused(tmp_path):
     """As an empty class folder is; all its files were skipped when they were packed."""
     source = write_folder(tmp_path / "photos")
@@ -226,7 +290,7 @@ WRONG_VALUES = {
         "data": {"class_names": ["a", "b", "a"]}
     },
     "data.classes: is empty; name each": {"data": {"classes": []}},
-    "val/a: 2 images, such as 0.jpg, but no class folders": {"data": {"val_folder": "val/a"}},
+    r"val/a: images \(2\), such as 0.jpg, but no class folders": {"data": {"val_folder": "val/a"}},
     "no folder 'valid' for the val split": {"data": {"val_folder": "valid"}},
     "val2/z: 'z' is none of the 2 known classes": {"data": {"val_folder": "val2"}},
 }

@@ -72,7 +72,7 @@ class Walk:
                 (images if known else others).append(path)
         if refused:
             logger.warning(
-                "%s: did not follow %d links to folders that are already read, such as %s",
+                "%s: did not follow links (%d) to folders that are already read, such as %s",
                 folder, len(refused), refused[0],
             )  # fmt: skip
         return images, others
@@ -130,13 +130,13 @@ def find_classes(folder: Path, split: str) -> list[str]:
         UserError: there are none, or the classes are one level deeper.
     """
     found = list_class_folders(folder)
-    _log_system_folders(folder)
+    _log_ignored_folders(folder)
     if not found:
         images = [entry.name for entry in os.scandir(folder) if _is_image(entry)]
         if images:
             raise UserError(
-                f"{folder}: {len(images)} images, such as {images[0]}, but no class folders; move "
-                f"each image into the folder of its class, {folder.name}/<class>/{images[0]}"
+                f"{folder}: images ({len(images)}), such as {images[0]}, but no class folders; "
+                f"move each image into the folder of its class, {folder.name}/<class>/{images[0]}"
             )
         raise UserError(f"{folder}: no class folders in it; it should hold <class>/*.jpg")
     place, inner, with_images, seen = folder, found, False, set()
@@ -162,16 +162,16 @@ def holds_class_folders(folder: Path) -> bool:
     return any(_is_image(entry) for path in inside for entry in os.scandir(path))
 
 
-def _log_system_folders(folder: Path) -> None:
-    """Log the folders that are ignored as a system's, if they hold images: one may be a class."""
+def _log_ignored_folders(folder: Path) -> None:
+    """Log the hidden folders and those of a system, if they hold images: one may be a class."""
     for entry in os.scandir(folder):
-        name = entry.name.lower()
-        if name in _SYSTEM_FOLDERS - _THUMBNAILS and entry.is_dir():
+        ignored = not is_visible(entry.name) and entry.name.lower() not in _THUMBNAILS
+        if ignored and entry.is_dir():
             files = (file for _, _, names in os.walk(entry.path) for file in names)
             if any(is_visible(file) and file.lower().endswith(IMAGE_EXTENSIONS) for file in files):
                 logger.info(
-                    "%s: left out with its images, because a system gives folders this name; "
-                    "rename it if it is a class", entry.path,
+                    "%s: left out with its images, because folders of this name are hidden or a "
+                    "system's; rename it if it is a class", entry.path,
                 )  # fmt: skip
 
 

@@ -103,8 +103,8 @@ def check_files(
     threads = min(workers or cpu_count(), _MAX_THREADS)
     if ranks.is_first:
         logger.info(
-            "%s: checking %d images in %d threads%s; %d more are known", root, len(stale), threads,
-            f" on each of {ranks.world} ranks" if ranks.world > 1 else "", len(files) - len(stale),
+            "%s: checking %d of %d images (threads: %d%s)", root, len(stale), len(files), threads,
+            f" on each of {ranks.world} ranks" if ranks.world > 1 else "",
         )  # fmt: skip
     bar = progress(len(stale), "check images") if progress is not None and ranks.is_first else None
     saved = time.monotonic()
@@ -147,12 +147,9 @@ def _drop_outdated(
     for what, some in (("changed", changed), ("removed", removed)):
         if some:
             logger.info(
-                "%s: %d files were %s since the last check, such as %s",
-                index,
-                len(some),
-                what,
-                some[0],
-            )
+                "%s: files %s since the last check (%d), such as %s",
+                index, what, len(some), some[0],
+            )  # fmt: skip
     for name in removed + changed:
         del entries[name]
     return [k for k, n in enumerate(names) if n not in entries or entries[n].fault], removed

@@ -104,10 +104,12 @@ def create_train_loader(
     if batches is None or not len(source):
         batches = len(source) // world // (batch_size * multiple) * multiple
     if not batches:
-        parts = f"{multiple} batches" if multiple > 1 else "one batch"
+        needed = f"{batch_size * multiple * world}" + f" on {world} devices" * (world > 1)
+        keys = f"training.batch_size ({batch_size})"
+        keys += f" or training.accumulate ({multiple})" * (multiple > 1)
         raise UserError(
-            f"{source.title}: {len(source)} images are not {parts} of {batch_size} on each of "
-            f"{world} device(s); lower the batch size or add images"
+            f"{source.title}: fewer images ({len(source)}) than a step takes ({needed}); lower "
+            f"{keys}, or add images"
         )
     if skip_batches > batches:
         raise UserError(

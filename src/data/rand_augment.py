@@ -48,7 +48,8 @@ _VISION_OPS = {
 class RandAugment(PerSampleOp):
     """Apply `n` operations, drawn with replacement, each with probability `p`, to uint8 [H, W, 3].
 
-    Their magnitude is normal around `m` with deviation `mstd`, clipped to 0..10; signs are random.
+    Their magnitude is normal around `m` with deviation `mstd`, or uniform in 0..`m` if `mstd` is
+    above 100, and clipped to 0..10; signs are random.
 
     `vision.RandAugment` has other magnitudes and no deviation, and a chain of MindSpore's random
     operations is not independent (see `per_sample`), so the choice is made in Python. Colour,
@@ -78,9 +79,13 @@ class RandAugment(PerSampleOp):
         names = list(LEVEL_TO_ARG)
         for pick in rng.integers(len(names), size=self._count):
             if rng.random() < self._probability:
-                magnitude = min(max(rng.normal(self._magnitude, self._deviation), 0.0), 10.0)
+                if self._deviation > 100:  # as in timm
+                    magnitude = rng.uniform(0.0, self._magnitude)
+                else:
+                    magnitude = rng.normal(self._magnitude, self._deviation)
                 sign = 1 if rng.random() < 0.5 else -1
-                argument = LEVEL_TO_ARG[names[pick]](magnitude / 10, sign)
+                level = min(max(magnitude, 0.0), 10.0) / 10
+                argument = LEVEL_TO_ARG[names[pick]](level, sign)
                 image = self.apply_op(image, names[pick], argument)
         return image
 

@@ -33,6 +33,7 @@ def open_source(
     split: str,
     class_names: Sequence[str] | None = None,
     *,
+    selected: Sequence[str] | None = None,
     train_folder: str = "train",
     val_folder: str = "val",
 ) -> Source:
@@ -44,6 +45,8 @@ def open_source(
         split: "train" or "val" (the test set if the data set has no validation set).
         class_names: the classes in the order of the model's outputs. They number the classes of
             "imagefolder" and "mindrecord"; other sources must have the same names.
+        selected: the classes that `select_classes` will select. Folders of others are not read,
+            and only "imagefolder" then uses `class_names`.
         train_folder, val_folder: the folders of these two below `path`; "." is `path` itself.
 
     Raises:
@@ -54,6 +57,8 @@ def open_source(
     if split not in ("train", "val"):
         raise ValueError(f'split is "train" or "val", not {split!r}')
     title = f"{name} ({split})"
+    if selected is not None and name != "imagefolder":
+        class_names = None
     if name == "digits":
         if path:
             raise UserError(
@@ -67,13 +72,14 @@ def open_source(
         root = Path(os.path.expanduser(path))
         if not root.is_dir():
             raise UserError(f"{root}: no such folder; give the data's folder with --data.path")
-        folder = root / (train_folder if split == "train" else val_folder)
+        subfolder = train_folder if split == "train" else val_folder
+        folder = root / subfolder
         if name == "imagefolder":
             if not folder.is_dir():
-                raise UserError(_describe_missing(root, folder, split, class_names))
+                raise UserError(_describe_missing(root, subfolder, split, class_names))
             if split == "train" or class_names is None:  # the train folder names the classes
                 _require_separate(root, train_folder, val_folder)
-            return _imagefolder(folder, root / train_folder, split, title, class_names)
+            return _imagefolder(folder, root / train_folder, split, title, class_names, selected)
         if name == "mindrecord":
             return open_records(folder, title, class_names)
         source = (mnist if name == "mnist" else cifar)(root, name, split, title)
@@ -89,14 +95,23 @@ def open_source(
 
 
 def _imagefolder(
-    folder: Path, train: Path, split: str, title: str, class_names: Sequence[str] | None
+    folder: Path,
+    train: Path,
+    split: str,
+    title: str,
+    class_names: Sequence[str] | None,
+    selected: Sequence[str] | None,
 ) -> FileSource:
     """Open a split of ImageNet's layout: <class>/**/*.jpg; `train` names the classes."""
     found = find_classes(folder, split)
     if class_names is None:
         folders = (list_class_folders(train) if train.is_dir() else None) or found
         class_names = [escape_undecodable(name) for name in folders]
+    walk = Walk([folder / name for name in found])
     label_of = {normalize_name(name): label for label, name in enumerate(class_names)}
+    if selected is not None:
+        wanted = label_of.keys() & set(map(normalize_name, selected))
+        found = [name for name in found if normalize_name(name) in wanted]
     unknown = [name for name in found if normalize_name(name) not in label_of]
     if unknown:
         raise UserError(
@@ -104,7 +119,6 @@ def _imagefolder(
             f"({join_names(class_names, 5)}); rename or remove the folder, or name the "
             "classes in data.class_names, in the order of the network's outputs"
         )
-    walk = Walk([folder / name for name in found])
     files, labels, skipped, empty = [], [], list_loose_files(folder), []
     for name in found:
         images, others = walk.list_images(folder / name)
@@ -119,13 +133,10 @@ def _imagefolder(
         )
     if skipped:
         logger.warning(
-            "%s: left out %d files that are not in a class folder or not %s, such as %s",
+            "%s: left out files (%d) that are not in a class folder or not %s, such as %s",
             folder, len(skipped), " ".join(IMAGE_EXTENSIONS), skipped[0],
         )  # fmt: skip
-    source = FileSource(files, np.array(labels, np.int32), class_names, title, folder)
-    if split == "val":
-        _warn_absent_classes(folder, source)
-    return source
+    return FileSource(files, np.array(labels, np.int32), class_names, title, folder)
 
 
 def _require_separate(root: Path, train_folder: str, val_folder: str) -> None:
@@ -144,7 +155,7 @@ def _require_separate(root: Path, train_folder: str, val_folder: str) -> None:
 
 
 def _describe_missing(
-    root: Path, folder: Path, split: str, class_names: Sequence[str] | None
+    root: Path, subfolder: str, split: str, class_names: Sequence[str] | None
 ) -> str:
     """Return the message for a missing split folder, with the options that probably help."""
     there = sorted(entry.name for entry in os.scandir(root))
@@ -166,16 +177,5 @@ def _describe_missing(
         )
         if split == "val":
             hint += f", or hold out training images with {hold_out}"
-    missing = f"no folder {folder.name!r} for the {split} split"
+    missing = f"no folder {subfolder!r} for the {split} split"
     return f"{root}: {missing}, there is {join_names(there) or 'nothing'}; {hint}"
-
-
-def _warn_absent_classes(folder: Path, source: FileSource) -> None:
-    """Warn about classes without images, whose accuracy stays unknown."""
-    counts = np.bincount(source.labels, minlength=len(source.class_names))
-    absent = [name for name, count in zip(source.class_names, counts) if not count]
-    if absent:
-        logger.warning(
-            "%s: no images of %d of %d classes: %s", folder, len(absent), len(counts),
-            join_names(absent),
-        )  # fmt: skip

@@ -26,26 +26,29 @@ def select_classes(
     Args:
         source: the split.
         names: the classes to keep.
-        class_names: names in the order of the labels; by default `names`.
+        class_names: names in the order of the labels, of which the source may lack some; by default
+            `names`, of which it may not.
 
     Raises:
-        UserError: a name is missing from the source or from `class_names`, or occurs twice.
+        UserError: a name is unknown or occurs twice.
     """
+    may_lack = bool(class_names)
     class_names = list(class_names or names)
     old_labels = {normalize_name(name): label for label, name in enumerate(source.class_names)}
     new_labels = {normalize_name(name): label for label, name in enumerate(class_names)}
     label_map = np.full(len(old_labels), -1, np.int32)
     for name in map(normalize_name, names):
-        if name not in old_labels:
-            raise UserError(
-                f"data.classes: {source.title} has no class {name!r}; it has "
-                f"{join_names(source.class_names)}"
-            )
         if name not in new_labels:
             raise UserError(
                 f"data.classes: {name!r} is none of the run's classes, {join_names(class_names)}"
             )
-        label_map[old_labels[name]] = new_labels[name]
+        if name in old_labels:
+            label_map[old_labels[name]] = new_labels[name]
+        elif not may_lack:
+            raise UserError(
+                f"data.classes: {source.title} has no class {name!r}; it has "
+                f"{join_names(source.class_names)}"
+            )
     if len(set(map(normalize_name, names))) < len(names):
         raise UserError(f"data.classes {join_names(names)}: names a class twice; remove one")
     labels = label_map[source.labels]

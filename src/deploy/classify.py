@@ -140,7 +140,7 @@ def find_images(
             images = [image for image in images if os.path.realpath(image) != own]
         if others:
             logger.warning(
-                "%s: left out %d files that are not %s, such as %s",
+                "%s: left out files (%d) that are not %s, such as %s",
                 path, len(others), " ".join(IMAGE_EXTENSIONS), others[0],
             )  # fmt: skip
         if not images:

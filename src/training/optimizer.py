@@ -20,7 +20,7 @@ def build_optimizer(keys: OptimizerConfig, parameters: Sequence[Parameter]) -> A
 
 
 def is_decayed(parameter: Parameter) -> bool:
-    """Whether weight decay applies: to the weights of Linears and convolutions only.
+    """Return whether weight decay applies: to the weights of Linears and convolutions only.
 
     Norms (gamma, beta), biases, class token and position embeddings are not decayed, as in the
     official `set_wd`.
@@ -74,11 +74,11 @@ class AdamW(nn.Cell):
         self.map = ops.HyperMap()  # compiles faster than a Python loop
 
     def compiled(self, library: Path, gradients: int) -> Update:
-        """The update as one compiled operator of `scalars`, `states` and tensors of gradients."""
+        """Return the update as one compiled operator of `scalars`, `states` and gradients."""
         return Update(library, "adamw", 7, self.decayed, 2, gradients)
 
     def scalars(self, lr: Tensor, step: Tensor) -> tuple[Tensor, ...]:
-        """Rate with the bias correction, factor of weight decay, betas, epsilon."""
+        """Return rate with the bias correction, factor of weight decay, betas and epsilon."""
         time = step.astype(mstype.float32)
         root = ops.sqrt(1.0 - ops.pow(self.beta2, time))
         rate = lr * root / (1.0 - ops.pow(self.beta1, time))
@@ -149,11 +149,11 @@ class SGD(nn.Cell):
         self.map = ops.HyperMap()
 
     def compiled(self, library: Path, gradients: int) -> Update:
-        """The update as one compiled operator of `scalars`, `states` and tensors of gradients."""
+        """Return the update as one compiled operator of `scalars`, `states` and gradients."""
         return Update(library, "sgd", 5, self.decayed, 1, gradients)
 
     def scalars(self, lr: Tensor, step: Tensor) -> tuple[Tensor, ...]:
-        """Rate, weight decay, momentum."""
+        """Return rate, weight decay and momentum."""
         return lr, self.weight_decay, self.momentum
 
     def construct(

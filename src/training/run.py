@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from src.arithmetic import check_arithmetic
@@ -13,6 +14,8 @@ from src.build import build_mixing, build_model, check_values, uses_compiled
 from src.config import Config
 from src.config_io import CONFIG, is_run_config, require_outside_images, save_config
 from src.data import Source
+from src.data.base import normalize_name
+from src.data.folders import list_class_folders
 from src.device import log_to, seed_generators, setup
 from src.distributed import SAME_FILES, Ranks
 from src.errors import UserError, join_names
@@ -154,11 +157,34 @@ def _warn_same_folder(config: Config) -> None:
     if data.source not in ("imagefolder", "mindrecord") or data.val_from_train is not None:
         return
     root = Path(os.path.expanduser(data.path))
-    if (root / data.train_folder).resolve() == (root / data.val_folder).resolve():
-        logger.warning(
-            "data.train_folder and data.val_folder are the same folder, so accuracy is measured on "
-            "the training images; hold some out with --data.val_from_train N"
-        )
+    train, val = root / data.train_folder, root / data.val_folder
+    if train.resolve() == val.resolve():
+        shared = "are the same folder"
+    elif data.source == "imagefolder" and (names := _shared_classes(train, val, data.classes)):
+        shared = f"share class folders ({join_names(names)})"
+    else:
+        return
+    logger.warning(
+        "data.train_folder and data.val_folder %s, so accuracy is measured on the training images; "
+        "hold some out with --data.val_from_train N", shared,
+    )  # fmt: skip
+
+
+def _shared_classes(train: Path, val: Path, selected: Sequence[str] | None) -> list[str]:
+    """Return the classes whose folder is, through links, one of the other split or inside it."""
+
+    def real_paths(folder: Path) -> dict[Path, str]:
+        names = list_class_folders(folder)
+        if selected:
+            wanted = set(map(normalize_name, selected))
+            names = [name for name in names if normalize_name(name) in wanted]
+        return {(folder / name).resolve(): name for name in names}
+
+    def inside(some: dict[Path, str], others: dict[Path, str]) -> list[str]:
+        return [some[path] for path in some if not others.keys().isdisjoint((path, *path.parents))]
+
+    of_train, of_val = real_paths(train), real_paths(val)
+    return inside(of_val, of_train) or inside(of_train, of_val)
 
 
 # Files whose content does not show that a run wrote them; the image index's does.

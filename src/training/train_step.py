@@ -149,7 +149,7 @@ class TrainStep(RootCell):
     def construct(
         self, images: Tensor, labels: Tensor, mix: Tensor | None = None, boxes: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """A whole step of one batch; arguments and result as in `run_batch`."""
+        """Run a whole step of one batch; arguments and result as in `run_batch`."""
         before = self.copy_statistics()
         images = ops.depend(images, before)  # the forward pass updates them in place
         loss, gradients = self.backward(images, labels, mix, Tensor(0, mstype.int32), boxes)

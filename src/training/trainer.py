@@ -347,7 +347,7 @@ class Trainer:
         left_out = len(self.source) - self.steps_per_epoch * self.loader.images_per_step
         if left_out and self.config.training.epoch_steps is None:
             logger.info(
-                "%d images do not fill a step of %d; each epoch leaves out different ones",
+                "each epoch leaves out images (%d) that do not fill a step of %d, others each time",
                 left_out, self.loader.images_per_step,
             )  # fmt: skip
         if self.progress.epoch < self.config.training.epochs:

@@ -52,12 +52,12 @@ _PRETRAINED = (
 
 
 def list_pretrained() -> list[tuple[str, str]]:
-    """The (model, data) pairs that `create_pretrained` knows."""
+    """Return the (model, data) pairs that `create_pretrained` knows."""
     return [(entry.model, entry.data) for entry in _PRETRAINED]
 
 
 def pretrained_folder(model: str, data: str) -> Path:
-    """The folder of a pretrained network, for `Predictor`, infer.py and train.py --finetune.
+    """Return the folder of a pretrained network, for `Predictor`, infer.py and train.py --finetune.
 
     Raises:
         UserError: no such network comes with the repository, or its file is missing or altered.

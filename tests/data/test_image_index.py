@@ -87,8 +87,9 @@ def test_new_changed_and_removed_files(check, read, folder, caplog):
     faults = check()
     assert read() == ["2.jpg", "3.jpg", "5.jpg", "9.jpg"]
     assert broken(faults) == ["2.jpg", "5.jpg"] and list(faults) == [*ALL[1:], "9.jpg"]
-    assert "2 files were changed since the last check, such as 2.jpg" in caplog.text
-    assert "1 files were removed since the last check, such as 0.jpg" in caplog.text
+    assert f"{folder}: checking 4 of {len(ALL)} images (threads: " in caplog.text
+    assert "files changed since the last check (2), such as 2.jpg" in caplog.text
+    assert "files removed since the last check (1), such as 0.jpg" in caplog.text
     check()
     assert "since" not in caplog.text
 
@@ -135,7 +136,7 @@ def test_images_of_another_split_are_not_looked_up(tmp_path, monkeypatch, caplog
     (tmp_path / "train" / "c" / "4.jpg").unlink()
     assert len(check("val")) == 8, "the folders are there"
     assert check("train")[:2] == ["train/a/2.jpg", "train/b/3.jpg"]
-    assert "2 files were removed since the last check" in caplog.text
+    assert "files removed since the last check (2)" in caplog.text
     shutil.rmtree(tmp_path / "train")
     assert check("val") == ["val/a/1.jpg", "val/a/2.jpg", "val/b/3.jpg", "val/c/4.jpg"]
 

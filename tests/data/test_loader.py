@@ -3,6 +3,7 @@
 import logging
 import os
 import random
+import re
 
 import mindspore.dataset as ds
 import numpy as np
@@ -171,13 +172,20 @@ def test_an_epoch_of_a_number_of_batches():
         pictures |= {image.tobytes() for images, _ in got for image in images}
     assert set(np.bincount(seen).tolist()) == {5, 6}
     assert len(pictures) == 40
-    with pytest.raises(UserError, match="0 images are not one batch"):
+    with pytest.raises(UserError, match=r"fewer images \(0\) than a step takes"):
         create_train_loader(numbered(0), augment(), 4, seed=0, epoch=0, batches=5)
 
 
 def test_too_few_images_for_a_batch():
-    with pytest.raises(UserError, match="numbered: 7 images are not one batch of 4 on each of 2"):
-        create_train_loader(numbered(7), augment(), 4, seed=0, epoch=0, world=2)
+    def refused(count, words, **options):
+        with pytest.raises(UserError, match=f"^{re.escape(words)}, or add images$"):
+            create_train_loader(numbered(count), augment(), 4, seed=0, epoch=0, **options)
+
+    start = "numbered: fewer images (1) than a step takes "
+    refused(1, start + "(4); lower training.batch_size (4)")
+    refused(1, start + "(8 on 2 devices); lower training.batch_size (4)", world=2)
+    keys = "training.batch_size (4) or training.accumulate (3)"
+    refused(1, start + f"(24 on 2 devices); lower {keys}", world=2, multiple=3)
     with pytest.raises(UserError, match="after batch 3 of 2"):
         create_train_loader(numbered(9), augment(), 4, seed=0, epoch=0, skip_batches=3)
 

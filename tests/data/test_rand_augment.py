@@ -147,6 +147,18 @@ def test_every_part_of_the_specification_counts():
     assert parse_spec(OFFICIAL) == expected
 
 
+@pytest.mark.parametrize("deviation", ["100", "100.5", "101"])
+def test_a_deviation_above_100_means_uniform_magnitudes(deviation):
+    """At 100, the normal distribution puts nearly all magnitudes on the bounds 0 and 10."""
+    rows = draws(f"rand-m8-mstd{deviation}-n20-p1-inc1", 1000)
+    strengths = [abs(value) / 3 for row in rows for name, value in row if name == "Rotate"]
+    counts = np.histogram(strengths, 4, (0, 8))[0] / len(strengths)
+    if deviation == "100":
+        assert max(strengths) == 10 and counts[1:].max() < 0.05
+    else:
+        assert max(strengths) <= 8 and counts == pytest.approx([0.25] * 4, abs=0.05)
+
+
 @pytest.mark.parametrize(
     "spec, match",
     [

@@ -78,6 +78,8 @@ def test_folder_names_can_be_chosen(folder):
     assert len(here) == 6 and here.class_names == ("ant", "bee", "cat")
     (folder / "val").rename(folder / "test")
     refused("imagefolder", folder, "val", match="no folder 'val' .* there is test, train;")
+    for given in ("test/2", str(folder / "2")):
+        refused("imagefolder", folder, "val", match=f"no folder '{given}' for", val_folder=given)
     assert len(open_source("imagefolder", str(folder), "val", val_folder="test")) == 6
 
 
@@ -103,6 +105,19 @@ def test_a_test_set_inside_the_training_folder_can_be_evaluated(folder):
         open_val()  # the class names would be "train" and "val"
 
 
+def test_folders_of_classes_that_are_not_selected_are_not_read(folder):
+    for split in ("train", "val"):
+        (folder / split / "empty").mkdir()
+    image(folder / "val" / "unknown" / "1.png")
+    (folder / "val" / "ant" / "link").symlink_to("../unknown")
+    for split in ("train", "val"):
+        source = open_source("imagefolder", str(folder), split, selected=["bee", "ant"])
+        assert source.class_names == ("ant", "bee", "cat", "empty")
+        assert source.labels.tolist() == [0, 0, 1, 1]
+    source = open_source("imagefolder", str(folder), "val", ("dog", "bee"), selected=["bee"])
+    assert source.class_names == ("dog", "bee") and source.labels.tolist() == [1, 1]
+
+
 def test_other_files_are_counted_hidden_ones_ignored(folder, caplog):
     (folder / "train" / "ant" / "notes.txt").write_text("x")
     (folder / "train" / "list.csv").write_text("x")
@@ -111,7 +126,7 @@ def test_other_files_are_counted_hidden_ones_ignored(folder, caplog):
     with caplog.at_level(logging.WARNING):
         source = open_source("imagefolder", str(folder), "train")
     assert len(source) == 6 and source.class_names == ("ant", "bee", "cat")
-    assert len(caplog.records) == 1 and "left out 2 files" in caplog.text
+    assert len(caplog.records) == 1 and "left out files (2)" in caplog.text
 
 
 def test_imagefolder_faults(folder, tmp_path):

@@ -37,6 +37,13 @@ def test_classes_that_are_not_there_are_refused(source):
         select_classes(source, ["a", "e"])
     with pytest.raises(UserError, match="twice"):
         select_classes(source, ["a", "a"])
+    with pytest.raises(UserError, match="'e' is none of the run's classes, a, b"):
+        select_classes(source, ["a", "e"], ["a", "b"])
+
+
+def test_known_classes_may_be_missing(source):
+    part = select_classes(source, ["e", "d"], ["d", "e", "f"])
+    assert part.class_names == ("d", "e", "f") and part.labels.tolist() == [0] * 5
 
 
 def test_a_balanced_part_has_as_many_of_each_class_as_there_can_be(source):

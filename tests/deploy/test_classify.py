@@ -87,7 +87,7 @@ def test_files_of_other_kinds_are_left_out_by_name(folder, caplog):
     """A phone's HEIC is no image here, but its owner expects a line for it."""
     (folder / "sub0/phone.heic").write_bytes(b"x")
     classify_files(Brightness(), str(folder), 1, None)
-    assert "left out 1 files that are not .jpg" in caplog.text and "phone.heic" in caplog.text
+    assert "left out files (1) that are not .jpg" in caplog.text and "phone.heic" in caplog.text
 
 
 def test_broken_files_are_named_beside_the_others(folder, tmp_path, capsys):

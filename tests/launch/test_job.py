@@ -141,7 +141,7 @@ def test_a_users_error_in_the_ranks_is_told_once_and_quickly(hostile_folder, fre
         cwd=tmp_path, env=environment(free_port), capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 2 and time.time() - start < 60
-    assert "train.py: error: digits (train): 30 images are not one batch of 64" in done.stderr
+    assert "train.py: error: digits (train): fewer images (30) than a step takes" in done.stderr
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.glob("run*/config.yaml"))
     assert not list(hostile_folder.glob("ran-*"))

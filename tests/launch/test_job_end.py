@@ -24,7 +24,7 @@ if os.environ["MS_ROLE"] == "MS_WORKER":
     if sys.argv[2:] == ["announced"]:
         print(f"rank {os.environ['RANK_ID']} ends with exit code {sys.argv[1]}", flush=True)
     elif sys.argv[2:]:
-        print(f"{sys.argv[0].split('/')[-1]}: error: 30 images are not one batch", flush=True)
+        print(f"{sys.argv[0].split('/')[-1]}: error: fewer images (30)", flush=True)
     if os.environ["RANK_ID"] == "1":
         time.sleep(2)
         os.kill(os.getpid(), signal.SIGSEGV)
@@ -38,7 +38,7 @@ time.sleep(600)
     [
         (["0", "announced"], 0, ""),
         (["143", "announced"], 143, "stopped by request"),
-        (["2", "refused"], 2, "30 images are not one batch"),
+        (["2", "refused"], 2, "fewer images (30)"),
         (["0"], 139, "ended by SIGSEGV; the other ranks were stopped"),
     ],
 )
@@ -62,7 +62,7 @@ def test_a_crash_after_the_announced_end_is_no_failure(
         ("RuntimeError: The state of the cluster is error, total nodes num: 2", 2, True),
         ("RuntimeError: AllReduce failed: receiving from rank 1 timed out", 2, True),
         ("", 2, True),
-        ("train.py: error: 30 images are not one batch", 2, False),
+        ("train.py: error: fewer images (30)", 2, False),
         ("RuntimeError: out of memory", 1, False),
     ],
 )

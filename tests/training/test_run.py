@@ -243,7 +243,7 @@ def test_a_loss_that_is_not_finite_stops_before_it_is_saved(trained, few_digits,
 
 
 def test_too_few_images_for_a_batch(trained, tmp_path):
-    with pytest.raises(UserError, match="4000 images are not one batch of 5000"):
+    with pytest.raises(UserError, match=r"fewer images \(4000\) than a step takes \(5000\)"):
         train(small(trained, training__batch_size=5000), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -299,7 +299,7 @@ def test_resuming_nothing_leaves_no_folder(trained, tmp_path):
         ({"model__embed_dims": [7, 9, 11]}, "embed_dims|heads"),
         ({"augment__rand_augment": "rand-x9"}, "rand_augment"),
         ({"training__freeze": ["stage9"]}, "training.freeze"),
-        ({"training__batch_size": 5000}, "not one batch of 5000"),
+        ({"training__batch_size": 5000}, r"than a step takes \(5000\)"),
         ({"model__image_size": 4}, "image_size|pixels"),
         ({"data__crop_ratio": 2.0}, "data.crop_ratio"),
         ({"augment__cutmix": 1.0, "training__batch_size": 1}, "mix the images of a batch"),
@@ -332,19 +332,33 @@ def test_cheap_checks_come_before_the_images_are_read(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("same", [True, False])
-def test_accuracy_on_the_training_images_is_warned_of(tmp_path, caplog, same):
+@pytest.mark.parametrize(
+    "keys, links, words",
+    [
+        ({}, {}, None),
+        ({"val_folder": "val/../train"}, {}, "are the same folder"),
+        ({}, {"val/b": "../train/b"}, "share class folders (b)"),
+        ({}, {"val/b": "../train/c/deep"}, "share class folders (b)"),
+        ({}, {"train/b": "../val/b/deep"}, "share class folders (b)"),
+        ({"classes": ["a", "b"]}, {"val/c": "../train/c"}, None),
+    ],
+)
+def test_accuracy_on_the_training_images_is_warned_of(tmp_path, caplog, keys, links, words):
     for split in ("train", "val"):
-        for name in "ab":
-            (tmp_path / split / name).mkdir(parents=True)
-            Image.new("RGB", (16, 16)).save(tmp_path / split / name / "1.png")
+        for name in "abc":
+            (tmp_path / split / name / "deep").mkdir(parents=True)
+            Image.new("RGB", (16, 16)).save(tmp_path / split / name / "deep" / "1.png")
+    for link, target in links.items():
+        shutil.rmtree(tmp_path / link)
+        (tmp_path / link).symlink_to(target)
     settings = tiny_config()
-    settings.data = DataConfig(
-        path=str(tmp_path), val_folder="val/../train" if same else "val", workers=1
-    )
+    settings.data = DataConfig(path=str(tmp_path), workers=1, **keys)
     settings.model.num_classes, settings.training.batch_size = None, 2
     validate(settings, SINGLE_PROCESS)
-    assert ("the same folder, so accuracy is measured on the training" in caplog.text) is same
+    if words is None:
+        assert "training images" not in caplog.text
+    else:
+        assert f"{words}, so accuracy is measured on the training" in caplog.text
 
 
 @pytest.mark.parametrize("classes", [["7", "2"], None])

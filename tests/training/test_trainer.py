@@ -1,6 +1,7 @@
 """The loop around the step."""
 
 import mindspore as ms
+import numpy as np
 import pytest
 
 from src.config import (
@@ -69,6 +70,15 @@ def test_nothing_waits_for_the_device_between_steps(trainer, monkeypatch):
         between = events[first:last]
         assert between == ["step", *["fetch"] * (epoch == 0), *["step"] * 7]
         assert "fetch" in events[last:], "the epoch's losses are read at its end"
+
+
+def test_images_that_do_not_fill_a_step_are_counted(trainer, caplog):
+    caplog.set_level("INFO", "cvt")
+    trainer._log_start()
+    assert "leaves out" not in caplog.text
+    trainer.source = trainer.source.subset(np.arange(4001) % 4000)
+    trainer._log_start()
+    assert "each epoch leaves out images (1) that do not fill a step of 500" in caplog.text
 
 
 def test_a_step_that_compiles_has_no_speed(trainer):
