@@ -27,7 +27,7 @@ def main(argv: list[str]) -> None:
         parser.add_argument(
             "--dst", type=str, required=True, help=".ckpt or .safetensors file to write"
         )
-        parser.add_argument("--model", type=str, help="default: detected from the tensors' shapes")
+        parser.add_argument("--model", type=str, help="network; default: detected from the tensors")
         parser.add_argument(
             "--entry",
             type=str,

@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
             help="folder for accuracy per class, confusion matrix, calibration and worst images",
         )
         parser.add_argument(
-            "--force", action="store_true", help="overwrite files other than earlier results"
+            "--force", action="store_true", help="also replace files that are not earlier results"
         )
 
     description = "Evaluate a checkpoint; --config defaults to its run's config.yaml."

@@ -93,7 +93,7 @@ def add_arguments(parser) -> None:
         help="also draw the attention map of one image, as a .png, .pdf, ...",
     )
     parser.add_argument(
-        "--force", action="store_true", help="overwrite files other than earlier results"
+        "--force", action="store_true", help="also replace files that are not earlier results"
     )
 
 

@@ -25,7 +25,8 @@ def main(argv: list[str]) -> None:
             const=True,
             default=False,
             metavar="STATE",
-            help="continue the run in the output folder, from its newest state or from STATE",
+            help="continue the run in --output from its newest state, or the run of STATE, a state "
+            "or a run's folder",
         )
         parser.add_argument(
             "--accept_changes", action="store_true", help="resume although settings differ"

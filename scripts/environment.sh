@@ -21,7 +21,7 @@ environment() {
     modules+=' pytest xdist ruff onnxruntime fastapi uvicorn'
     [ "$(uname -m)" != x86_64 ] || modules+=' openvino'
   fi
-  # Only MindSpore is imported, which depends on the host's drivers; all of them would take a second more.
+  # Import MindSpore alone, which depends on the host's drivers; the others would take half a second.
   if "$base" -c "import mindspore, sys; from importlib.util import find_spec
 sys.exit(not all(map(find_spec, '$modules'.split())))" 2>/dev/null; then
     PYTHON=$base

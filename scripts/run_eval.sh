@@ -2,7 +2,8 @@
 # Evaluate a checkpoint:
 #   bash scripts/run_eval.sh CONFIG DATA CKPT [DEVICE_ID] [--dry_run] [--key value ...]
 # CONFIG - uses the run's own configuration, DATA - the configuration's data. DEVICE_TARGET is Ascend
-# (default), GPU or CPU. Further options are passed to eval.py.
+# (default), GPU or CPU. Without DEVICE_ID, runtime.device_id of CONFIG counts, else DEVICE_ID of the
+# environment, else 0. Further options are passed to eval.py.
 set -euo pipefail
 # shellcheck source=scripts/command.sh
 source "$(dirname "${BASH_SOURCE[0]}")/command.sh"

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Train on one device:
 #   bash scripts/run_standalone_train.sh CONFIG DATA [DEVICE_ID] [--dry_run] [--key value ...]
-# DATA - uses the recipe's data. DEVICE_TARGET is Ascend (default), GPU or CPU. Further options are
-# passed to train.py.
+# DATA - uses the recipe's data. DEVICE_TARGET is Ascend (default), GPU or CPU. Without DEVICE_ID,
+# runtime.device_id of the recipe counts, else DEVICE_ID of the environment, else 0. Further options
+# are passed to train.py.
 set -euo pipefail
 # shellcheck source=scripts/command.sh
 source "$(dirname "${BASH_SOURCE[0]}")/command.sh"

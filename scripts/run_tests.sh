@@ -17,7 +17,7 @@ if command -v shellcheck >/dev/null; then
 else
   echo "shellcheck is not installed: skipping the shell scripts"
 fi
-# One worker more than cores, because some wait for the processes of their test. Each runs MindSpore,
+# Use one worker more than cores, because some wait for processes of their test. Each runs MindSpore,
 # which takes up to 2 GB.
 PYTEST_XDIST_AUTO_NUM_WORKERS=${PYTEST_XDIST_AUTO_NUM_WORKERS-$("$PYTHON" -c 'import psutil
 from src.cores import cpu_count

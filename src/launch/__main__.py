@@ -24,7 +24,8 @@ usage: bash scripts/run_distribute_train.sh CONFIG DATA [DEVICE_NUM] [--dry_run]
 
   CONFIG       recipe, for example config/imagenet/cvt_13_224.yaml
   DATA         data folder, or - for the recipe's data.path
-  DEVICE_NUM   devices to use on this host (default: all visible devices), the same on all hosts
+  DEVICE_NUM   devices to use on this host, the same on all hosts (default: all visible devices;
+               on CPUs, all cores)
   --dry_run    print each rank's command and environment without starting it
   --bind_core  let msrun bind each rank to cores near its device, or to the cores you give:
                --bind_core='{"device0": ["0-11"], "device1": ["12-23"]}'
@@ -37,6 +38,7 @@ environment variables:
   MASTER_ADDR       address of host 0; ignored with one host
   MASTER_PORT       port of the scheduler on host 0 (default 8118)
   PYTHON            Python interpreter
+  ASCEND_RT_VISIBLE_DEVICES, CUDA_VISIBLE_DEVICES   devices to use, such as 4,5,6,7
 HCCL timeouts in seconds, unless already set: HCCL_CONNECT_TIMEOUT=1800, HCCL_EXEC_TIMEOUT=7140
 """
 
