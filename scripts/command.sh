@@ -12,7 +12,6 @@ from_project() {
   while IFS= read -r -d: entry; do [ -z "$entry" ] || paths+=:$entry; done <<<"${PYTHONPATH-}:"
   cd "$project" || return
   environment requirements.txt
-  preload_jemalloc
   cd "$user" || return
   case $PYTHON in .venv/*) PYTHON=$project/$PYTHON ;; esac
   PYTHONPATH=$paths exec "$PYTHON" "$@"

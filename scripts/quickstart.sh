@@ -12,7 +12,6 @@ esac
 case ${OUTPUT-} in "" | /*) ;; *) OUTPUT=$PWD/$OUTPUT ;; esac # before the cd
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 environment requirements.txt
-preload_jemalloc
 
 run=${OUTPUT:-runs/quickstart-$(date +%Y%m%d-%H%M%S)}
 digits=$run/digits

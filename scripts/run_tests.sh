@@ -26,7 +26,6 @@ export PYTEST_XDIST_AUTO_NUM_WORKERS
 # One thread each, because threads that wait for another one spin on the core that it needs. Tests that
 # need more set the number themselves.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS-1}
-preload_jemalloc
 words=(-n auto --dist loadfile --no-loadscope-reorder)
 if [ "${1-}" = --quick ]; then
   shift

@@ -21,9 +21,6 @@ from src.device import prepare_environment
 prepare_environment()  # before any test imports MindSpore
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under `nohup`, runs would ignore it
 
-# For tests of memory: glibc's allocator, although run_tests.sh preloads another one.
-SYSTEM_ALLOCATOR = {**os.environ, "LD_PRELOAD": ""}
-
 # The longest first, so that no worker ends with one while the others are idle.
 LONG_FILES = (
     "tests/launch/test_job.py",

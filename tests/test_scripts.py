@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from pathlib import Path
 
-import mindspore
 import pytest
 
 from tests.conftest import ROOT
@@ -162,22 +161,6 @@ def test_windows_is_refused(tmp_path):
     assert done.returncode == 2 and "WSL 2" in done.stderr
 
 
-def test_no_module_of_the_users_folder_chooses_the_allocator(tmp_path):
-    """Nor ends a script: the project's interpreter looks for its own MindSpore."""
-    user = tmp_path / "user"
-    user.mkdir()
-    (user / "mindspore.py").write_text("raise SystemExit(1)")
-    project = tmp_path / "project"
-    shutil.copytree(ROOT / "scripts", project / "scripts")
-    environment = {key: value for key, value in os.environ.items() if key != "LD_PRELOAD"}
-    done = subprocess.run(
-        ["bash", "-c", f"source {project}/scripts/command.sh; environment() {{ :; }};"
-         "preload_jemalloc() { pwd; }; from_project -c 'print(1)'"],
-        cwd=user, env={**environment, "PYTHON": sys.executable}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert (done.stdout, done.stderr) == (f"{project}\n1\n", "")
-
-
 def test_scripts_find_their_project_and_the_interpreter_from_any_folder(tmp_path):
     """With CDPATH, which makes `cd scripts/..` go elsewhere, and PYTHON from the user's folder."""
     project, user = tmp_path / "project", tmp_path / "user"
@@ -293,38 +276,3 @@ def test_an_export_lies_where_export_py_puts_it(tmp_path):
     script = ["bash", str(ROOT / "scripts/run_export.sh"), "-", "./lr0.1", "mindir", "--dry_run"]
     done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "--ckpt ./lr0.1 --format mindir" in done.stdout and "--output" not in done.stdout
-
-
-CARD = "compgen() {{ [[ $2 = /dev/{}* ]]; }}"  # as where such a card is
-
-
-@pytest.mark.parametrize(
-    ("before", "library", "preloaded"),
-    [
-        (CARD.format("none"), "lib", True),
-        (CARD.format("davinci"), "lib", False),
-        (CARD.format("nvidia"), "lib", False),
-        (CARD.format("none"), "two words/lib", False),  # the loader would take two names
-        (CARD.format("none"), None, False),
-        (CARD.format("none") + "; export LD_PRELOAD=", "lib", False),
-    ],
-)
-def test_scripts_preload_an_allocator_that_can_be(tmp_path, before, library, preloaded):
-    """A stand-in for MindSpore's package with its real library, or with a file that is none."""
-    package = tmp_path / (library or "lib").removesuffix("lib") / "mindspore"
-    (package / "lib").mkdir(parents=True)
-    (package / "__init__.py").touch()
-    placed = package / "lib/libjemalloc.so.2"
-    real = Path(mindspore.__file__).parent / "lib/libjemalloc.so.2"
-    if library and not real.exists():
-        pytest.skip("this MindSpore has no jemalloc")
-    placed.symlink_to(real) if library else placed.write_text("no library")
-    script = (
-        f"source scripts/environment.sh; {before}; preload_jemalloc; "
-        "exec $PYTHON -c 'import ctypes; print(hasattr(ctypes.CDLL(None), \"mallctl\"))'"
-    )
-    environment = {key: value for key, value in os.environ.items() if key != "LD_PRELOAD"}
-    environment |= {"PYTHON": sys.executable, "PYTHONPATH": str(package.parent)}
-    command = ["bash", "-c", script]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert (done.stdout, done.stderr) == (f"{preloaded}\n", "")

@@ -243,6 +243,11 @@ def _open_openvino(path: Path, threads: int | None) -> Session:
     openvino = import_optional("openvino")
     if openvino is None:
         raise UserError(f"{path}: OpenVINO is not installed: pip install openvino")
+    if "jemalloc" in os.environ.get("LD_PRELOAD", ""):  # OpenVINO gives its memory back to glibc
+        raise UserError(
+            f"{path}: OpenVINO crashes with jemalloc in LD_PRELOAD; unset it, or take --engine "
+            "onnxruntime"
+        )
     # Without the first setting, OpenVINO computes in bfloat16 on processors that support it.
     settings = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
     if threads is not None:

@@ -289,3 +289,11 @@ def test_the_reason_of_an_engine_is_told(tmp_path, weight):
         pytest.importorskip(engine)
         with pytest.raises(UserError, match="t.onnx: .* rejects it: .*NoSuchOperator"):
             open_model(tmp_path / "t.onnx", engine)
+
+
+def test_openvino_is_refused_where_it_would_crash(tmp_path, monkeypatch):
+    """It frees memory by glibc, whichever allocator is preloaded: free(): invalid pointer."""
+    pytest.importorskip("openvino")
+    monkeypatch.setenv("LD_PRELOAD", "/lib/libjemalloc.so.2")
+    with pytest.raises(UserError, match="m.onnx: OpenVINO crashes with jemalloc in LD_PRELOAD"):
+        engines._open_openvino(tmp_path / "m.onnx", None)

@@ -1,5 +1,6 @@
 """Networks in compiled operators against the official numbers, and against the plain ones."""
 
+import os
 import subprocess
 import sys
 
@@ -21,7 +22,7 @@ from src.models.sync_batchnorm import synchronise_batchnorm
 from src.training.loss import LabelSmoothingCrossEntropy
 from src.training.optimizer import SGD
 from src.training.train_step import TrainStep
-from tests.conftest import ROOT, SYSTEM_ALLOCATOR, TINY
+from tests.conftest import ROOT, TINY
 from tools.check_device.golden import official
 
 CASES = {case["tag"]: case for case in official.DESCRIPTION["cases"]}
@@ -179,7 +180,7 @@ def test_training_computes_again_what_is_large_and_cheap(built, tmp_path):
     """Peak memory with and without it: 644 and 851 MB; any of the four operators is 31 or more."""
     script = tmp_path / "peak.py"  # MindSpore compiles from source, which a file has
     script.write_text(PEAK)
-    environment = {**SYSTEM_ALLOCATOR, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     peaks = {}
     for what in ("kept", "again"):
         command = [sys.executable, str(script), str(built), what]
