@@ -96,11 +96,11 @@ def compare_with_run(
 
 
 def _shapeless(model: ModelConfig, key: str) -> Any:
-    """Return the value of a key; for null, that of the CvT variant."""
+    """Return the value of a key; for null, that of the CvT variant, or None for another model."""
     value = getattr(model, key)
-    if value is None:
+    if value is None and model.name in SIZES:
         default = inspect.signature(CvT.__init__).parameters[key].default
-        value = SIZES.get(model.name, {}).get(key, default)
+        value = SIZES[model.name].get(key, default)
     return list(value) if isinstance(value, tuple) else value
 
 

@@ -144,6 +144,11 @@ def test_a_network_that_computes_otherwise_is_told(tmp_path, caplog):
     config.model.kv_stride, config.data.class_names = None, ["b", "a"]
     compare_with_run(tmp_path / "best.ckpt", config)
     assert "model.kv_stride 1, not 2; the classes a, b, not b, a" in caplog.text
+    config.model = ModelConfig("vit_nano")
+    save_config(config, tmp_path / "config.yaml")
+    given = dataclasses.replace(config.model, num_heads=[3])
+    compare_with_run(tmp_path / "best.ckpt", dataclasses.replace(config, model=given))
+    assert "model.num_heads None, not [3]" in caplog.text
 
 
 @pytest.mark.parametrize("moved", [True, False])
