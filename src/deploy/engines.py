@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import sys
 import threading
@@ -239,14 +240,27 @@ def _open_onnxruntime(path: Path, threads: int | None) -> Session:
     return Session(run, "onnxruntime", path)
 
 
+def _malloc_is_replaced() -> bool:
+    """Return whether another malloc than glibc's comes first, whose memory OpenVINO frees by glibc.
+
+    Seen with OpenVINO 2026.4 and jemalloc or tcmalloc: free(): invalid pointer.
+    """
+    try:
+        libraries = ctypes.CDLL(None), ctypes.CDLL("libc.so.6")
+    except OSError:  # no glibc
+        return False
+    first, glibc = (ctypes.cast(each.malloc, ctypes.c_void_p).value for each in libraries)
+    return first != glibc
+
+
 def _open_openvino(path: Path, threads: int | None) -> Session:
     openvino = import_optional("openvino")
     if openvino is None:
         raise UserError(f"{path}: OpenVINO is not installed: pip install openvino")
-    if "jemalloc" in os.environ.get("LD_PRELOAD", ""):  # OpenVINO gives its memory back to glibc
+    if _malloc_is_replaced():
         raise UserError(
-            f"{path}: OpenVINO crashes with jemalloc in LD_PRELOAD; unset it, or take --engine "
-            "onnxruntime"
+            f"{path}: OpenVINO crashes with another allocator than the C library's, such as "
+            "jemalloc in LD_PRELOAD; unset that, or take --engine onnxruntime"
         )
     # Without the first setting, OpenVINO computes in bfloat16 on processors that support it.
     settings = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
