@@ -152,32 +152,32 @@ class Statistics(nn.Cell):
 
 
 class RunningStatistics(nn.Cell):
-    """Moves BatchNorm's running mean and variance towards a batch's; no gradient passes."""
+    """Moves the running statistics of three BatchNorms towards a batch's; no gradient passes."""
 
     def __init__(self, library: Path) -> None:
         super().__init__(auto_prefix=False)
 
-        def bprop(mean, variance, momentum, correction, running_mean, running_variance, out, dout):
-            inputs = (mean, variance, momentum, correction, running_mean, running_variance)
-            return tuple(ops.zeros_like(each) for each in inputs)
+        def bprop(
+            mq, mk, mv, vq, vk, vv, momenta, corrections, rmq, rmk, rmv, rvq, rvk, rvv, out, dout
+        ):
+            vectors, threes = (ops.zeros_like(mq),) * 6, (ops.zeros_like(momenta),) * 2
+            return (*vectors, *threes, *vectors)
 
-        self.update = _in_place(library, "running_statistics", (READ, 4), (WRITE, 2), bprop=bprop)
+        self.update = _in_place(library, "running_statistics", (READ, 8), (WRITE, 6), bprop=bprop)
 
     def construct(
         self,
-        mean: Tensor,
-        variance: Tensor,
-        momentum: Tensor,
-        correction: Tensor,
-        running_mean: Tensor,
-        running_variance: Tensor,
+        values: tuple[Tensor, ...],
+        running: tuple[Tensor, ...],
+        momenta: Tensor,
+        corrections: Tensor,
     ) -> Tensor:
         """Update in place.
 
         Args:
-            mean, variance: of the batch, [C].
-            momentum: the batch's weight, a float32 scalar.
-            correction: factor of the batch's variance, a float32 scalar.
-            running_mean, running_variance: parameters [C].
+            values: of the batch, three means and three variances [C].
+            running: as many parameters.
+            momenta: the batch's weights, float32 [3]; 0 changes nothing.
+            corrections: factors of the batch's variances, float32 [3].
         """
-        return self.update(mean, variance, momentum, correction, running_mean, running_variance)
+        return self.update(*values, momenta, corrections, *running)

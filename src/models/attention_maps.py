@@ -16,7 +16,7 @@ from mindspore import Tensor, nn
 
 from src.errors import UserError
 from src.models.cvt import CvT
-from src.models.layers import Attention
+from src.models.layers import Attention, Block
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def attention_maps(net: nn.Cell, images: Tensor) -> AttentionMaps:
     """Run a network on images and record the attention weights of its last stage.
 
     This needs PyNative mode, `mindspore.set_context(mode=mindspore.PYNATIVE_MODE)`: hooks read the
-    inputs of each attention, and a compiled graph runs no hooks. The network is not changed.
+    inputs of each block, and a compiled graph runs no hooks. The network is not changed.
 
     Args:
         net: a CvT with a class token, in inference mode.
@@ -116,13 +116,13 @@ def attention_maps(net: nn.Cell, images: Tensor) -> AttentionMaps:
         raise UserError("attention maps need PyNative mode: ms.set_context(mode=ms.PYNATIVE_MODE)")
     from_cls, mean = [], []
 
-    def record(cell: Attention, inputs: tuple) -> None:
-        weights = attention_weights(cell, *inputs[:3]).asnumpy()
+    def record(block: Block, inputs: tuple) -> None:
+        x, height, width = inputs[:3]
+        weights = attention_weights(block.attn, block.norm1(x), height, width).asnumpy()
         from_cls.append(weights[:, :, 0])
         mean.append(weights.mean(axis=1))
 
-    attentions = [block.attn for block in net.stage2.blocks]
-    hooks = [cell.register_forward_pre_hook(record) for cell in attentions]
+    hooks = [block.register_forward_pre_hook(record) for block in net.stage2.blocks]
     try:
         net(images)
     finally:
@@ -130,7 +130,7 @@ def attention_maps(net: nn.Cell, images: Tensor) -> AttentionMaps:
             hook.remove()
     image_size = tuple(images.shape[2:])
     grid = net.grids(image_size)[-1]
-    kv_grids = [_key_positions(attentions[0], edge) for edge in grid]
+    kv_grids = [_key_positions(net.stage2.blocks[0].attn, edge) for edge in grid]
     queries = tuple(token_centres(net.patches, np.arange(edge)) for edge in grid)
     keys = tuple(token_centres(net.patches, positions) for positions in kv_grids)
     return AttentionMaps(tuple(from_cls), tuple(mean), queries, keys, image_size)

@@ -11,16 +11,15 @@ from pathlib import Path
 from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
-from src.kernels import functions
+from src.kernels import branches, functions
 from src.kernels.update import RunningStatistics
 from src.models import vit
-from src.models.layers import (
-    Attention,
-    BatchNorm2d,
-    Block,
-    ConvEmbed,
-    LayerNorm,
-)
+from src.models.layers import Attention, BatchNorm2d, Block, ConvEmbed, LayerNorm
+from src.models.stochastic import DropPath
+
+# Elements of a weight up to which an operator computes the products of a whole branch itself, from
+# the cache. Beyond it, training of CvT-13 is faster with MindSpore's products.
+FUSED_SIZE = 2**16
 
 
 class CompiledLayerNorm(LayerNorm):
@@ -46,11 +45,19 @@ class CompiledConvEmbed(ConvEmbed):
             (edge + 2 * conv.padding - conv.kernel_size[0]) // conv.stride[0] + 1
         )
         self.product = ops.MatMul(transpose_b=True)
+        self.embed = branches.ConvEmbed(
+            library, conv.kernel_size[0], conv.stride[0], conv.padding, self.norm.epsilon
+        )
+        self.is_small = conv.weight.size <= 2 * FUSED_SIZE
 
     def construct(self, x: Tensor, height: int, width: int) -> tuple[Tensor, int, int]:
         """Compute as `ConvEmbed`."""
         if x.ndim == 4:
             x = x.transpose((0, 2, 3, 1)).reshape((-1, height * width, x.shape[1]))
+        if self.is_small:
+            conv, norm = self.proj, self.norm
+            x = self.embed(x, conv.weight, conv.bias, norm.gamma, norm.beta, height, width)
+            return x, self.grid(height), self.grid(width)
         weight = self.proj.weight.transpose((0, 2, 3, 1)).reshape((self.proj.weight.shape[0], -1))
         x = self.product(self.unfold(x, height, width), weight) + self.proj.bias
         height, width = self.grid(height), self.grid(width)
@@ -67,50 +74,92 @@ class BiasFreeLinear:
 
 
 class CompiledAttention(BiasFreeLinear, Attention):
-    """CvT's attention: convolution and BatchNorm in one operator, biases and heads in one pass."""
+    """CvT's attention with the LayerNorm before it and the residual behind it.
+
+    A block calls `project_normalised` and then the cell.
+    """
 
     def prepare(self, library: Path) -> None:
         """Create the fused operators."""
-        self.norms = nn.CellList(
-            [
-                functions.ConvNorm(library, each.conv.stride[0], each.bn.eps)
-                for each in (self.conv_proj_q, self.conv_proj_k, self.conv_proj_v)
-            ]
-        )
         self.move_statistics = RunningStatistics(library)
-        self.split = functions.SplitHeads(library, self.num_heads)
-        self.softmax = functions.Softmax(library, self.attend.scale)
-        self.merge = functions.MergeHeads(library, self.num_heads)
+        self.fused = functions.Attention(library, self.num_heads, self.attend.scale)
+        self.branch = branches.AttentionBranch(library, self.num_heads, self.attend.scale)
+        self.end = functions.BiasResidual(library)
+        self.is_small = self.proj.weight.size <= FUSED_SIZE and self.head_dim % 16 == 0
         self.product = ops.MatMul(transpose_b=True)
 
-    def _norm(self, index: int, projection, x: Tensor, height: int, width: int) -> Tensor:
-        norm, bn, weight = self.norms[index], projection.bn, projection.conv.weight
-        if not bn.training:
-            statistics = bn.moving_mean, bn.moving_variance
-            return norm.with_statistics(x, weight, bn.gamma, bn.beta, *statistics, height, width)
-        y, mean, variance = norm(x, weight, bn.gamma, bn.beta, height, width)
-        count = y.shape[0] * (y.shape[1] - int(self.has_cls_token))
-        momentum = Tensor(bn.momentum, mstype.float32)
-        unbiased = Tensor(count / max(count - 1, 1), mstype.float32)
-        self.move_statistics(mean, variance, momentum, unbiased, bn.moving_mean, bn.moving_variance)
-        return y
+    def prepare_projections(self, library: Path, norm: LayerNorm) -> None:
+        """Create the operator of the projections, with the block's LayerNorm before them."""
+        q, k, v = self.conv_proj_q, self.conv_proj_k, self.conv_proj_v
+        self.project_tokens = branches.ConvProjections(
+            library, [each.conv.stride[0] for each in (q, k, v)], norm.epsilon, q.bn.eps
+        )
 
-    def construct(
-        self, x: Tensor, height: int, width: int, bits: Tensor | None, only_cls: bool = False
-    ) -> Tensor:
-        """Compute as `Attention`, without the last Linear's bias."""
-        q = x[:, :1]
-        if not only_cls:
-            q = self._norm(0, self.conv_proj_q, x, height, width)
-        elif self.conv_proj_q.bn.training:  # to update its statistics
-            q = ops.depend(q, self._norm(0, self.conv_proj_q, x, height, width))
-        k = self._norm(1, self.conv_proj_k, x, height, width)
-        v = self._norm(2, self.conv_proj_v, x, height, width)
-        q = self.split(self.linear(q, self.proj_q.weight), self.proj_q.bias)
-        k = self.split(self.linear(k, self.proj_k.weight), self.proj_k.bias)
-        v = self.split(self.linear(v, self.proj_v.weight), self.proj_v.bias)
-        weights = self.softmax(self.attend.scores(q, k))  # [B, h, T, T']
-        return self.linear(self.merge(self.attend.mix(weights, v)), self.proj.weight)
+    def project_normalised(
+        self, x: Tensor, norm: LayerNorm, height: int, width: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Project norm(x) to q [B, T, C], k and v [B, T', C], without Linears."""
+        q, k, v = self.conv_proj_q, self.conv_proj_k, self.conv_proj_v
+        tensors = (
+            *(norm.gamma, norm.beta, q.conv.weight, k.conv.weight, v.conv.weight),
+            *(q.bn.gamma, k.bn.gamma, v.bn.gamma, q.bn.beta, k.bn.beta, v.bn.beta),
+        )
+        statistics = (
+            *(q.bn.moving_mean, k.bn.moving_mean, v.bn.moving_mean),
+            *(q.bn.moving_variance, k.bn.moving_variance, v.bn.moving_variance),
+        )
+        learns_q, learns_k, learns_v = q.bn.training, k.bn.training, v.bn.training
+        if not (learns_q or learns_k or learns_v):
+            given = (*tensors, *statistics)
+            return self.project_tokens.with_statistics(x, given, height, width)
+        # gamma stands for statistics that are not read: MindSpore keeps the outputs of an operator
+        # that reads what changes in place, instead of computing them again.
+        given = (
+            *tensors,
+            q.bn.gamma if learns_q else q.bn.moving_mean,
+            k.bn.gamma if learns_k else k.bn.moving_mean,
+            v.bn.gamma if learns_v else v.bn.moving_mean,
+            q.bn.gamma if learns_q else q.bn.moving_variance,
+            k.bn.gamma if learns_k else k.bn.moving_variance,
+            v.bn.gamma if learns_v else v.bn.moving_variance,
+        )
+        learns = Tensor([float(learns_q), float(learns_k), float(learns_v)], mstype.float32)
+        out = self.project_tokens(x, given, learns, height, width)
+        momenta = [q.bn.momentum * learns_q, k.bn.momentum * learns_k, v.bn.momentum * learns_v]
+        corrections = [self._unbiased(out[0]), self._unbiased(out[1]), self._unbiased(out[2])]
+        self.move_statistics(
+            out[3:],
+            statistics,
+            Tensor(momenta, mstype.float32),
+            Tensor(corrections, mstype.float32),
+        )
+        return out[:3]
+
+    def _unbiased(self, y: Tensor) -> float:
+        """Return the factor that makes a biased variance over tokens [B, T, C] unbiased."""
+        count = y.shape[0] * (y.shape[1] - int(self.has_cls_token))
+        return count / max(count - 1, 1)
+
+    def construct(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+        """Compute x + keep * attention.
+
+        Args:
+            x: [B, T, C].
+            q, k, v: what `project_normalised` returns.
+            keep: drop path's factors [B].
+
+        Returns:
+            [B, T, C].
+        """
+        of_q, of_k, of_v, last = self.proj_q, self.proj_k, self.proj_v, self.proj
+        if self.is_small:
+            weights = (of_q.weight, of_k.weight, of_v.weight, last.weight)
+            biases = (of_q.bias, of_k.bias, of_v.bias, last.bias)
+            return self.branch(x, (q, k, v), (*weights, *biases), keep)
+        q, k = self.linear(q, of_q.weight), self.linear(k, of_k.weight)
+        v = self.linear(v, of_v.weight)
+        mixed = self.fused(q, k, v, of_q.bias, of_k.bias, of_v.bias)
+        return self.end(x, self.linear(mixed, last.weight), last.bias, keep)
 
 
 class CompiledViTAttention(BiasFreeLinear, vit.Attention):
@@ -118,20 +167,16 @@ class CompiledViTAttention(BiasFreeLinear, vit.Attention):
 
     def prepare(self, library: Path) -> None:
         """Create the fused operators."""
-        self.split = functions.SplitHeads(library, self.num_heads)
-        self.softmax = functions.Softmax(library, self.attend.scale)
-        self.merge = functions.MergeHeads(library, self.num_heads)
+        self.fused = functions.Attention(library, self.num_heads, self.attend.scale)
         self.product = ops.MatMul(transpose_b=True)
 
     def construct(self, x: Tensor, bits: Tensor | None) -> Tensor:
         """Compute as `vit.Attention`, without the last Linear's bias."""
         dim = x.shape[2]
         weight, bias = self.qkv.weight, self.qkv.bias
-        q = self.split(self.linear(x, weight[:dim]), bias[:dim])
-        k = self.split(self.linear(x, weight[dim : 2 * dim]), bias[dim : 2 * dim])
-        v = self.split(self.linear(x, weight[2 * dim :]), bias[2 * dim :])
-        weights = self.softmax(self.attend.scores(q, k))  # [B, h, T, T]
-        return self.linear(self.merge(self.attend.mix(weights, v)), self.proj.weight)
+        parts = [(weight[i * dim : (i + 1) * dim], bias[i * dim : (i + 1) * dim]) for i in range(3)]
+        x = self.fused(*(self.linear(x, each) for each, _ in parts), *(each for _, each in parts))
+        return self.linear(x, self.proj.weight)
 
 
 class CompiledBranches(BiasFreeLinear):
@@ -144,17 +189,25 @@ class CompiledBranches(BiasFreeLinear):
         self.end = functions.BiasResidual(library)
         self.act = functions.BiasActivation(library, self.activation)
         self.product = ops.MatMul(transpose_b=True)
+        self.branch = branches.MlpBranch(library, self.activation, self.norm2.epsilon)
+        self.is_small = self.mlp.fc1.weight.size <= FUSED_SIZE
 
-    def finish(self, x: Tensor, attended: Tensor, bits: Tensor | None) -> Tensor:
-        """Add attention and MLP to x: x and attended (without bias) [B, T, C] -> [B, T, C]."""
-        ones = ops.ones((x.shape[0],), mstype.float32)
-        keep = self.drop_path1.factors(bits)
-        x = self.end(x, attended, self.attn.proj.bias, ones if keep is None else keep)
-        y = self.norm2(x).reshape((-1, x.shape[2]))
-        y = self.act(self.product(y, self.mlp.fc1.weight), self.mlp.fc1.bias)
-        y = self.product(y, self.mlp.fc2.weight).reshape(x.shape)
-        keep = self.drop_path2.factors(bits)
-        return self.end(x, y, self.mlp.fc2.bias, ones if keep is None else keep)
+    def factors(self, drop_path: DropPath, x: Tensor, bits: Tensor | None) -> Tensor:
+        """Return a drop path's factors [B]."""
+        keep = drop_path.factors(bits)
+        return ops.ones((x.shape[0],), mstype.float32) if keep is None else keep
+
+    def add_mlp(self, x: Tensor, bits: Tensor | None) -> Tensor:
+        """Add the MLP to x [B, T, C]."""
+        keep = self.factors(self.drop_path2, x, bits)
+        norm, fc1, fc2 = self.norm2, self.mlp.fc1, self.mlp.fc2
+        if self.is_small:
+            linears = (fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+            return self.branch(x, norm.gamma, norm.beta, *linears, keep)
+        y = norm(x).reshape((-1, x.shape[2]))
+        y = self.act(self.product(y, fc1.weight), fc1.bias)
+        y = self.product(y, fc2.weight).reshape(x.shape)
+        return self.end(x, y, fc2.bias, keep)
 
 
 class CompiledBlock(CompiledBranches, Block):
@@ -166,8 +219,10 @@ class CompiledBlock(CompiledBranches, Block):
         self, x: Tensor, height: int, width: int, bits: Tensor | None, only_cls: bool = False
     ) -> Tensor:
         """Compute as `Block`."""
-        attended = self.attn(self.norm1(x), height, width, bits, only_cls)
-        return self.finish(x[:, :1] if only_cls else x, attended, bits)
+        q, k, v = self.attn.project_normalised(x, self.norm1, height, width)
+        if only_cls:
+            x, q = x[:, :1], q[:, :1]
+        return self.add_mlp(self.attn(x, q, k, v, self.factors(self.drop_path1, x, bits)), bits)
 
 
 class CompiledViTBlock(CompiledBranches, vit.Block):
@@ -177,7 +232,9 @@ class CompiledViTBlock(CompiledBranches, vit.Block):
 
     def construct(self, x: Tensor, bits: Tensor | None) -> Tensor:
         """Compute as `vit.Block`."""
-        return self.finish(x, self.attn(self.norm1(x), bits), bits)
+        keep = self.factors(self.drop_path1, x, bits)
+        x = self.end(x, self.attn(self.norm1(x), bits), self.attn.proj.bias, keep)
+        return self.add_mlp(x, bits)
 
 
 def use_compiled(net: nn.Cell, library: Path) -> nn.Cell:
@@ -190,6 +247,8 @@ def use_compiled(net: nn.Cell, library: Path) -> nn.Cell:
             if _is_plain(cell.attn):
                 for each in (cell, cell.attn):
                     _replace_class(each, COMPILED[type(each)], library)
+                if isinstance(cell, CompiledBlock):
+                    cell.attn.prepare_projections(library, cell.norm1)
         elif type(cell) in (LayerNorm, ConvEmbed):
             _replace_class(cell, COMPILED[type(cell)], library)
     return net

@@ -29,10 +29,11 @@ def test_a_mindir_that_would_load_a_library_is_not_opened(built, tmp_path, monke
     class Net(nn.Cell):
         def __init__(self):
             super().__init__()
-            self.softmax = functions.Softmax(built, 1.0)
+            self.norm = functions.LayerNorm(built, 1e-5)
+            self.ones = Tensor(np.ones(4, np.float32))
 
         def construct(self, x):
-            return self.softmax(x)
+            return self.norm(x, self.ones, self.ones)
 
     file = tmp_path / "custom.mindir"
     ms.export(Net(), Tensor(np.zeros((2, 4), np.float32)), file_name=str(file),

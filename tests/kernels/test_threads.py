@@ -143,34 +143,50 @@ def zeros(*shapes):
     return [np.zeros(shape, np.float32) for shape in shapes]
 
 
-GRID, SIZES = (4, 5), (3, 2, 2)
+GRID, SIZES, STRIDES = (4, 5), (3, 2, 2), (1, 2, 2)
+KEYS = [(2, 3, 8)] * 2
+# LayerNorm's gamma and beta, three weights, gammas, betas; what comes of them
+PROJECTIONS = [(8,), (8,), *[(8, 1, 3, 3)] * 3, *[(8,)] * 6]
+PROJECTED = [(2, 21, 8), (2, 7, 8), (2, 7, 8)]
+BRANCH = [
+    *[(2, 5, 32)] * 2, *[(2, 3, 32)] * 2, *[(32, 32)] * 4, *[(32,)] * 4, (2,), (1,), (2,)
+]  # fmt: skip
+MLP = [(2, 5, 8), (8,), (8,), (12, 8), (12,), (8, 12), (8,), (2,), (1,)]
+EMBED = [(8, 3, 3, 3), (8,), (8,)]
 SHAPES = {
     "layer_norm": [(6, 8), (8,), (8,), (1,), (6, 8), (6,), (6,)],
     "layer_norm_grad": [(6, 8), (6, 8), (8,), (6,), (6,), (6, 8), (8,), (8,)],
-    "softmax": [(6, 8), (1,), (6, 8)],
-    "softmax_grad": [(6, 8), (6, 8), (1,), (6, 8)],
     "bias_quick_gelu": [(6, 8), (8,), (6, 8)],
     "bias_gelu_grad": [(6, 8), (6, 8), (8,), (6, 8), (8,)],
-    "split_heads": [(2, 5, 8), (8,), (4,), (2, 4, 5, 2)],
-    "merge_heads": [(2, 4, 5, 2), (4,), (2, 5, 8), (8,)],
     "bias_residual": [(2, 5, 8), (2, 5, 8), (8,), (2,), (2, 5, 8)],
     "bias_residual_grad": [(2, 5, 8), (2,), (2, 5, 8), (8,)],
-    "depthwise": [
-        (2, 21, 8), (8, 1, 3, 3), (8,), (8,), (8,), (8,), (1,), (2,), GRID, (2, 7, 8)
+    "attention": [(2, 5, 8), *KEYS, (8,), (8,), (8,), (1,), (4,), (2, 5, 8)],
+    "attention_grad": [
+        *[(2, 5, 8)] * 2, *KEYS, (8,), (8,), (8,), (1,), (4,), (2, 5, 8), *KEYS, (8,), (8,), (8,)
     ],
-    "depthwise_grad": [
-        (2, 7, 8), (2, 21, 8), (8, 1, 3, 3), (8,), (2,), GRID, (2, 21, 8), (8, 1, 3, 3), (8,), (8,)
+    "projections": [(2, 21, 8), *PROJECTIONS, *[(8,)] * 6, (2,), STRIDES, GRID, *PROJECTED],
+    "batch_projections": [
+        (2, 21, 8), *PROJECTIONS, *[(8,)] * 6, (2,), (3,), STRIDES, GRID, *PROJECTED, *[(8,)] * 6
     ],
-    "conv_norm": [
-        (2, 21, 8), (8, 1, 3, 3), (8,), (8,), (1,), (2,), GRID, (2, 7, 8), (2, 7, 8), (8,), (8,)
+    "batch_projections_grad": [
+        *PROJECTED, (2, 21, 8), *PROJECTIONS, *[(8,)] * 3, (2,), (3,), STRIDES, GRID,
+        (2, 21, 8), *PROJECTIONS
     ],
-    "conv_norm_grad": [
-        (2, 7, 8), (2, 21, 8), (8, 1, 3, 3), (2, 7, 8), (8,), (8,), (8,), (1,), (2,), GRID,
-        (2, 21, 8), (8, 1, 3, 3), (8,), (8,)
+    "attention_branch": [*BRANCH, (2, 5, 32)],
+    "attention_branch_grad": [
+        (2, 5, 32), *BRANCH, (2, 5, 32), *[(2, 3, 32)] * 2, *[(32, 32)] * 4, *[(32,)] * 4
     ],
+    "mlp_gelu": [*MLP, (2, 5, 8)],
+    "mlp_quick_gelu_grad": [(2, 5, 8), *MLP, *MLP[:7]],
+    "conv_embed": [(2, 20, 3), *EMBED, (8,), (1,), SIZES, GRID, (2, 6, 8), (2, 6, 8)],
+    "conv_embed_grad": [
+        (2, 6, 8), (2, 6, 8), (2, 20, 3), (8, 3, 3, 3), (8,), (1,), SIZES, GRID,
+        (2, 6, 8), *EMBED, (8,)
+    ],
+    "conv_embed_grad_x": [(2, 6, 8), (2, 20, 3), (8, 3, 3, 3), SIZES, GRID, (2, 20, 3)],
     "unfold": [(2, 20, 3), SIZES, GRID, (12, 27)],
     "unfold_grad": [(12, 27), SIZES, GRID, (2, 20, 3), (2, 20, 3)],
-    "running_statistics": [(8,), (8,), (1,), (1,), (8,), (8,), (1,)],
+    "running_statistics": [*[(8,)] * 6, (3,), (3,), *[(8,)] * 6, (1,)],
 }  # fmt: skip
 
 

@@ -130,18 +130,22 @@ def test_statistics_stay_finite(built, kind):
 def test_running_statistics_have_the_bits_of_the_plain_ones(built):
     """So the networks of earlier versions can be trained again to the last digit."""
     rng = np.random.default_rng(0)
-    mean, variance, start = rng.standard_normal((3, 77)).astype(np.float32)
-    momentum, correction = 1 - 0.9, 640 / 639
+    values = rng.standard_normal((6, 77)).astype(np.float32)
+    start = rng.standard_normal(77).astype(np.float32)
+    momentum, corrections = 1 - 0.9, [640 / 639, 160 / 159, 1.0]
     found = []
     for kind in ("plain", "compiled"):
-        running = [Parameter(Tensor(start + i), name=f"{kind}{i}") for i in range(2)]
+        running = [Parameter(Tensor(start + i), name=f"{kind}{i}") for i in range(6)]
         if kind == "plain":
-            update_running_statistic(running[0], Tensor(mean), momentum)
-            update_running_statistic(running[1], Tensor(variance) * correction, momentum)
+            for i in (0, 2, 3, 5):
+                correction = corrections[i - 3] if i >= 3 else 1.0
+                update_running_statistic(running[i], Tensor(values[i]) * correction, momentum)
         else:
-            scalars = Tensor(momentum, ms.float32), Tensor(correction, ms.float32)
-            RunningStatistics(built)(Tensor(mean), Tensor(variance), *scalars, *running)
+            momenta = Tensor([momentum, 0.0, momentum], ms.float32)  # keys stand still
+            RunningStatistics(built)(
+                tuple(map(Tensor, values)), tuple(running), momenta, Tensor(corrections, ms.float32)
+            )
         found.append(arrays(running))
     assert all(np.array_equal(one, other) for one, other in zip(*found))
-    expected = 0.9 * start + 0.1 * mean
+    expected = 0.9 * start + 0.1 * values[0]
     np.testing.assert_allclose(found[1][0], expected, rtol=1e-5, atol=1e-6)

@@ -7,6 +7,7 @@ import pytest
 from src.errors import UserError
 from src.models import create_model
 from src.models.attention_maps import attention_maps, attention_weights, token_centres
+from src.models.compiled import use_compiled
 from tests.conftest import TINY
 
 pytestmark = pytest.mark.usefixtures("pynative_mode")
@@ -51,6 +52,15 @@ def test_maps_of_an_image_are_shares_of_one(options):
     np.testing.assert_allclose(to_tokens.sum((1, 2)) + itself, 1, rtol=1e-5)
     assert maps.to_image(to_tokens).shape == maps.to_image(to_keys[:, 0]).shape == (2, 40, 56)
     assert np.array_equal(net(noise(2, 3, 40, 56)).asnumpy(), before), "the network stays"
+
+
+def test_maps_of_a_compiled_network_are_the_same(built):
+    """A Predictor's; its attention has other inputs."""
+    net = create_model("cvt_nano", **TINY).set_train(False)
+    expected = attention_maps(net, noise(2, 3, 40, 56)).mean
+    found = attention_maps(use_compiled(net, built), noise(2, 3, 40, 56)).mean
+    for one, other in zip(found, expected):
+        np.testing.assert_allclose(one, other, atol=1e-6)
 
 
 def test_a_planted_attention_lights_its_place():

@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
+#include <memory>
 #include <vector>
 
 #include "threads.h"
@@ -42,12 +43,108 @@ inline bool has_shape(const int64_t* shape, int ndim, std::initializer_list<int6
   return ndim == static_cast<int>(wanted.size()) && std::equal(wanted.begin(), wanted.end(), shape);
 }
 
+// A vector of floats, as wide as the processor's registers.
+#if defined(__AVX512F__)
+const int kLanes = 16;
+#elif defined(__AVX__)
+const int kLanes = 8;
+#else
+const int kLanes = 4;
+#endif
+typedef float Vector __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+
+inline int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+
+// Up to kLanes floats, the first n of them in memory.
+inline Vector load(const float* from, int64_t n = kLanes) {
+  Vector v{};
+  if (n >= kLanes) return *reinterpret_cast<const Vector*>(from);
+  std::memcpy(&v, from, 4 * n);
+  return v;
+}
+
+inline void store(Vector v, float* to, int64_t n = kLanes) {
+  if (n >= kLanes)
+    *reinterpret_cast<Vector*>(to) = v;
+  else
+    std::memcpy(to, &v, 4 * n);
+}
+
+// Floats of undefined value, aligned to vectors. A vector<float> would be filled with zeros.
+class Memory {
+ public:
+  explicit Memory(int64_t floats) : own_(new float[floats + kLanes]), start_(own_.get()) {
+    start_ += (kLanes - reinterpret_cast<uintptr_t>(start_) / 4 % kLanes) % kLanes;
+  }
+  float* start() const { return start_; }
+
+ private:
+  std::unique_ptr<float[]> own_;
+  float* start_;
+};
+
+// Memory of a thread for one turn of a loop.
+class Scratch {
+ public:
+  explicit Scratch(int64_t floats) {
+    static thread_local Memory memory(0);
+    static thread_local int64_t size = 0;
+    if (size < floats) memory = Memory(size = floats);
+    next_ = memory.start();
+  }
+  float* take(int64_t floats) {
+    float* taken = next_;
+    next_ += floats;
+    return taken;
+  }
+
+ private:
+  float* next_;
+};
+
+// The mean and 1 / deviation of a row.
+inline void row_statistics(In a, int64_t n, float eps, float* mean, float* inverse) {
+  float sum = 0, squares = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t c = 0; c < n; ++c) sum += a[c];
+  const float m = sum / n;
+#pragma omp simd reduction(+ : squares)
+  for (int64_t c = 0; c < n; ++c) squares += (a[c] - m) * (a[c] - m);
+  *mean = m;
+  *inverse = 1.0f / std::sqrt(squares / n + eps);
+}
+
+// LayerNorm's gradient at a row a with mean m and 1 / deviation i: d = extra + its gradient by dy,
+// and what is added to the gradients of gamma and beta.
+inline void row_gradient(In a, In dy, In gamma, int64_t n, float m, float i, In extra, Out d,
+                         Out of_gamma, Out of_beta) {
+  float sum = 0, dot = 0;
+#pragma omp simd reduction(+ : sum, dot)
+  for (int64_t c = 0; c < n; ++c) {
+    const float scaled = dy[c] * gamma[c];
+    sum += scaled;
+    dot += scaled * ((a[c] - m) * i);
+  }
+  sum /= n;
+  dot /= n;
+  SIMD for (int64_t c = 0; c < n; ++c) {
+    const float hat = (a[c] - m) * i;
+    of_gamma[c] += dy[c] * hat;
+    of_beta[c] += dy[c];
+    d[c] = extra[c] + (dy[c] * gamma[c] - sum - hat * dot) * i;
+  }
+}
+
 // Add up partial sums [n, c].
 inline void total(In partial, int64_t n, int64_t c, Out sum) {
-  std::vector<double> t(c, 0.0);
-  for (int64_t i = 0; i < n; ++i)
-    for (int64_t j = 0; j < c; ++j) t[j] += partial[i * c + j];
-  for (int64_t j = 0; j < c; ++j) sum[j] = static_cast<float>(t[j]);
+  const int64_t step = 256;  // columns
+  parallel((c + step - 1) / step, n * step, [=](int64_t k) {
+    double t[step] = {};
+    const int64_t first = k * step, here = std::min(step, c - first);
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t j = 0; j < here; ++j) t[j] += partial[i * c + first + j];
+    for (int64_t j = 0; j < here; ++j) sum[first + j] = static_cast<float>(t[j]);
+  });
 }
 
 // e^x to 1 ulp or two (Cephes expf) for x within +-80, and held beyond: far from denormal numbers,

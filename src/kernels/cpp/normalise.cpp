@@ -1,4 +1,4 @@
-// LayerNorm and softmax.
+// LayerNorm.
 
 #include "common.h"
 
@@ -20,13 +20,8 @@ AOT(layer_norm) {
   parallel(rows, 3 * n, [=](int64_t r) {
     In a = x + r * n, factor = gamma, shift = beta;
     Out b = y + r * n;
-    float sum = 0, squares = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t c = 0; c < n; ++c) sum += a[c];
-    const float m = sum / n;
-#pragma omp simd reduction(+ : squares)
-    for (int64_t c = 0; c < n; ++c) squares += (a[c] - m) * (a[c] - m);
-    const float i = 1.0f / std::sqrt(squares / n + eps);
+    float m, i;
+    row_statistics(a, n, eps, &m, &i);
     SIMD for (int64_t c = 0; c < n; ++c) b[c] = (a[c] - m) * i * factor[c] + shift[c];
     mean[r] = m;
     inverse[r] = i;
@@ -74,56 +69,5 @@ AOT(layer_norm_grad) {
   });
   total(&partial[0], blocks, n, out(p, 6));
   total(&partial[blocks * n], blocks, n, out(p, 7));
-  return 0;
-}
-
-// x [..., C], scale [1] -> softmax(scale x), scale > 0
-AOT(softmax) {
-  REQUIRE(params == 3 && ndims[0] > 0);
-  const int64_t n = s[0][ndims[0] - 1];
-  REQUIRE(n > 0);
-  const int64_t rows = count(s[0], ndims[0]) / n;
-  VECTOR(1, 1);
-  VECTOR(2, rows * n);
-  In x = in(p, 0);
-  Out y = out(p, 2);
-  const float scale = in(p, 1)[0];
-  parallel(rows, 4 * n, [=](int64_t r) {
-    In a = x + r * n;
-    Out b = y + r * n;
-    float top = a[0], sum = 0;
-#pragma omp simd reduction(max : top)
-    for (int64_t c = 0; c < n; ++c) top = a[c] > top ? a[c] : top;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t c = 0; c < n; ++c) {
-      b[c] = exponential(scale * (a[c] - top));
-      sum += b[c];
-    }
-    const float share = 1.0f / sum;
-    SIMD for (int64_t c = 0; c < n; ++c) b[c] *= share;
-  });
-  return 0;
-}
-
-// dy, y [..., C], scale [1] -> dx
-AOT(softmax_grad) {
-  REQUIRE(params == 4 && ndims[0] > 0);
-  const int64_t n = s[0][ndims[0] - 1];
-  REQUIRE(n > 0);
-  const int64_t rows = count(s[0], ndims[0]) / n;
-  VECTOR(1, rows * n);
-  VECTOR(2, 1);
-  VECTOR(3, rows * n);
-  In dy = in(p, 0), y = in(p, 1);
-  Out dx = out(p, 3);
-  const float scale = in(p, 2)[0];
-  parallel(rows, 3 * n, [=](int64_t r) {
-    In g = dy + r * n, b = y + r * n;
-    Out d = dx + r * n;
-    float dot = 0;
-#pragma omp simd reduction(+ : dot)
-    for (int64_t c = 0; c < n; ++c) dot += g[c] * b[c];
-    SIMD for (int64_t c = 0; c < n; ++c) d[c] = scale * b[c] * (g[c] - dot);
-  });
   return 0;
 }

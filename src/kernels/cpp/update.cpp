@@ -233,16 +233,16 @@ AOT(keep_finite) {
 // `correction`. Products are stored first, so that no compiler fuses them with the sums: the results
 // have the bits of MindSpore's operators.
 AOT(running_statistics) {
-  REQUIRE(params == 7);
+  REQUIRE(params == 15);
   const int64_t c = count(s[0], ndims[0]);
-  for (int i : {1, 4, 5}) VECTOR(i, c);
-  for (int i : {2, 3, 6}) VECTOR(i, 1);
-  const float momentum = in(p, 2)[0];
+  for (int i : {1, 2, 3, 4, 5, 8, 9, 10, 11, 12, 13}) VECTOR(i, c);
+  for (int i : {6, 7}) VECTOR(i, 3);
+  VECTOR(14, 1);
   std::vector<float> product(c);
-  for (int i = 0; i < 2; ++i) {
-    const float factor = i ? in(p, 3)[0] : 1.0f;
+  for (int i = 0; i < 6; ++i) {
+    const float momentum = in(p, 6)[i % 3], factor = i < 3 ? 1.0f : in(p, 7)[i % 3];
     In value = in(p, i);
-    Out running = out(p, 4 + i), own = product.data();
+    Out running = out(p, 8 + i), own = product.data();
     for (int64_t k = 0; k < c; ++k) own[k] = value[k] * factor;
     for (int64_t k = 0; k < c; ++k) own[k] = (own[k] - running[k]) * momentum;
     for (int64_t k = 0; k < c; ++k) running[k] += own[k];
