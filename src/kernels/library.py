@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from src.cores import cpu_count
@@ -117,10 +118,9 @@ def _require_own(path: Path) -> None:
 
 def _compile(compiler: str, built: Path) -> None:
     """Compile to a temporary folder, then rename, because several ranks may compile at once."""
-    with tempfile.TemporaryDirectory(dir=built.parent) as folder:
-        partial = Path(folder) / built.name
-        sources = map(str, sorted(SOURCES.glob("*.cpp")))
-        command = [compiler, *FLAGS, "-o", str(partial), *sources]
+
+    def run(*arguments: object) -> None:
+        command = [compiler, *FLAGS, *map(str, arguments)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS)
         except subprocess.TimeoutExpired:
@@ -128,6 +128,13 @@ def _compile(compiler: str, built: Path) -> None:
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["no message"])[0]
             raise BuildError(f"{compiler} failed: {reason}")
+
+    with tempfile.TemporaryDirectory(dir=built.parent) as folder:
+        partial = Path(folder) / built.name
+        objects = {path: Path(folder) / f"{path.stem}.o" for path in SOURCES.glob("*.cpp")}
+        with ThreadPoolExecutor(cpu_count()) as pool:  # a file on each core
+            list(pool.map(lambda path: run("-c", "-o", objects[path], path), sorted(objects)))
+        run("-o", partial, *sorted(objects.values()))
         partial.chmod(0o700)
         os.replace(partial, built)
 

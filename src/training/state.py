@@ -26,7 +26,7 @@ from src.weights import load_state, read_checkpoint, save_checkpoint
 
 logger = logging.getLogger("cvt")
 LAST, BEST = "last.ckpt", "best.ckpt"
-VERSION = 2  # raise it when the same settings compute other numbers
+VERSION = 3  # raise it when the same settings compute other numbers
 _STATE_NAME = re.compile(r"step-(\d+)\.ckpt")
 
 

@@ -18,7 +18,8 @@ struct Sizes {
     if (ndims[q] != 3 || ndims[q + 1] != 3 || ndims[heads] != 1) return false;
     for (int i : {q + 3, q + 4, q + 5})
       if (count(s[i], ndims[i]) != s[q][2]) return false;
-    return s[q + 1][1] > 0 && s[heads][0] > 0 && s[q][2] % s[heads][0] == 0 &&
+    return count(s[q], 3) > 0 && s[q + 1][1] > 0 && s[heads][0] > 0 &&
+           s[q][2] % s[heads][0] == 0 &&
            has_shape(s[q + 1], 3, {s[q][0], s[q + 1][1], s[q][2]}) &&
            has_shape(s[q + 2], ndims[q + 2], {s[q][0], s[q + 1][1], s[q][2]}) &&
            count(s[heads - 1], ndims[heads - 1]) == 1;

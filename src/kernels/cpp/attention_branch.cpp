@@ -28,7 +28,8 @@ struct Branch {
       if (!has_shape(s[i + 4 + k], ndims[i + 4 + k], {n, n}) ||
           count(s[i + 8 + k], ndims[i + 8 + k]) != n)
         return false;
-    return keys > 0 && heads > 0 && n % heads == 0 && n / heads % kLanes == 0 &&
+    return count(s[i], 3) > 0 && keys > 0 && heads > 0 && n % heads == 0 &&
+           n / heads % kLanes == 0 &&
            has_shape(s[i + 1], ndims[i + 1], {batch, s[i][1], n}) &&
            has_shape(s[i + 2], 3, {batch, keys, n}) &&
            has_shape(s[i + 3], ndims[i + 3], {batch, keys, n}) &&

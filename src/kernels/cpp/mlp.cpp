@@ -24,7 +24,7 @@ struct Mlp {
     const int64_t n = s[i][2], hidden = s[i + 3][0];
     for (int k : {i + 1, i + 2, i + 6})
       if (count(s[k], ndims[k]) != n) return false;
-    return s[i][1] > 0 && n > 0 && has_shape(s[i + 3], 2, {hidden, n}) &&
+    return count(s[i], 3) > 0 && has_shape(s[i + 3], 2, {hidden, n}) &&
            count(s[i + 4], ndims[i + 4]) == hidden &&
            has_shape(s[i + 5], ndims[i + 5], {n, hidden}) &&
            count(s[i + 7], ndims[i + 7]) == s[i][0] && count(s[i + 8], ndims[i + 8]) == 1;

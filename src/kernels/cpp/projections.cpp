@@ -41,7 +41,7 @@ struct Projections {
       if (s[strides][i] < 1 || !has_shape(s[weight + i], ndims[weight + i], {s[x][2], 1, 3, 3}))
         return false;
     const int64_t cls = s[x][1] - s[grid][0] * s[grid][1];
-    return s[grid][0] > 0 && s[grid][1] > 0 && (cls == 0 || cls == 1) && s[x][2] > 0 &&
+    return count(s[x], 3) > 0 && s[grid][0] > 0 && s[grid][1] > 0 && (cls == 0 || cls == 1) &&
            count(s[x + 1], ndims[x + 1]) == s[x][2] && count(s[x + 2], ndims[x + 2]) == s[x][2] &&
            count(s[eps], ndims[eps]) == 2;
   }

@@ -19,7 +19,8 @@ struct Windows {
   static bool fit(const int* ndims, int64_t** s, int x, int sizes, int grid) {
     if (ndims[x] != 3 || ndims[sizes] != 3 || ndims[grid] != 2) return false;
     const int64_t size = s[sizes][0], margins = 2 * (s[sizes][2] - 1);
-    return size > 0 && s[sizes][1] > 0 && margins >= 0 && s[grid][0] + margins >= size &&
+    return count(s[x], 3) > 0 && size > 0 && s[sizes][1] > 0 && margins >= 0 &&
+           s[grid][0] + margins >= size &&
            s[grid][1] + margins >= size && s[x][1] == s[grid][0] * s[grid][1];
   }
 
