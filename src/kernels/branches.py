@@ -1,14 +1,13 @@
 """Cells for the compiled operators that are a whole embedding, projection or branch of a block.
 
 Each launches one operator, and one or two for its gradients. Names of shapes as in
-`src.kernels.functions`. Gradients have no generators and unpack few tuples: with them, MindSpore's
-compiler takes 80 MB more for a network of six blocks.
+`src.kernels.functions`. Generators and unpacked tuples in a gradient cost MindSpore's compiler 80 MB for six
+blocks, so there are few.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 
 from mindspore import Tensor, nn, ops
@@ -77,19 +76,21 @@ class ConvProjections(nn.Cell):
     The class token takes LayerNorm only.
 
     Args:
-        strides: of the three depthwise 3x3 convolutions with padding 1.
+        kv_stride: stride of the keys' and values' depthwise 3x3 convolution; the queries' is 1.
         layer_norm_eps, batch_norm_eps: of the norms.
     """
 
     def __init__(
-        self, library: Path, strides: Sequence[int], layer_norm_eps: float, batch_norm_eps: float
+        self, library: Path, kv_stride: int, layer_norm_eps: float, batch_norm_eps: float
     ) -> None:
         super().__init__()
 
         def grids(x, *rest):
-            steps, grid = rest[-2:]
+            stride, grid = rest[-2:]
             cls = x[1] - grid[0] * grid[1]
-            counts = [math.prod((edge - 1) // step + 1 for edge in grid) for step in steps]
+            counts = [
+                math.prod((edge - 1) // step + 1 for edge in grid) for step in (1, *stride * 2)
+            ]
             return tuple([x[0], cls + count, x[2]] for count in counts)
 
         def shapes(x, gamma, *rest):
@@ -102,36 +103,34 @@ class ConvProjections(nn.Cell):
 
         def bprop(
             x, gamma, beta, wq, wk, wv, gq, gk, gv, bq, bk, bv, mq, mk, mv, vq, vk, vv,
-            eps, learns, strides, grid, out, dout,
+            eps, learns, stride, grid, out, dout,
         ):  # fmt: skip
             found = backward(
                 dout[0], dout[1], dout[2], x, gamma, beta, wq, wk, wv, gq, gk, gv,
                 out[3], out[4], out[5], out[6], out[7], out[8],
-                eps, learns, strides, grid,
+                eps, learns, stride, grid,
             )  # fmt: skip
             zeros, of_learns = ops.zeros_like(mq), ops.zeros_like(learns)
-            of_others = (ops.zeros_like(eps), of_learns, ops.zeros_like(strides))
+            of_others = (ops.zeros_like(eps), of_learns, ops.zeros_like(stride))
             return (*found, *(zeros,) * 6, *of_others, ops.zeros_like(grid))
 
         self.kept, self.recomputed = kept_and_recomputed(
             library, "batch_projections", shapes, bprop, 9
         )
-        again = operator(library, "batch_projections", shapes, outputs=9)
 
         def fixed_bprop(
             x, gamma, beta, wq, wk, wv, gq, gk, gv, bq, bk, bv, mq, mk, mv, vq, vk, vv,
-            eps, strides, grid, out, dout,
+            eps, stride, grid, out, dout,
         ):  # fmt: skip
             learns = ops.zeros((3,), mstype.float32)
             vectors = (x, gamma, beta, wq, wk, wv, gq, gk, gv, bq, bk, bv, mq, mk, mv, vq, vk, vv)
-            computed = again(*vectors, eps, learns, strides, grid)
-            found = backward(*dout, *vectors[:9], *computed[3:], eps, learns, strides, grid)
-            of_others = (ops.zeros_like(eps), ops.zeros_like(strides), ops.zeros_like(grid))
+            found = backward(*dout, *vectors[:9], *vectors[12:], eps, learns, stride, grid)
+            of_others = (ops.zeros_like(eps), ops.zeros_like(stride), ops.zeros_like(grid))
             return (*found, *(ops.zeros_like(mq),) * 6, *of_others)
 
         self.fixed = operator(library, "projections", grids, fixed_bprop, 3)
         self.eps = Tensor([layer_norm_eps, batch_norm_eps], mstype.float32)
-        self.strides = integers(*strides)
+        self.stride = integers(kv_stride)
 
     def construct(
         self, x: Tensor, tensors: tuple[Tensor, ...], learns: Tensor, height: int, width: int
@@ -150,14 +149,14 @@ class ConvProjections(nn.Cell):
         """
         grid = ops.zeros((height, width), mstype.float32)
         forward = self.kept if x.size <= KEPT_SIZE else self.recomputed
-        return forward(x, *tensors, self.eps, learns, self.strides, grid)
+        return forward(x, *tensors, self.eps, learns, self.stride, grid)
 
     def with_statistics(
         self, x: Tensor, tensors: tuple[Tensor, ...], height: int, width: int
     ) -> tuple[Tensor, ...]:
         """Normalise by the given means and variances, for inference and frozen parts."""
         grid = ops.zeros((height, width), mstype.float32)
-        return self.fixed(x, *tensors, self.eps, self.strides, grid)
+        return self.fixed(x, *tensors, self.eps, self.stride, grid)
 
 
 class AttentionBranch(nn.Cell):

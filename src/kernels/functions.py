@@ -1,4 +1,4 @@
-"""Cells for the compiled operators between products, on float32 tensors.
+"""Cells for the compiled operators of single layers and of attention, on float32 tensors.
 
 Shapes: B batch, H x W the token grid, T tokens (class token first where there is one, so T = H * W
 or 1 + H * W), C channels. The arithmetic is in `src/kernels/cpp`; `library` is the path that

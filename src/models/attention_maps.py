@@ -141,7 +141,7 @@ def attention_weights(cell: Attention, x: Tensor, height: int, width: int) -> Te
 
     Args:
         cell: an attention of a network in PyNative mode.
-        x: the cell's input, tokens [B, T, C] on a grid of height x width.
+        x: normalised tokens [B, T, C] on a grid of height x width.
 
     Returns:
         float32 [B, h, T, T'].

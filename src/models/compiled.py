@@ -35,7 +35,7 @@ class CompiledLayerNorm(LayerNorm):
 
 
 class CompiledConvEmbed(ConvEmbed):
-    """The convolution as a matrix product over its windows, on tokens."""
+    """The convolution as a matrix product over its windows, on tokens; small ones with the norm."""
 
     def prepare(self, library: Path) -> None:
         """Create the fused operators."""
@@ -90,9 +90,8 @@ class CompiledAttention(BiasFreeLinear, Attention):
 
     def prepare_projections(self, library: Path, norm: LayerNorm) -> None:
         """Create the operator of the projections, with the block's LayerNorm before them."""
-        q, k, v = self.conv_proj_q, self.conv_proj_k, self.conv_proj_v
         self.project_tokens = branches.ConvProjections(
-            library, [each.conv.stride[0] for each in (q, k, v)], norm.epsilon, q.bn.eps
+            library, self.conv_proj_k.conv.stride[0], norm.epsilon, self.conv_proj_k.bn.eps
         )
 
     def project_normalised(
@@ -163,7 +162,7 @@ class CompiledAttention(BiasFreeLinear, Attention):
 
 
 class CompiledViTAttention(BiasFreeLinear, vit.Attention):
-    """ViT's attention: biases and heads in one pass."""
+    """ViT's attention: biases, scores, softmax and weighted sum in one operator."""
 
     def prepare(self, library: Path) -> None:
         """Create the fused operators."""
@@ -180,7 +179,7 @@ class CompiledViTAttention(BiasFreeLinear, vit.Attention):
 
 
 class CompiledBranches(BiasFreeLinear):
-    """A mixin for a block's two branches: biases, activation and residuals in one pass each."""
+    """A mixin for a block's two branches: few operators, or one for a branch of small weights."""
 
     activation = ""
 
@@ -220,7 +219,7 @@ class CompiledBlock(CompiledBranches, Block):
     ) -> Tensor:
         """Compute as `Block`."""
         q, k, v = self.attn.project_normalised(x, self.norm1, height, width)
-        if only_cls:
+        if only_cls:  # the other queries were needed for BatchNorm's statistics only
             x, q = x[:, :1], q[:, :1]
         return self.add_mlp(self.attn(x, q, k, v, self.factors(self.drop_path1, x, bits)), bits)
 

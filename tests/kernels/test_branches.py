@@ -59,23 +59,25 @@ def plain_projections(strides, grid, given):
     return run
 
 
-@pytest.mark.parametrize("strides", [(1, 2, 2), (1, 1, 1), (3, 2, 1)])
+@pytest.mark.parametrize("stride", [1, 2, 3])
 @pytest.mark.parametrize(
     ("cls", "grid", "channels"),
     [(0, (7, 4), 6), (1, (4, 5), 16), (1, (1, 1), 33), (0, (2, 9), 5)],
 )
 @pytest.mark.parametrize("learns", [(1, 1, 1), (1, 0, 1)])
-def test_projections(built, strides, cls, grid, channels, learns):
+def test_projections(built, stride, cls, grid, channels, learns):
     """By the batch's statistics, or keys by given ones; channels that are no whole vectors."""
     inputs, statistics = projection_inputs(5, cls, grid, channels)
-    operator = branches.ConvProjections(built, strides, 1e-5, 1e-5)
+    operator = branches.ConvProjections(built, stride, 1e-5, 1e-5)
     flags = Tensor(np.array(learns, np.float32))
 
     def run(x, *tensors):
         return operator(x, (*tensors, *statistics), flags, *grid)
 
     pairs = list(zip(statistics[:3], statistics[3:]))
-    plain = plain_projections(strides, grid, [None if learns[i] else pairs[i] for i in range(3)])
+    plain = plain_projections(
+        (1, stride, stride), grid, [None if learns[i] else pairs[i] for i in range(3)]
+    )
     compare(
         lambda *given: joined(run(*given)[:3]), lambda *given: joined(plain(*given)), *inputs,
         tolerance=5e-5, least=6,
@@ -84,7 +86,7 @@ def test_projections(built, strides, cls, grid, channels, learns):
     means, variances = run(*tensors)[3:6], run(*tensors)[6:]
     for i in range(3):
         x = layer_norm(*tensors[:3])
-        _, mean, variance = plain_projection(x, *tensors[3 + i :: 3], strides[i], grid)
+        _, mean, variance = plain_projection(x, *tensors[3 + i :: 3], stride if i else 1, grid)
         expected = (mean, variance) if learns[i] else pairs[i]
         np.testing.assert_allclose(means[i].asnumpy(), expected[0].asnumpy(), atol=1e-5)
         np.testing.assert_allclose(variances[i].asnumpy(), expected[1].asnumpy(), rtol=1e-4)
@@ -94,7 +96,7 @@ def test_projections(built, strides, cls, grid, channels, learns):
 def test_projections_with_statistics_that_stand_still(built, batch, cls):
     """In an evaluation; in training behind a frozen part the gradient passes through them."""
     inputs, statistics = projection_inputs(batch, cls, (9, 5), 8)
-    operator = branches.ConvProjections(built, (1, 2, 2), 1e-5, 1e-5)
+    operator = branches.ConvProjections(built, 2, 1e-5, 1e-5)
     plain = plain_projections((1, 2, 2), (9, 5), list(zip(statistics[:3], statistics[3:])))
 
     def run(x, *tensors):
@@ -177,7 +179,7 @@ def test_attention_branch(built, batch, queries, keys, heads, width):
 def test_results_do_not_depend_on_the_number_of_threads(built):
     """Outputs and gradients of one thread equal those of three, to the bit."""
     embed = branches.ConvEmbed(built, 3, 2, 1, 1e-5)
-    project = branches.ConvProjections(built, (1, 2, 2), 1e-5, 1e-5)
+    project = branches.ConvProjections(built, 2, 1e-5, 1e-5)
     attend, mlp = branches.AttentionBranch(built, 2, 0.2), branches.MlpBranch(built, "gelu", 1e-5)
     keep, learns = Tensor(normal(5)), Tensor(np.ones(3, np.float32))
     shapes = [(5, 32 * 24, 3), (32, 3, 3, 3), *[(32,)] * 5, *[(32, 1, 3, 3)] * 3, *[(32,)] * 6]
@@ -201,10 +203,15 @@ def test_results_do_not_depend_on_the_number_of_threads(built):
     assert found[0] == found[1]
 
 
+def test_a_stride_beyond_the_grid_takes_little_memory(built):
+    """It reaches the operator as the shape of a tensor."""
+    assert branches.ConvProjections(built, 65536, 1e-5, 1e-5).stride.shape == (65536,)
+
+
 def test_shapes_that_do_not_belong_together_raise(built):
     """A grid that the tokens do not fill; without the check the operator reads beyond them."""
     inputs, statistics = projection_inputs(1, 0, (4, 5), 8)
     x, *tensors = map(Tensor, inputs)
-    operator = branches.ConvProjections(built, (1, 2, 2), 1e-5, 1e-5)
+    operator = branches.ConvProjections(built, 2, 1e-5, 1e-5)
     with pytest.raises(Exception, match="(?i)projections|custom|launch"):
         operator.with_statistics(x, (*tensors, *statistics), 4, 4)[0].asnumpy()

@@ -125,7 +125,7 @@ def test_unfold(built, size, stride, padding, height, width):
     [
         (lambda built: functions.LayerNorm(built, 1e-5), (None, None)),
         (
-            lambda built: branches.ConvProjections(built, (1, 2, 2), 1e-5, 1e-5),
+            lambda built: branches.ConvProjections(built, 2, 1e-5, 1e-5),
             ((), None, 32, 32),
         ),
         (lambda built: functions.BiasActivation(built, "gelu"), (None,)),

@@ -143,7 +143,7 @@ def zeros(*shapes):
     return [np.zeros(shape, np.float32) for shape in shapes]
 
 
-GRID, SIZES, STRIDES = (4, 5), (3, 2, 2), (1, 2, 2)
+GRID, SIZES, STRIDE = (4, 5), (3, 2, 2), (2,)
 KEYS = [(2, 3, 8)] * 2
 # LayerNorm's gamma and beta, three weights, gammas, betas; what comes of them
 PROJECTIONS = [(8,), (8,), *[(8, 1, 3, 3)] * 3, *[(8,)] * 6]
@@ -164,12 +164,12 @@ SHAPES = {
     "attention_grad": [
         *[(2, 5, 8)] * 2, *KEYS, (8,), (8,), (8,), (1,), (4,), (2, 5, 8), *KEYS, (8,), (8,), (8,)
     ],
-    "projections": [(2, 21, 8), *PROJECTIONS, *[(8,)] * 6, (2,), STRIDES, GRID, *PROJECTED],
+    "projections": [(2, 21, 8), *PROJECTIONS, *[(8,)] * 6, (2,), STRIDE, GRID, *PROJECTED],
     "batch_projections": [
-        (2, 21, 8), *PROJECTIONS, *[(8,)] * 6, (2,), (3,), STRIDES, GRID, *PROJECTED, *[(8,)] * 6
+        (2, 21, 8), *PROJECTIONS, *[(8,)] * 6, (2,), (3,), STRIDE, GRID, *PROJECTED, *[(8,)] * 6
     ],
     "batch_projections_grad": [
-        *PROJECTED, (2, 21, 8), *PROJECTIONS, *[(8,)] * 3, (2,), (3,), STRIDES, GRID,
+        *PROJECTED, (2, 21, 8), *PROJECTIONS, *[(8,)] * 3, (2,), (3,), STRIDE, GRID,
         (2, 21, 8), *PROJECTIONS
     ],
     "attention_branch": [*BRANCH, (2, 5, 32)],

@@ -126,7 +126,7 @@ AOT(attention_branch_grad) {
   const int64_t parts = parts_of(z.batch, size);
   const Memory memory(parts * size);
   float* partial = memory.start();
-  const int64_t floats = 6 * z.keys * n + 2 * n * wide + tile * (5 * n + (z.heads + 1) * wide);
+  const int64_t floats = 4 * z.keys * n + 2 * n * wide + tile * (5 * n + (z.heads + 1) * wide);
   const int64_t cost = z.batch / parts * z.queries * (20 * n + 3 * z.keys);
   parallel(parts, cost, [&](int64_t part) {
     float* mine = partial + part * size;

@@ -5,11 +5,11 @@
 
 #include "common.h"
 
-const int kRows = kLanes == 16 ? 8 : 4;  // of a product at a time, for the number of registers
+const int kRows = kLanes == 16 ? 8 : 4;  // of a product at a time; their sums fit into registers
 const int64_t kTile = 64;                // rows of an operator's matrices at a time
 
-// The number of parts, of at most `most`, that each have a sum of `size` floats: enough for many
-// threads, but not more memory than a few MiB.
+// The number of parts, of at most `most`, that each have a sum of `size` floats: 4 to 32, so that the
+// sums take a few MiB.
 inline int64_t parts_of(int64_t most, int64_t size) {
   return std::min(most, std::clamp<int64_t>((int64_t{1} << 19) / size, 4, 32));
 }
@@ -80,6 +80,7 @@ void product_columns(Left a, int64_t rows, int64_t depth, const float* b, int64_
   if constexpr (R > 1) product_columns<R / 2, V>(a, rows, depth, b, b_row, c, c_row, add);
 }
 
+// The padding of b may be undefined: it reaches only the padding of c.
 // c = a b, or c += a b, for the first `rows` rows of a and c.
 inline void product(Left a, int64_t rows, int64_t depth, Right b, Rows c, bool add = false) {
   int64_t j = 0;

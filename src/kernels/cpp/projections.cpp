@@ -17,12 +17,12 @@ struct Projections {
   int64_t batch, channels, height, width, cls, wide;
   Projection each[kProjections];
 
-  Projections(const int64_t* x, const int64_t* strides, const int64_t* grid, void** p, int weight)
+  Projections(const int64_t* x, const int64_t* kv_stride, const int64_t* grid, void** p, int weight)
       : batch(x[0]), channels(x[2]), height(grid[0]), width(grid[1]), cls(x[1] - height * width),
         wide(padded(channels)) {
     for (int i = 0; i < kProjections; ++i) {
       Projection& one = each[i];
-      one.stride = strides[i];
+      one.stride = i ? kv_stride[0] : 1;
       one.rows = (height - 1) / one.stride + 1;
       one.columns = (width - 1) / one.stride + 1;
       one.tokens = one.rows * one.columns;
@@ -33,15 +33,16 @@ struct Projections {
   }
 
   // Whether tensors at these places belong together: x [B, cls + H W, C] and LayerNorm's gamma and
-  // beta behind it, three weights [C, 1, 3, 3], eps of both norms, strides, grid.
-  static bool fit(const int* ndims, int64_t** s, int x, int weight, int eps, int strides,
+  // beta behind it, three weights [C, 1, 3, 3], eps of both norms, stride of keys and values, grid.
+  static bool fit(const int* ndims, int64_t** s, int x, int weight, int eps, int stride,
                   int grid) {
-    if (ndims[x] != 3 || ndims[strides] != kProjections || ndims[grid] != 2) return false;
+    if (ndims[x] != 3 || ndims[stride] != 1 || ndims[grid] != 2) return false;
     for (int i = 0; i < kProjections; ++i)
-      if (s[strides][i] < 1 || !has_shape(s[weight + i], ndims[weight + i], {s[x][2], 1, 3, 3}))
+      if (!has_shape(s[weight + i], ndims[weight + i], {s[x][2], 1, 3, 3}))
         return false;
     const int64_t cls = s[x][1] - s[grid][0] * s[grid][1];
-    return count(s[x], 3) > 0 && s[grid][0] > 0 && s[grid][1] > 0 && (cls == 0 || cls == 1) &&
+    return count(s[x], 3) > 0 && s[stride][0] > 0 && s[grid][0] > 0 && s[grid][1] > 0 &&
+           (cls == 0 || cls == 1) &&
            count(s[x + 1], ndims[x + 1]) == s[x][2] && count(s[x + 2], ndims[x + 2]) == s[x][2] &&
            count(s[eps], ndims[eps]) == 2;
   }
@@ -156,7 +157,7 @@ void project(const Projections& z, In x, In gamma, In beta, float eps,
 
 // With given statistics.
 // x [B, T, C], LayerNorm's gamma, beta [C], three times weight [C, 1, 3, 3], gamma, beta, mean,
-// variance [C] each, eps of LayerNorm and BatchNorm [2], strides, grid -> three times y [B, T', C]
+// variance [C] each, eps of LayerNorm and BatchNorm [2], stride, grid -> three times y [B, T', C]
 AOT(projections) {
   REQUIRE(params == 24 && Projections::fit(ndims, s, 0, 3, 18, 19, 20));
   const Projections z(s[0], s[19], s[20], p, 3);
@@ -178,7 +179,7 @@ AOT(projections) {
 // With the statistics of the batch, or where learns = 0 with the given ones, for each of the three.
 // The convolution is computed twice, which takes less time than to store and load it.
 // x, LayerNorm's gamma, beta, three times weight, gamma, beta, mean, variance each, eps [2],
-// learns [3], strides, grid -> three times y [B, T', C], mean, biased variance [C] each
+// learns [3], stride, grid -> three times y [B, T', C], mean, biased variance [C] each
 AOT(batch_projections) {
   REQUIRE(params == 31 && Projections::fit(ndims, s, 0, 3, 18, 20, 21));
   const Projections z(s[0], s[20], s[21], p, 3);
@@ -240,7 +241,7 @@ AOT(batch_projections) {
 }
 
 // three times dy, x, LayerNorm's gamma, beta, three times weight, gamma, mean, variance each, eps,
-// learns, strides, grid ->
+// learns, stride, grid ->
 // dx, gradients of LayerNorm's gamma, beta, three times of weight, gamma, beta each
 AOT(batch_projections_grad) {
   REQUIRE(params == 34 && Projections::fit(ndims, s, 3, 6, 18, 20, 21));

@@ -15,8 +15,7 @@ void run_parallel(int64_t count, int64_t cost, Part part, const void* body);
 
 // body(i) for i in [0, count), as run_parallel. What an inner loop reads should be captured by value
 // or copied to a local (pointers as In or Out, since a capture is not restrict): otherwise the
-// compiler reads it again in every turn, and softmax and layer_norm_grad took up to three times as
-// long.
+// compiler reads it again in every turn, and layer_norm_grad took up to three times as long.
 template <typename Body>
 void parallel(int64_t count, int64_t cost, const Body& body) {
   run_parallel(
