@@ -1,8 +1,8 @@
 """Cells for the compiled operators that are a whole embedding, projection or branch of a block.
 
 Each launches one operator, and one or two for its gradients. Names of shapes as in
-`src.kernels.functions`. Generators and unpacked tuples in a gradient cost MindSpore's compiler 80 MB for six
-blocks, so there are few.
+`src.kernels.functions`. Generators and unpacked tuples in a gradient cost MindSpore's compiler
+80 MB for six blocks, so there are few.
 """
 
 from __future__ import annotations
