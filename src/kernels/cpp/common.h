@@ -114,6 +114,14 @@ inline void row_statistics(In a, int64_t n, float eps, float* mean, float* inver
   *inverse = 1.0f / std::sqrt(squares / n + eps);
 }
 
+// LayerNorm of a row.
+inline void normalise_row(In a, In gamma, In beta, int64_t n, float eps, Out y, float* mean,
+                          float* inverse) {
+  row_statistics(a, n, eps, mean, inverse);
+  const float m = *mean, i = *inverse;
+  SIMD for (int64_t c = 0; c < n; ++c) y[c] = (a[c] - m) * i * gamma[c] + beta[c];
+}
+
 // LayerNorm's gradient at a row a with mean m and 1 / deviation i: d = extra + its gradient by dy,
 // and what is added to the gradients of gamma and beta.
 inline void row_gradient(In a, In dy, In gamma, int64_t n, float m, float i, In extra, Out d,

@@ -92,12 +92,11 @@ AOT(conv_embed) {
     }
     product(plain(windows), rows, length, kernel.across(), found);
     for (int64_t r = 0; r < rows; ++r) {
-      In a = found[r], offset = bias, factor = gamma, shift = beta;
-      Out mine = z + (first + r) * n, to = y + (first + r) * n;
+      In a = found[r], offset = bias;
+      Out mine = z + (first + r) * n;
       SIMD for (int64_t c = 0; c < n; ++c) mine[c] = a[c] + offset[c];
       float m, inverse;
-      row_statistics(mine, n, eps, &m, &inverse);
-      SIMD for (int64_t c = 0; c < n; ++c) to[c] = (mine[c] - m) * inverse * factor[c] + shift[c];
+      normalise_row(mine, gamma, beta, n, eps, y + (first + r) * n, &m, &inverse);
     }
   });
   return 0;

@@ -32,13 +32,8 @@ struct Mlp {
 
   // LayerNorm of a tile's rows, with mean and 1 / deviation of each.
   void normalise(int64_t first, int64_t number, Rows to, float* mean, float* inverse) const {
-    for (int64_t r = 0; r < number; ++r) {
-      In a = x + (first + r) * n, factor = gamma, shift = beta;
-      Out b = to[r];
-      row_statistics(a, n, eps, &mean[r], &inverse[r]);
-      const float m = mean[r], i = inverse[r];
-      SIMD for (int64_t c = 0; c < n; ++c) b[c] = (a[c] - m) * i * factor[c] + shift[c];
-    }
+    for (int64_t r = 0; r < number; ++r)
+      normalise_row(x + (first + r) * n, gamma, beta, n, eps, to[r], &mean[r], &inverse[r]);
   }
 };
 

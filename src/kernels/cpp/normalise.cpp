@@ -18,13 +18,7 @@ AOT(layer_norm) {
   Out y = out(p, 4), mean = out(p, 5), inverse = out(p, 6);
   const float eps = in(p, 3)[0];
   parallel(rows, 3 * n, [=](int64_t r) {
-    In a = x + r * n, factor = gamma, shift = beta;
-    Out b = y + r * n;
-    float m, i;
-    row_statistics(a, n, eps, &m, &i);
-    SIMD for (int64_t c = 0; c < n; ++c) b[c] = (a[c] - m) * i * factor[c] + shift[c];
-    mean[r] = m;
-    inverse[r] = i;
+    normalise_row(x + r * n, gamma, beta, n, eps, y + r * n, &mean[r], &inverse[r]);
   });
   return 0;
 }
@@ -41,31 +35,15 @@ AOT(layer_norm_grad) {
   In dy = in(p, 0), x = in(p, 1), gamma = in(p, 2), mean = in(p, 3), inverse = in(p, 4);
   Out dx = out(p, 5);
   std::vector<float> partial(2 * blocks * n, 0.0f);
+  const std::vector<float> none(n, 0.0f);
+  In zeros = none.data();
   Out sums = partial.data();
   parallel(blocks, 6 * kBlock * n, [=](int64_t k) {
     Out dgamma = sums + k * n, dbeta = sums + (blocks + k) * n;
-    In factor = gamma;
     const int64_t last = std::min(rows, (k + 1) * kBlock);
-    for (int64_t r = k * kBlock; r < last; ++r) {
-      In a = x + r * n, g = dy + r * n;
-      Out d = dx + r * n;
-      const float m = mean[r], i = inverse[r];
-      float sum = 0, dot = 0;
-#pragma omp simd reduction(+ : sum, dot)
-      for (int64_t c = 0; c < n; ++c) {
-        const float scaled = g[c] * factor[c];
-        sum += scaled;
-        dot += scaled * ((a[c] - m) * i);
-      }
-      sum /= n;
-      dot /= n;
-      SIMD for (int64_t c = 0; c < n; ++c) {
-        const float hat = (a[c] - m) * i;
-        d[c] = (g[c] * factor[c] - sum - hat * dot) * i;
-        dgamma[c] += g[c] * hat;
-        dbeta[c] += g[c];
-      }
-    }
+    for (int64_t r = k * kBlock; r < last; ++r)
+      row_gradient(x + r * n, dy + r * n, gamma, n, mean[r], inverse[r], zeros, dx + r * n, dgamma,
+                   dbeta);
   });
   total(&partial[0], blocks, n, out(p, 6));
   total(&partial[blocks * n], blocks, n, out(p, 7));
